@@ -73,9 +73,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 HERE = Path(__file__).resolve().parent
 
-# ------------------------------------------------------------------------------------------------
-# Config: every setting with one line of prose. Defaults are the paper's, where it gives them.
-# ------------------------------------------------------------------------------------------------
+# ---- Config: every setting with one line of prose. Defaults are the paper's, where it gives them. 
 
 
 def setting(default, prose: str):
@@ -148,7 +146,7 @@ class Config:
 
 
 PRESETS = {  # over the defaults: the model's, over it the stage's, over both the flags as typed
-    "tiny": dict(questions_per_step=16, updates_per_step=1, lr=5e-4, beta=0.0, steps=100,
+    "tiny": dict(questions_per_step=16, updates_per_step=1, lr=1e-4, beta=0.0, steps=60,
                  max_new_tokens=64, rollout_batch=512, micro_batch=192,
                  gradient_checkpointing=False, eval_every=20),
     0: dict(),
@@ -166,7 +164,8 @@ SHORT_NAMES = {"tiny": str(HERE / "data_samples" / "tiny")} | {
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Command line -> Config. A setting that makes no sense ends the program and says why."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     usage="%(prog)s [--setting value ...]; --help lists them all")
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(
@@ -207,9 +206,7 @@ def resume_config(parser: argparse.ArgumentParser, typed: dict) -> Config:
     return Config(**(saved | {"resume": typed["resume"], "out": typed["resume"]}))
 
 
-# ------------------------------------------------------------------------------------------------
-# Samples and permutation (Eq. 1)
-# ------------------------------------------------------------------------------------------------
+# ---- Samples and permutation (Eq. 1) -------------------------------------------------------------
 
 ORDER_RULES = ("keep", "index", "letter", "sequence", "never")
 MENTION = re.compile(r"<image_(\d+)>")  # mentions image k; a bare <image> is where one stands
@@ -393,9 +390,7 @@ def all_orders(sample: Sample, cap: int) -> list[tuple[int, ...]]:
     return draw_orders(sample, n_permutations, 1.0, random.Random(sample.id))
 
 
-# ------------------------------------------------------------------------------------------------
-# Reward: rules that read a response. Training and evaluation share them.
-# ------------------------------------------------------------------------------------------------
+# ---- Reward: rules that read a response. Training and evaluation share them. ---------------------
 
 DECLARATION = re.compile(r"\banswer\s*(?:is|:|=)\s*:?\s*(.+?)\s*(?:\.(?=\s|$)|\n|$)", re.IGNORECASE)
 FORMAT = re.compile(r"\s*<think>((?!</?think>).)*</think>(?P<rest>((?!</?think>).)*)", re.DOTALL)
@@ -515,9 +510,7 @@ for line in sys.stdin:
 MATH_JUDGE = MathJudge()
 
 
-# ------------------------------------------------------------------------------------------------
-# Model, images and prompts
-# ------------------------------------------------------------------------------------------------
+# ---- Model, images and prompts -------------------------------------------------------------------
 
 class Picture(NamedTuple):
     """An image as the vision tower reads it."""
@@ -546,28 +539,29 @@ class Processor:
     banned_ids: list[int]  # image, video, vision: never sampled, and probability 0 in the loss
 
 
-def load_failed(path: str, error: Exception) -> SystemExit:
-    reason = str(error).strip().split("\n")[0]
-    return SystemExit(f"Could not load {path!r} ({reason}). Without a network, pass a local folder "
-                      "that holds the checkpoint: --model /path/to/folder")
+def load_pretrained(kind, name: str, **options):
+    """kind.from_pretrained; SystemExit with one sentence if the checkpoint is not to be had."""
+    path = SHORT_NAMES.get(name, name)
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        missing = path.startswith(("/", ".", "~")) and not Path(path).exists()
+        reason = "no such folder" if missing else str(error).strip().split("\n")[0]
+        raise SystemExit(f"Could not load {path!r} ({reason}). Without a network, pass a local "
+                         "folder that holds the checkpoint: --model FOLDER") from None
 
 
 def load_processor(name: str, cfg: Config) -> Processor:
-    """Tokenizer and image processor of a checkpoint. SystemExit with one sentence if not to be had.
+    """Tokenizer and image processor of a checkpoint.
 
     NOTE: not AutoProcessor, which wants torchvision for its video part and would preprocess the
     images anew for every order.
     """
-    path = SHORT_NAMES.get(name, name)
-    try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        image_processor = AutoImageProcessor.from_pretrained(path)
-        eos_ids = GenerationConfig.from_pretrained(path).eos_token_id
-    except (OSError, ValueError) as error:
-        raise load_failed(path, error) from None
-    if kind != "qwen2_5_vl":
-        raise SystemExit(f"{path} is a {kind} model; perl.py knows the prompts of qwen2_5_vl only")
+    if (kind := load_pretrained(AutoConfig, name).model_type) != "qwen2_5_vl":
+        raise SystemExit(f"{name} is a {kind} model; perl.py knows the prompts of qwen2_5_vl only")
+    tokenizer = load_pretrained(AutoTokenizer, name)
+    image_processor = load_pretrained(AutoImageProcessor, name)
+    eos_ids = load_pretrained(GenerationConfig, name).eos_token_id
     image_processor.size = {"longest_edge": cfg.max_pixels, "shortest_edge":  # pixels, both of them
                             min(image_processor.size["shortest_edge"], cfg.max_pixels)}
     eos_ids = {tokenizer.eos_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])}
@@ -581,12 +575,8 @@ def load_processor(name: str, cfg: Config) -> Processor:
 def load_model(name: str, cfg: Config,
                device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
     """The checkpoint in float32: an update of 1e-6 vanishes in bfloat16. Safetensors only."""
-    path = SHORT_NAMES.get(name, name)
-    try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        raise load_failed(path, error) from None
+    model = load_pretrained(Qwen2_5_VLForConditionalGeneration, name, dtype=torch.float32,
+                            use_safetensors=True, attn_implementation="sdpa")
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.model.visual.requires_grad_(not cfg.freeze_vision)
@@ -696,9 +686,7 @@ def autocast(model, cfg: Config):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16 and on_gpu)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rollouts
-# ------------------------------------------------------------------------------------------------
+# ---- Rollouts ------------------------------------------------------------------------------------
 
 @dataclass
 class Rollout:
@@ -786,9 +774,7 @@ def grade(prompt: Prompt, order: tuple[int, ...], gold: str, ids: list[int], pro
                    well_formed, cfg.accuracy_weight * accuracy + cfg.format_weight * well_formed)
 
 
-# ------------------------------------------------------------------------------------------------
-# Advantages and filter
-# ------------------------------------------------------------------------------------------------
+# ---- Advantages and filter -----------------------------------------------------------------------
 
 def group_advantages(rewards: torch.Tensor, std_normalization: bool = True) -> torch.Tensor:
     """Rewards (Q, R) -> advantages (Q, R); a row holds ALL rollouts of a question.      (Eq. 4-5)
@@ -857,9 +843,7 @@ def resample_by_difficulty(scores: list[float], target: list[float], size: int,
     return sorted(kept)
 
 
-# ------------------------------------------------------------------------------------------------
-# Log-probabilities and loss (Eq. 6)
-# ------------------------------------------------------------------------------------------------
+# ---- Log-probabilities and loss (Eq. 6) ----------------------------------------------------------
 
 def response_logprobs(model, processor: Processor, rollouts: list[Rollout],
                       cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -936,9 +920,7 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
     return loss, {"kl": float((kl.detach() * mask).sum()), "clipped": float(n_clipped)}
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation inside training: does the answer depend on the order of the images?
-# ------------------------------------------------------------------------------------------------
+# ---- Evaluation inside training: does the answer depend on the order of the images? --------------
 
 def evaluate(model, processor: Processor, samples: list[Sample], cfg: Config,
              accelerator: Accelerator) -> dict:
@@ -961,9 +943,7 @@ def evaluate(model, processor: Processor, samples: list[Sample], cfg: Config,
             "eval_sources": {s: sum(means) / len(means) for s, means in by_source.items()}}
 
 
-# ------------------------------------------------------------------------------------------------
-# Run folder, checkpoint and resume
-# ------------------------------------------------------------------------------------------------
+# ---- Run folder, checkpoint and resume -----------------------------------------------------------
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
@@ -1012,15 +992,18 @@ def open_run(cfg: Config, accelerator: Accelerator) -> None:
         f"{math.ceil(rollouts / world / cfg.micro_batch)} micro-batches a process")
 
 
-def stage_folder(cfg: Config, stage: int, holds: str) -> Path | None:
-    """The newest earlier run of `stage` in the run folder that has a file like `holds`."""
-    folders = [p for p in Path(cfg.out).glob(f"stage{stage}*") if list(p.glob(holds))]
-    return max(folders, key=lambda p: int(p.name.partition("-")[2] or 1), default=None)
+def newest(paths) -> Path | None:
+    """The path whose name ends in the highest number: checkpoint-100, stage1-2."""
+    return max(paths, key=lambda path: int(re.search(r"\d+$", path.name)[0]), default=None)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    found = folder.glob("checkpoint-*[0-9]")
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return newest(folder.glob("checkpoint-*[0-9]"))
+
+
+def stage_folder(cfg: Config, stage: int, holds: str) -> Path | None:
+    """The newest earlier run of `stage` in the run folder that has a file like `holds`."""
+    return newest(p for p in Path(cfg.out).glob(f"stage{stage}*") if any(p.glob(holds)))
 
 
 @dataclass
@@ -1088,12 +1071,10 @@ def catch_interrupt() -> threading.Event:
     return stop
 
 
-# ------------------------------------------------------------------------------------------------
-# Stage 0: score the questions with the start model
-# ------------------------------------------------------------------------------------------------
+# ---- Stage 0: score the questions with the start model -------------------------------------------
 
 def score(cfg: Config, accelerator: Accelerator) -> None:
-    """Answer each training question K times. Writes scores.jsonl and the resampled set, kept.json."""
+    """Answer each training question K times. Writes scores.jsonl, and the ids kept in kept.json."""
     processor = load_processor(cfg.model, cfg)
     samples = load_questions(cfg.data, processor, cfg, accelerator)
     model = load_model(cfg.model, cfg, accelerator.device)
@@ -1128,9 +1109,7 @@ def score(cfg: Config, accelerator: Accelerator) -> None:
                           f"from score 0 to 1: {' '.join(map(str, counts))}")
 
 
-# ------------------------------------------------------------------------------------------------
-# Training (Algorithm 1)
-# ------------------------------------------------------------------------------------------------
+# ---- Training (Algorithm 1) ----------------------------------------------------------------------
 
 def draw_questions(state: State, n_questions: int, k: int) -> list[int]:
     """The next k question numbers; every epoch is a fresh shuffle."""
