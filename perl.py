@@ -15,18 +15,20 @@ One step of it:
   4. All rollouts of a question, whatever their order, form ONE group: the advantage is   (Eq. 4-5)
      the reward less the group's mean, over the group's standard deviation.
   5. Groups that teach nothing are left out: equal rewards, or (stage 2) too easy or too hard.
-  6. The clipped policy loss, each rollout conditioned on the order it was sampled from,    (Eq. 6)
-     less beta times the KL divergence from the start model, is what AdamW minimizes.
+  6. AdamW maximizes the clipped policy objective, each rollout conditioned on the order    (Eq. 6)
+     it was sampled from, less beta times the KL divergence from the start model.
 
 Stages: 0 scores the training questions with the start model and resamples them by difficulty,
 1 explores (the permutation probability alpha falls from 1 to 0), 2 exploits (goes on from stage 1
-with the online filter of point 5). Each is a preset over plain flags, see PRESETS.
+with the online filter of point 5). 1 and 2 are presets over plain flags, see PRESETS; beyond them,
+1 picks up stage 0's choice of questions, and 2 starts from stage 1's checkpoint.
 
 Where this departs from the paper or from its released code:
   - Standard deviation: the paper's population one; the code's is unbiased, plus 1e-6.
   - How an answer moves is a field of the data (`order_rule`), not code for each data set.
     Statements about "left" and "right" are not negated when images move: they are never permuted.
-  - The permutations of a question are distinct, and one random generator serves the whole run.
+  - The permutations of a question are distinct, as long as it has any left, and one generator draws
+    them for the whole run.
   - A group without variance leaves the loss whole; in the code it dilutes the token mean.
   - The number of updates per rollout batch does not depend on n_s. No dual clip, no KL clamp.
 
@@ -60,18 +62,18 @@ from typing import NamedTuple
 
 import accelerate
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig,
                           Qwen2_5_VLForConditionalGeneration)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-HERE = Path(__file__).resolve().parent
+SAMPLES = Path(__file__).resolve().parent / "data_samples"
 
 # ---- Config: every setting with one line of prose. Defaults are the paper's, where it gives them. 
 
@@ -84,8 +86,8 @@ def setting(default, prose: str):
 class Config:
     # what runs
     model: str = setting("tiny", "Hub id, folder, or tiny, Qwen2.5-VL-3B, -7B, -32B, -72B")
-    data: str = setting("data_samples/train.jsonl", "training questions (format: README)")
-    eval_data: str = setting("data_samples/test.jsonl", "held-out questions; '': no evaluation")
+    data: str = setting(str(SAMPLES / "train.jsonl"), "training questions (format: README)")
+    eval_data: str = setting(str(SAMPLES / "test.jsonl"), "held-out questions; '': no evaluation")
     stage: int = setting(1, "0: score the questions; 1: explore; 2: exploit")
     out: str = setting("", "run folder, shared by the stages; '': runs/MODEL-seedSEED")
     resume: str = setting("", "run folder to go on with; its settings hold and may not change")
@@ -103,7 +105,7 @@ class Config:
     filter: str = setting("offline", "none; offline: train on stage 0's choice; online: see bounds")
     filter_low: float = setting(0.1, "online: groups of lower mean accuracy are dropped")
     filter_high: float = setting(0.9, "online: groups of higher mean accuracy are dropped")
-    max_rounds: int = setting(4, "online: rounds of sampling to replace dropped groups")
+    max_rounds: int = setting(4, "online: at most so many rounds of sampling to fill a batch")
     score_rollouts: int = setting(10, "stage 0: answers sampled for each question (K)")
     score_target: str = setting("12 11 11 12 15 17 6 5 4 3 3", "stage 0: % of score 0, .1 .. 1")
     score_keep: float = setting(0.5, "stage 0: questions to keep, as a share of those scored")
@@ -131,7 +133,7 @@ class Config:
     max_prompt_tokens: int = setting(8192, "longer prompts are dropped and counted, never cut")
     max_new_tokens: int = setting(2048, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling, and of the log-probabilities in the loss")
-    # memory: none of these changes what is learned
+    # memory and speed: the method stays the same, random draws and rounding aside
     rollout_batch: int = setting(96, "sequences in one call of generate")
     micro_batch: int = setting(8, "sequences in one forward and backward pass")
     logit_chunk: int = setting(4096, "response tokens whose logits exist at one time")
@@ -146,9 +148,9 @@ class Config:
 
 
 PRESETS = {  # over the defaults: the model's, over it the stage's, over both the flags as typed
-    "tiny": dict(questions_per_step=16, updates_per_step=1, lr=1e-4, beta=0.0, steps=60,
+    "tiny": dict(questions_per_step=16, updates_per_step=1, lr=2e-5, beta=0.0, steps=60,
                  max_new_tokens=64, rollout_batch=512, micro_batch=192,
-                 gradient_checkpointing=False, eval_every=20),
+                 gradient_checkpointing=False, eval_every=10),
     0: dict(),
     1: dict(alpha_start=1.0, alpha_end=0.0, filter="offline"),
     2: dict(alpha_start=0.0, alpha_end=0.0, filter="online"),
@@ -158,7 +160,7 @@ CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
 MAY_BE_ZERO = {"seed", "n_permutations", "alpha_start", "alpha_end", "accuracy_weight",
                "format_weight", "filter_low", "clip_low", "clip_high", "beta", "steps", "lr",
                "weight_decay", "eval_every", "eval_questions", "stage"}
-SHORT_NAMES = {"tiny": str(HERE / "data_samples" / "tiny")} | {
+SHORT_NAMES = {"tiny": str(SAMPLES / "tiny")} | {
     f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
 
 
@@ -177,18 +179,23 @@ def parse_config(argv: list[str] | None = None) -> Config:
     presets = PRESETS.get(typed.get("model", Config.model), {})
     presets = presets | PRESETS[typed.get("stage", Config.stage)]
     cfg = Config(**(presets | typed))
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+            parser.error(f"--{name.replace('_', '-')} {value} is too small")
     if "n_permutations" in typed and "rollouts_per_order" not in typed:
         budget = (Config.n_permutations + 1) * Config.rollouts_per_order
         cfg.rollouts_per_order, rest = divmod(budget, cfg.n_permutations + 1)
         if rest:
             parser.error(f"--n-permutations {cfg.n_permutations}: {budget} rollouts do not divide "
                          f"into {cfg.n_permutations + 1} orders; give --rollouts-per-order too")
-    for name, value in vars(cfg).items():
-        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
-            parser.error(f"--{name.replace('_', '-')} {value} is too small")
-    if not (cfg.alpha_start <= 1 and cfg.alpha_end <= 1 and cfg.filter_low <= cfg.filter_high <= 1):
-        parser.error("--alpha-start, --alpha-end, --filter-low, --filter-high are at most 1, and "
-                     "--filter-low is not above --filter-high")
+    shares = [re.fullmatch(r"\d+(\.\d+)?", share) for share in cfg.score_target.split()]
+    if len(shares) < 2 or not all(shares) or not any(float(share[0]) for share in shares):
+        parser.error(f"--score-target {cfg.score_target!r} is no list of shares such as '40 40 20'")
+    for name in ("alpha_start", "alpha_end", "filter_low", "filter_high", "score_keep"):
+        if getattr(cfg, name) > 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(cfg, name)} is above 1")
+    if cfg.filter_low > cfg.filter_high:
+        parser.error(f"--filter-low {cfg.filter_low} is above --filter-high {cfg.filter_high}")
     cfg.out = cfg.out or f"runs/{Path(cfg.model).name}-seed{cfg.seed}"
     return cfg
 
@@ -198,17 +205,23 @@ def resume_config(parser: argparse.ArgumentParser, typed: dict) -> Config:
     path = Path(typed["resume"]) / "config.json"
     if not path.exists():
         parser.error(f"--resume: no {path}; name the run folder (--out) of the run to go on with")
-    saved = json.loads(path.read_text())
+    if (path.parent.parent / "config.json").exists():
+        parser.error(f"--resume: {path.parent} was set aside by a later run in the folder above it")
+    saved = json.loads(path.read_text()) | {"resume": typed["resume"], "out": typed["resume"]}
     for name, value in typed.items():
-        if name not in ("resume", "out") and saved[name] != value:
+        if saved[name] != value:
             parser.error(f"--resume: {name} was {saved[name]!r} in {path} and is {value!r} now; "
                          "a changed setting needs a new run")
-    return Config(**(saved | {"resume": typed["resume"], "out": typed["resume"]}))
+    return Config(**saved)
 
 
 # ---- Samples and permutation (Eq. 1) -------------------------------------------------------------
 
-ORDER_RULES = ("keep", "index", "letter", "sequence", "never")
+ORDER_RULES = {  # what becomes of the answer when the images change places
+    "keep": "stays as it is (the paper's S = 1)", "index": "an image number: is renumbered",
+    "letter": "the letter of an option image, k-th letter for the k-th movable one: is renamed",
+    "sequence": "image numbers, '3,1,2': each is renumbered",
+    "never": "depends on the order: the images may not change places"}
 MENTION = re.compile(r"<image_(\d+)>")  # mentions image k; a bare <image> is where one stands
 CONTROL = re.compile(r"<\|\w+\|>")      # tokens of the chat format have no place in a question
 
@@ -236,7 +249,7 @@ def load_samples(path: str | Path) -> list[Sample]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name a JSONL file of samples")
     samples, lines, checked = [], {}, set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -254,7 +267,7 @@ def load_samples(path: str | Path) -> list[Sample]:
     return samples
 
 
-def parse_sample(line: str, folder: Path, where: str) -> Sample:
+def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     """One JSONL line -> Sample, image paths joined to `folder`. ValueError for anything unfit."""
     def require(holds, name, problem):
         if not holds:
@@ -314,7 +327,7 @@ def check_image(image: str, folder: Path, where: str) -> None:
         raise ValueError(f"{where}, field images: {image} lies outside the JSONL's folder {folder}")
     try:
         with Image.open(image) as picture:
-            picture.verify()
+            picture.load()  # verify() would not notice a truncated file
     except FileNotFoundError:
         raise ValueError(f"{where}, field images: {image} does not exist") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -392,22 +405,23 @@ def all_orders(sample: Sample, cap: int) -> list[tuple[int, ...]]:
 
 # ---- Reward: rules that read a response. Training and evaluation share them. ---------------------
 
-DECLARATION = re.compile(r"\banswer\s*(?:is|:|=)\s*:?\s*(.+?)\s*(?:\.(?=\s|$)|\n|$)", re.IGNORECASE)
+DECLARATION = re.compile(r"\banswer\s*(?:is|:|=)[\s:]*([^\n]+)", re.IGNORECASE)
 FORMAT = re.compile(r"\s*<think>((?!</?think>).)*</think>(?P<rest>((?!</?think>).)*)", re.DOTALL)
-LETTER = re.compile(r"(?:option\s+|choice\s+)?\(?([a-z])\)?(?:\s*[.:)].*)?", re.DOTALL)
+LETTER = re.compile(r"(?:option |choice )?\(?([a-z])\)?(?!.*\b(?:and|or) \(?[a-z]\b)(?: ?[.:)].*)?")
+YES_NO = re.compile(r"(yes|no|true|false)\b(?! (?:and|or)\b).*")
 IMAGES = re.compile(r"[\[(]?\s*(?:(?:the\s+)?image)?\s*#?\s*\d+(\s*(?:,|;|->|→|>|and|\s)\s*"
                     r"(?:image\s*)?#?\s*\d+)*\s*[\])]?")  # "image 3", "[3, 1, 2]"
 
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} whose braces balance (escaped ones aside), or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[start:start + brace.start()].strip()
-    return None
+    open_braces, last = [], (-1, None)  # where each open \boxed{ begins, None for another brace
+    for brace in re.finditer(r"\\boxed\s*\{|\\?[{}]", text):
+        if brace[0] == "{" or brace[0].startswith(r"\boxed"):
+            open_braces.append(brace.end() if len(brace[0]) > 1 else None)
+        elif brace[0] == "}" and open_braces and (start := open_braces.pop()) is not None:
+            last = max(last, (start, text[start:brace.start()].strip()))
+    return last[1]
 
 
 def extract_answer(response: str) -> str | None:
@@ -423,7 +437,8 @@ def extract_answer(response: str) -> str | None:
     if tagged := re.findall(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", text, re.DOTALL):
         return tagged[-1].strip() or None
     if declared := DECLARATION.findall(text):
-        return re.sub(r"^\((\w+)\)$", r"\1", declared[-1].strip("*_ $")) or None
+        sentence = re.split(r"\.(?:\s|$)", declared[-1])[0].strip("*_ $")
+        return re.sub(r"^\((\w+)\)$", r"\1", sentence) or None
     return None
 
 
@@ -449,17 +464,21 @@ def same_answer(answer: str, gold: str) -> bool:
     if re.fullmatch(r"[a-z]", gold):  # "C", "(C)", "option C", "C. both images"
         match = LETTER.fullmatch(answer)
         return bool(match) and match[1] == gold
-    if gold in ("yes", "no", "true", "false"):
-        return re.findall(r"[a-z]+", answer)[:1] == [gold]
+    if YES_NO.fullmatch(gold):
+        match = YES_NO.fullmatch(answer)
+        return bool(match) and match[1] == gold
+    if len(answer) > MathJudge.MAX_CHARS:
+        return False  # no list of numbers and no formula
     if re.fullmatch(r"\d{1,2}(\s*,\s*\d{1,2})*", gold) and IMAGES.fullmatch(answer):
         return re.findall(r"\d+", answer) == re.findall(r"\d+", gold)  # a sequence: order counts
-    if not re.search(r"\d|\\", gold) or len(answer) > MathJudge.MAX_CHARS:
-        return False  # words that differ are different answers; long text is no formula
+    if not re.search(r"\d|\\", gold):
+        return False  # words that differ are different answers
     return MATH_JUDGE.same(*formulas)
 
 
 def plain(answer: str) -> str:
     r"""Strip what carries no meaning: $, \text{}, bold, a full stop, brackets around one letter."""
+    answer = re.sub(r"\s+", " ", answer)
     answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", answer)
     answer = answer.replace("\u2212", "-").strip().strip("$*").strip().removesuffix(".").strip()
     return re.sub(r"^\((\w)\)$", r"\1", answer)
@@ -620,7 +639,7 @@ def encode_prompt(sample: Sample, processor: Processor,
 
 def load_questions(path: str, processor: Processor, cfg: Config,
                    accelerator: Accelerator) -> list[Sample]:
-    """Samples whose prompts are short enough; the others are counted. Reads image sizes only."""
+    """Samples whose prompts are short enough; the others are counted and named as dropped."""
     try:
         samples = load_samples(path)
     except ValueError as error:
@@ -644,7 +663,8 @@ def load_questions(path: str, processor: Processor, cfg: Config,
 def encode_images(model, prompts: list[Prompt]) -> dict[int, torch.Tensor]:
     """Run the vision tower once over the distinct pictures: id(picture) -> features (tokens, D).
 
-    It encodes each image on its own, so all orders and rollouts of a question can share them.
+    It encodes each image on its own, so all orders and rollouts of a question can share them. They
+    share the Picture object too, whose id tells it from others.
     """
     distinct = list({id(p): p for prompt in prompts for p in prompt.pictures}.values())
     pixels = torch.cat([picture.pixels for picture in distinct]).to(model.device)
@@ -691,7 +711,7 @@ def autocast(model, cfg: Config):
 @dataclass
 class Rollout:
     """One response to one order of one question: the currency between sampling, reward and loss."""
-    prompt: Prompt             # what the loss is conditioned on
+    prompt: Prompt             # what the loss is conditioned on: see --condition
     order: tuple[int, ...]     # image order it was sampled from
     gold: str                  # right answer in that order
     ids: list[int]             # response tokens, end token included
@@ -706,16 +726,10 @@ class Rollout:
 
 
 def sampling_config(processor: Processor, cfg: Config, greedy: bool) -> GenerationConfig:
-    """Every field that shapes the distribution.
-
-    NOTE: what is left None is filled from the checkpoint's generation_config.json. Qwen2.5-VL's has
-    top_k = 1, repetition_penalty = 1.05: another distribution than the one the loss scores.
-    """
+    """Plain sampling at cfg.temperature, from the distribution that the loss scores, or greedy."""
     return GenerationConfig(
-        max_new_tokens=cfg.max_new_tokens, min_new_tokens=0, do_sample=not greedy,
-        temperature=1.0 if greedy else cfg.temperature, top_k=0, top_p=1.0, min_p=0.0,
-        typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0, repetition_penalty=1.0,
-        no_repeat_ngram_size=0, num_beams=1, num_return_sequences=1, use_cache=True,
+        max_new_tokens=cfg.max_new_tokens, do_sample=not greedy,
+        temperature=1.0 if greedy else cfg.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
         suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id,
         eos_token_id=processor.eos_ids)
 
@@ -728,7 +742,10 @@ def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Co
     longest_first = sorted(range(len(prompts)), key=lambda k: -len(prompts[k].ids))
     rows = [k for k in longest_first for _ in range(n)]
     responses = [[] for _ in prompts]
-    settings = sampling_config(processor, cfg, greedy)
+    settings, own = sampling_config(processor, cfg, greedy), model.generation_config
+    # NOTE: what settings leave None, generate fills from the checkpoint's own; Qwen2.5-VL's say
+    # top_k = 1, repetition_penalty = 1.05. So these take their place meanwhile.
+    model.generation_config = settings
     starts = range(0, len(rows), cfg.rollout_batch)
     for start in tqdm(starts, "generate", leave=False, disable=None):
         batch = rows[start:start + cfg.rollout_batch]
@@ -740,6 +757,7 @@ def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Co
         for k, tail in zip(batch, output[:, inputs["input_ids"].shape[1]:].tolist()):
             ends = [t for t, token in enumerate(tail) if token in processor.eos_ids]
             responses[k].append(tail[:ends[0] + 1] if ends else tail)
+    model.generation_config = own  # checkpoints keep it
     return responses
 
 
@@ -815,7 +833,7 @@ def split_groups(groups: list[list[Rollout]], low: float, high: float) -> dict[s
         taught = any(rollout.advantage != 0 for rollout in group)
         if taught and low <= mean <= high:
             name = "kept"
-        elif mean in (0, 1):
+        elif mean == 0 or mean == 1:
             name = "all_right" if mean else "all_wrong"
         elif not low <= mean <= high:
             name = "too_easy" if mean > high else "too_hard"
@@ -836,10 +854,9 @@ def resample_by_difficulty(scores: list[float], target: list[float], size: int,
     bins = [[] for _ in target]
     for index, score in enumerate(scores):
         bins[round(score * (len(target) - 1))].append(index)
-    kept = []
-    for members, share in zip(bins, target):
-        quota = round(size * share / sum(target))
-        kept += rng.sample(members, min(quota, len(members)))
+    kept, ends = [], [round(size * sum(target[:k]) / sum(target)) for k in range(len(target) + 1)]
+    for members, start, end in zip(bins, ends, ends[1:]):  # quotas that add up to size
+        kept += rng.sample(members, min(end - start, len(members)))
     return sorted(kept)
 
 
@@ -891,9 +908,9 @@ def micro_batches(rollouts: list[Rollout], cfg: Config) -> list[list[Rollout]]:
     return [rollouts[k:k + cfg.micro_batch] for k in range(0, len(rollouts), cfg.micro_batch)]
 
 
-def pad(rows: list[torch.Tensor | None], T: int) -> torch.Tensor | None:
-    """Rows of up to T numbers -> (B, T), zeros behind; None if the rows are None."""
-    return None if rows[0] is None else torch.stack([F.pad(row, (0, T - len(row))) for row in rows])
+def stack(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Rows of unequal length -> (B, T), zeros behind; None if the rows are None."""
+    return None if rows[0] is None else pad_sequence(rows, batch_first=True)
 
 
 def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
@@ -1088,9 +1105,9 @@ def score(cfg: Config, accelerator: Accelerator) -> None:
         batch = samples[start:start + cfg.questions_per_step]
         if all(sample.id in scores for sample in batch):
             continue
-        torch.manual_seed(hash((cfg.seed, start, rank)))  # a resumed run samples the same
+        torch.manual_seed(1_000_003 * cfg.seed + start + rank)  # so a resumed run samples the same
         mine = batch[rank::world]
-        orders = [all_orders(sample, 1) for sample in mine]
+        orders = [all_orders(sample, 1) for sample in mine]  # as given
         groups = sample_groups(model, processor, mine, orders, cfg.score_rollouts, cfg)
         rows = [{"id": sample.id, "score": sum(r.accuracy for r in group) / len(group)}
                 for sample, group in zip(mine, groups)]
@@ -1171,10 +1188,10 @@ def update(model, ref_model, optimizer, processor: Processor, kept: list[list[Ro
             continue
         for batch in micro_batches(some, cfg):
             logprobs, mask = response_logprobs(model, processor, batch, cfg)
-            old = pad([r.old_logprobs for r in batch], mask.shape[1])
+            old = stack([r.old_logprobs for r in batch])
             loss, stats = policy_loss(
                 logprobs, logprobs.detach() if old is None else old,
-                pad([r.ref_logprobs for r in batch], mask.shape[1]),
+                stack([r.ref_logprobs for r in batch]),
                 torch.tensor([r.advantage for r in batch], device=mask.device), mask,
                 clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta, denominator=tokens)
             loss.backward()
@@ -1209,8 +1226,9 @@ def step_metrics(groups: dict[str, list], sums: dict[str, float],
                    "truncated": sum(r.truncated for r in rollouts)}, accelerator)
     n_rollouts = means.pop("rollouts")
     tokens, kl, clipped = total(sums, accelerator).values()
+    kept = counts.pop("kept")
     return {**{name: value / n_rollouts for name, value in means.items()},
-            "kept": counts.pop("kept"), "dropped": sum(counts.values()), **counts,
+            "kept": kept, "dropped": sum(counts.values()), **counts,
             "kl": kl / max(tokens, 1), "clip_fraction": clipped / max(tokens, 1)}
 
 
@@ -1256,22 +1274,18 @@ def log_group(path: Path, step: int, group: list[Rollout]) -> None:
 def pick_up(cfg: Config, questions: list[Sample],
             accelerator: Accelerator) -> tuple[list[Sample], str]:
     """What earlier stages left: the questions to train on, and where the policy starts."""
-    start = cfg.model
-    if cfg.filter == "offline":
-        folder = stage_folder(cfg, 0, "kept.json")
-        kept = json.loads((folder / "kept.json").read_text()) if folder else None
-        if kept and (lost := set(kept) - {q.id for q in questions}):
-            raise SystemExit(f"{folder / 'kept.json'} names {len(lost)} questions that {cfg.data} "
+    start, scored, trained = cfg.model, None, None
+    if cfg.filter == "offline" and (scored := stage_folder(cfg, 0, "kept.json")):
+        kept = set(json.loads((scored / "kept.json").read_text()))
+        if lost := kept - {question.id for question in questions}:
+            raise SystemExit(f"{scored / 'kept.json'} names {len(lost)} questions that {cfg.data} "
                              f"has not, such as {min(lost)!r}; score these data with --stage 0")
-        if kept:
-            questions = [q for q in questions if q.id in set(kept)]
-        accelerator.print(f"picked up from stage 0: {len(questions)} questions ({folder})" if kept
-                          else f"no scores of stage 0 in {cfg.out}: training on all questions")
-    if cfg.stage == 2:
-        folder = stage_folder(cfg, 1, "checkpoint-*[0-9]")
-        start = str(last_checkpoint(folder)) if folder else cfg.model
-        accelerator.print(f"picked up from stage 1: policy {start}" if folder
-                          else f"no policy of stage 1 in {cfg.out}: starting from {cfg.model}")
+        questions = [question for question in questions if question.id in kept]
+    if cfg.stage == 2 and (trained := stage_folder(cfg, 1, "checkpoint-*[0-9]")):
+        start = str(last_checkpoint(trained))
+    accelerator.print(f"picked up from stage 0: {len(questions)} questions ({scored})" if scored
+                      else f"training on all {len(questions)} questions")
+    accelerator.print(f"picked up from stage 1: policy {start}" if trained else f"policy: {start}")
     return questions, start
 
 
@@ -1292,13 +1306,13 @@ def train(cfg: Config, accelerator: Accelerator) -> None:
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad],
                                   lr=cfg.lr, weight_decay=cfg.weight_decay)
     state = State(random.Random(cfg.seed))
-    torch.manual_seed(cfg.seed + accelerator.process_index)
+    torch.manual_seed(1_000_003 * cfg.seed + accelerator.process_index)
     if cfg.resume:
         load_state(cfg, resumed, optimizer, state, accelerator)
     stop = catch_interrupt()
 
-    def log_evaluation(metrics: dict) -> None:
-        """Evaluate if it is time to, and write the step's line."""
+    def finish_step(metrics: dict) -> None:
+        """Evaluate if it is time to, and write the step's line of metrics.jsonl."""
         clock = time.time()
         if held_out and (metrics["step"] % cfg.eval_every == 0 or metrics["step"] == steps):
             metrics |= evaluate(model, processor, held_out, cfg, accelerator)
@@ -1308,7 +1322,7 @@ def train(cfg: Config, accelerator: Accelerator) -> None:
             append_line(out / "metrics.jsonl", metrics)
 
     if state.step == 0 and held_out:
-        log_evaluation({"step": 0})
+        finish_step({"step": 0})
     for step in range(state.step + 1, steps + 1):
         clock = time.time()
         progress = (step - 1) / max(steps - 1, 1)
@@ -1321,9 +1335,10 @@ def train(cfg: Config, accelerator: Accelerator) -> None:
                    "alpha": alpha, "lr": cfg.lr, "seconds_sample": sampled - clock,
                    "seconds_update": time.time() - sampled, "peak_gb": peak_gb()}
         accelerator.print(step_line(metrics, steps))
-        log_evaluation(metrics)
+        finish_step(metrics)
         if is_main and (step - 1) % cfg.log_every == 0:
-            log_group(out / "rollouts.jsonl", step, next(filter(None, groups.values()))[0])
+            kept_first = [group for some in groups.values() for group in some]
+            log_group(out / "rollouts.jsonl", step, kept_first[0])
         state.step, last = step, step == steps or any(gather_object([stop.is_set()]))
         if last or step % cfg.save_every == 0:
             save_checkpoint(cfg, model, processor, optimizer, state, accelerator)
@@ -1336,8 +1351,9 @@ def train(cfg: Config, accelerator: Accelerator) -> None:
 def dry_run(cfg: Config, accelerator: Accelerator) -> None:
     """Check settings and data, and show what the model would read, without loading a model."""
     processor = load_processor(cfg.model, cfg)
-    for path in filter(None, (cfg.eval_data, cfg.data)):
-        questions = load_questions(path, processor, cfg, accelerator)
+    questions = load_questions(cfg.data, processor, cfg, accelerator)
+    if cfg.eval_data:
+        load_questions(cfg.eval_data, processor, cfg, accelerator)
     sample = max(questions, key=lambda q: len(q.images))
     for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
         permuted = permute(sample, order)
@@ -1356,7 +1372,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--questions-per-step {cfg.questions_per_step} does not divide into "
                          f"{accelerator.num_processes} processes")
     run = dry_run if cfg.dry_run else score if cfg.stage == 0 else train
-    run(cfg, accelerator)
+    try:
+        run(cfg, accelerator)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\ninterrupted; go on with --resume {cfg.out}") from None
 
 
 if __name__ == "__main__":

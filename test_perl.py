@@ -1,0 +1,1004 @@
+"""Tests of perl.py, in its order: they show by example what each part promises.
+
+    python -m pytest test_perl.py        # one CPU core, no network, one minute
+"""
+import ast
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (AutoImageProcessor, AutoTokenizer, GenerationConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+
+import perl
+from perl import Rollout, Sample
+
+HERE, TINY, CPU = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"]), torch.device("cpu")
+FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
+table = pytest.mark.parametrize
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """signal.alarm(n) fails a test that hangs; the Ctrl-C handlers of perl.train come off again."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("still running"))
+    yield
+    signal.alarm(0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# ---- Samples -------------------------------------------------------------------------------------
+
+GOOD = dict(id="q1", images=["a.png", "b.png", "c.png"], answer="3", order_rule="index",
+            question="<image><image><image> Which shows what <image_2> shows?")
+MISSING, IMAGES = None, "<image><image><image>"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder: images of 1, 6 and 10 tokens (of 28 x 28 pixels), and files that are none."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, size in (("a.png", (28, 28)), ("b.png", (84, 56)), ("c.png", (56, 140)),
+                       ("cut.jpg", (200, 200)), ("../outside.png", (28, 28))):
+        Image.effect_noise(size, 60).convert("RGB").save(data / name)
+    (data / "cut.jpg").write_bytes((data / "cut.jpg").read_bytes()[:-3000])
+    (data / "text.png").write_text("not a picture")
+    (data / "link.png").symlink_to(tmp_path / "outside.png")
+    return data
+
+
+def write_rows(path, *rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def test_load_samples(folder):
+    letter = dict(id="q2", order_rule="letter", movable=[1, 2], answer=" B ", source="toy")
+    path = write_rows(folder / "good.jsonl", GOOD, "", GOOD | letter)
+    first, second = perl.load_samples(path)
+    assert (first.id, first.answer, first.source) == ("q1", "3", "")
+    assert first.images == tuple(str(folder / name) for name in GOOD["images"])
+    assert first.movable == (0, 1, 2), "all may move unless said otherwise"
+    assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
+
+
+@table("field, value, others", [(field, value, {}) for field, values in {
+    "id": [MISSING, 7, " "], "order_rule": [MISSING, "shuffle"], "source": [5], "ansver": ["3"],
+    "images": [MISSING, "a.png", [], ["a.png", 1, "c.png"], *(
+        ["a.png", bad, "c.png"] for bad in  # the link leads out of the folder
+        ("none.png", "text.png", "cut.jpg", "../outside.png", "link.png"))],
+    "question": [MISSING, [IMAGES], "<image><image> one too few", IMAGES + "<image_4>",
+                 IMAGES + "<image_0>", IMAGES + "<|im_end|>"],
+    "answer": [MISSING, 3, "4", "0", "A"],  # to order_rule index; to the others below
+    "movable": [[0, 3], [-1], [1, 1], "01", [True]],
+}.items() for value in values] + [
+    ("answer", bad, dict(order_rule="letter", movable=[1, 2])) for bad in ("C", "1", "AB")] + [
+    ("answer", bad, dict(order_rule="sequence")) for bad in ("1,1,2", "1,4", "1,,2")])
+def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, others):
+    row = GOOD | {"id": "q2"} | others | {field: value}
+    row = {name: value for name, value in row.items() if value is not MISSING}
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field {field}: "):
+        perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
+
+
+@table("content, message", [
+    (b'{"id": ', "line 1: not valid JSON"), (b"[1]", "line 1: "), (b'\n{"id": "\xff"}', "line 2"),
+    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: .*line 1"),
+    (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "no such file")])
+def test_bad_files(folder, content, message):
+    if content is not MISSING:
+        (folder / "bad.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl.*{message}"):
+        perl.load_samples(folder / "bad.jsonl")
+
+
+# ---- Permutation (Eq. 1) -------------------------------------------------------------------------
+
+def sample(rule="keep", answer="x", n=3, question="?", movable=None):
+    return Sample("s", tuple("abcdef"[:n]), question, answer, rule, movable)
+
+
+@table("rule, answer, movable, order, images, expected", [
+    # new_images[j] = images[order[j]]: with (2, 0, 1) the third image comes first
+    ("keep", "42", None, (2, 0, 1), "cab", "42"),
+    ("index", "3", None, (2, 0, 1), "cab", "1"),
+    ("index", "1", None, (2, 0, 1), "cab", "2"),
+    ("letter", "A", None, (2, 0, 1), "cab", "B"),
+    ("sequence", "3,1,2", None, (2, 0, 1), "cab", "1,2,3"),
+    ("sequence", "2, 3", None, (1, 0, 2), "bac", "1, 3"),
+    # image a is a fixed reference, options A, B, C are the images b, c, d
+    ("letter", "C", (1, 2, 3), (0, 3, 1, 2), "adbc", "A"),
+    ("letter", "A", (1, 2, 3), (0, 3, 1, 2), "adbc", "B"),
+    # movable positions need not be neighbours: options A, B are the images a, c
+    ("letter", "A", (0, 2), (2, 1, 0, 3), "cbad", "B"),
+    ("never", "True", None, (0, 1, 2), "abc", "True")])
+def test_permute(rule, answer, movable, order, images, expected):
+    permuted = perl.permute(sample(rule, answer, len(order), movable=movable), order)
+    assert (permuted.images, permuted.answer) == (tuple(images), expected)
+
+
+def test_permute_renumbers_mentions():
+    asked = sample("index", "2", question=IMAGES + "<image_1> or <image_3>? <image_1>!")
+    permuted = perl.permute(asked, (2, 0, 1))
+    assert permuted.question == IMAGES + "<image_2> or <image_1>? <image_2>!"
+
+
+@table("rule, movable, order", [
+    ("never", None, (1, 0, 2)), ("keep", (1, 2), (1, 0, 2)),
+    ("keep", None, (0, 0, 2)), ("keep", None, (0, 1)), ("keep", None, (0, 1, 3))])
+def test_permute_refuses(rule, movable, order):
+    with pytest.raises(ValueError, match="s: "):
+        perl.permute(sample(rule, movable=movable), order)
+
+
+def test_permute_round_trip():
+    rng = random.Random(0)
+    for _ in range(300):
+        n = rng.randint(1, 6)
+        movable = tuple(sorted(rng.sample(range(n), rng.randint(1, n))))
+        rule, answer = rng.choice([
+            ("keep", "x"), ("index", str(rng.randint(1, n))),
+            ("letter", chr(65 + rng.randrange(len(movable)))),
+            ("sequence", ",".join(str(k + 1) for k in rng.sample(range(n), rng.randint(1, n))))])
+        before = sample(rule, answer, n, f"<image_{rng.randint(1, n)}>", movable)
+        order = perl.draw_orders(before, 1, 1.0, rng)[1]
+        after = perl.permute(before, order)
+        assert perl.permute(after, perl.inverse(order)) == before
+        if rule == "index":  # the answer points at the same picture as before
+            assert after.images[int(after.answer) - 1] == before.images[int(before.answer) - 1]
+
+
+def test_drawn_orders_are_legal_distinct_and_from_one_generator():
+    rng, asked = random.Random(0), sample(n=4, movable=(1, 2, 3))
+    for _ in range(50):
+        orders = perl.draw_orders(asked, 5, 1.0, rng)
+        assert orders[0] == (0, 1, 2, 3) and len(set(orders)) == 6, "all 3! orders, each once"
+        assert all(order[0] == 0 and sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(perl.draw_orders(asked, 8, 1.0, rng)) == 9, "more than there are: they come again"
+    assert perl.draw_orders(asked, 0, 1.0, rng) == [(0, 1, 2, 3)]
+    assert perl.draw_orders(sample("never"), 2, 1.0, rng) == [(0, 1, 2)] * 3
+    assert perl.draw_orders(sample(n=1), 2, 1.0, rng) == [(0,)] * 3
+    draws = [[perl.draw_orders(sample(n=5), 1, 1.0, rng)[1] for _ in range(20)]
+             for rng in (random.Random(3), random.Random(3))]
+    assert draws[0] == draws[1] and len(set(draws[0])) > 10, "reproducible, never reset"
+
+
+def test_alpha_is_the_probability_that_a_question_is_permuted():
+    rng = random.Random(0)
+    drawn = {alpha: [perl.draw_orders(sample(), 2, alpha, rng) for _ in range(1000)]
+             for alpha in (0.0, 0.5, 1.0)}
+    plain = {alpha: some.count([(0, 1, 2)] * 3) for alpha, some in drawn.items()}
+    assert plain[0.0] == 1000 and plain[1.0] == 0 and 430 < plain[0.5] < 570
+    assert {len(set(orders)) for orders in drawn[0.5]} == {1, 3}, "one draw for a whole question"
+    counts = Counter(orders[1] for orders in drawn[1.0])
+    assert len(counts) == 5 and min(counts.values()) > 140, "the 5 others are equally likely"
+
+
+def test_all_orders():
+    assert len(set(perl.all_orders(sample(n=4), 24))) == 24
+    assert perl.all_orders(sample("never"), 24) == [(0, 1, 2)]
+    capped = perl.all_orders(sample(n=5), 24)
+    assert len(set(capped)) == 24 and capped[0] == (0, 1, 2, 3, 4)
+    assert capped == perl.all_orders(sample(n=5), 24), "the same in every evaluation"
+
+
+# ---- Reward --------------------------------------------------------------------------------------
+
+@table("response, answer, well_formed", [
+    (r"<think>a</think> \boxed{3}", "3", True), (r"<think></think>\boxed{\frac{1}{2}}",
+                                                 r"\frac{1}{2}", True),
+    ("<think>\na\n</think>\n\nso \\boxed{\\{1, 2\\}} it is", r"\{1, 2\}", True),
+    (r"<think>\boxed{1}</think> \boxed{2}", "2", True), (r"\boxed{3}", "3", False),
+    (r"<think>\boxed{1}</think> so it is 2", None, False), (r"a</think>\boxed{3}", "3", False),
+    (r"<think>\boxed{1} the answer is 1", None, False), ("</think>", None, False),
+    (r"<think>a</think><think> \boxed{1}", None, False), ("<think>a</think> 3", None, False),
+    (r"<think>a</think><think>b</think>\boxed{3}", "3", False), ("", None, False),
+    (r"so <think>a</think>\boxed{3}", "3", False), (r"<think>a</think>\boxed{", None, False),
+    (r"<think>a</think>\boxed{}", None, False), (r"\boxed{1} and \boxed{ 2 }", "2", False),
+    (r"\boxed{1} and \boxed{2", "1", False), (r"\boxed {B}", "B", False),
+    ("<answer></answer>", None, False), ("<answer> B", "B", False),
+    ("<answer>1</answer><answer>B</answer>", "B", False), (r"<answer>1</answer> \boxed{2}", "2",
+                                                           False),
+    ("The answer is (B).", "B", False), ("the answer is 1.\nNo, the answer is 2.", "2", False),
+    ("Final answer: image 2", "image 2", False), ("**Answer:** 3.5", "3.5", False),
+    ("The answer is $\\frac{1}{2}$.", r"\frac{1}{2}", False), ("I think it is B", None, False)])
+def test_extract_answer_and_has_format(response, answer, well_formed):
+    assert perl.extract_answer(response) == answer
+    assert perl.has_format(response) is well_formed
+
+
+@table("gold, right, wrong", [
+    ("B", ["B", "b", "(B)", "B. Both images", r"\text{B}", "Option B"], ["C", "A or B", "Both"]),
+    ("yes", ["Yes", "Yes, it is."], ["no", "not yes", "1"]), ("True", ["TRUE"], ["False", "1"]),
+    ("3", ["3", "3.0", "image 3", "x = 3", "6/2"], ["-3", "3.5", "13", "Image 2", "3,1"]),
+    ("1234", ["1,234", "1234"], ["1,2,3,4"]), ("1,234", ["1234"], ["234"]),
+    (r"\frac{1}{2}", ["0.5", "2/4", r"\frac{3}{6}", r"$\sqrt{0.25}$"], ["0.33", "2", "1,2"]),
+    ("x^2+2x+1", ["(x+1)^2"], ["(x-1)^2"]), ("cat", ["Cat"], ["dog", "a cat and a dog"]),
+    ("3,1,2", ["3, 1, 2", "[3, 1, 2]", "3 -> 1 -> 2", "image 3, image 1, image 2"],
+     ["1,2,3", "3,1", "312", "3"])])
+def test_is_correct(gold, right, wrong):
+    def graded(answers):
+        return [a for a in answers if perl.is_correct(rf"<think>t</think> \boxed{{{a}}}", gold)]
+    assert graded(right) == right and graded(wrong) == []
+    unboxed, unclosed = gold, rf"<think>\boxed{{{gold}}}"
+    assert not perl.is_correct(unboxed, gold) and not perl.is_correct(unclosed, gold)
+
+
+def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
+    monkeypatch.setattr(perl.MathJudge, "SECONDS", 1.0)
+    signal.alarm(30)
+    for hostile in ("9^{9^{9^9}}", "99999999!", "((((((9^9)^9)^9)^9)^9)^9)^9"):
+        assert not perl.is_correct(rf"\boxed{{{hostile}}}", "17")
+    assert perl.MATH_JUDGE.timeouts, "at least one was stopped by the time bound"
+    monkeypatch.undo()
+    assert perl.is_correct(r"\boxed{\frac{4}{6}}", r"\frac{2}{3}")
+
+
+@table("hostile", [
+    r"\boxed{" * 20_000, "the answer is 1" + " " * 100_000 + "2", "answer is" + "\n" * 100_000,
+    r"\boxed{3" + " " * 5_000 + "x}", r"\boxed{" + r"\text " * 20_000 + "}", "<think>" * 20_000,
+    "<answer>" * 20_000, r"\boxed{" + "(" * 20_000 + "}"], ids=lambda text: text[:15].strip())
+def test_hostile_text_ends(hostile):
+    signal.alarm(5)
+    assert not perl.is_correct(hostile, "3,1,2") and not perl.is_correct(hostile, "7/2")
+    assert not perl.has_format(hostile)
+
+
+def test_a_response_is_never_run_as_code(tmp_path):
+    flag = tmp_path / "executed"
+    for code in (f"__import__('os').system('touch {flag}')", f"open('{flag}', 'w')"):
+        for text in (code, f"1+{code}", f"$ {code} $", f"= {code}", f"1.0*{code}", f"1 if {code}"):
+            perl.is_correct(rf"\boxed{{{text}}}", r"\frac{1}{2}")
+            perl.is_correct(r"\boxed{1}", text + "0")
+    assert not flag.exists()
+
+
+# ---- The tiny model, and groups of rollouts for it -----------------------------------------------
+
+def tiny_config(**changes):
+    """Small numbers, and gradients that are not scaled, so that they can be compared."""
+    base = dict(max_new_tokens=40, micro_batch=64, updates_per_step=1, beta=0.0, filter="none",
+                max_grad_norm=1e9, gradient_checkpointing=False)
+    return dataclasses.replace(perl.parse_config([]), **base | changes)
+
+
+def load_tiny(**changes):
+    return perl.load_model("tiny", tiny_config(**changes), CPU)
+
+
+PROCESSOR, ACCELERATOR = perl.load_processor("tiny", tiny_config()), perl.Accelerator()
+
+
+@pytest.fixture
+def questions(folder):
+    """Questions with 3, 2 and 1 images of different sizes, and prompts of different lengths."""
+    pair = dict(id="q2", images=["b.png", "a.png"], question="<image> or <image>: bigger?",
+                order_rule="index", answer="1")
+    single = dict(id="q3", images=["c.png"], question="<image>?", order_rule="keep", answer="7")
+    return perl.load_samples(write_rows(folder / "three.jsonl", GOOD, pair, single))
+
+
+def tokens_of(text):
+    ids = PROCESSOR.tokenizer(text, add_special_tokens=False).input_ids
+    return ids + PROCESSOR.eos_ids[-1:]
+
+
+def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
+    """Four rollouts a question, in given words: two on the identity, two on the reversed order."""
+    texts, groups = (r"<think>one</think> \boxed{1}", "<think>a much longer thought", "3", ""), []
+    for asked in questions:
+        identity, pictures = tuple(range(len(asked.images))), perl.load_pictures(asked, PROCESSOR)
+        groups.append([])
+        for order, text, reward in zip([identity] * 2 + [identity[::-1]] * 2, texts, rewards):
+            prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
+            groups[-1].append(Rollout(prompt, order, prompt.sample.answer, tokens_of(text), text,
+                                      truncated=False, reward=reward))
+    perl.set_advantages(groups, tiny_config())
+    return groups
+
+
+def gradient_of_update(model, groups, cfg, ref_model=None):
+    """The gradient that perl.update hands to the optimizer, flat; and what it returns."""
+    class Recorder:
+        def step(self):
+            self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+        def zero_grad(self):
+            model.zero_grad()
+
+    recorder = Recorder()
+    returned = perl.update(model, ref_model, recorder, PROCESSOR, groups, cfg, ACCELERATOR)
+    return recorder.gradient, *returned
+
+
+def adamw_updates(model, steps, cfg):
+    """What perl.update returns for the groups of each step."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1)
+    return [perl.update(model, None, optimizer, PROCESSOR, groups, cfg, ACCELERATOR)
+            for groups in steps]
+
+
+def flat_weights(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+# ---- Prompts -------------------------------------------------------------------------------------
+
+@table("order, tokens, mention", [((0, 1, 2), [1, 6, 10], 2), ((2, 0, 1), [10, 1, 6], 3)])
+def test_prompt(questions, order, tokens, mention):
+    asked, pictures = questions[0], perl.load_pictures(questions[0], PROCESSOR)
+    prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
+    assert [picture.tokens for picture in prompt.pictures] == tokens
+    assert all(p is pictures[asked.images[k]] for p, k in zip(prompt.pictures, order))
+    start = PROCESSOR.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    begins = [k + 1 for k, token in enumerate(prompt.ids) if token == start]
+    runs = [prompt.ids[k:k + n + 1].count(PROCESSOR.image_id) for k, n in zip(begins, tokens)]
+    assert runs == tokens and prompt.ids.count(PROCESSOR.image_id) == 17
+    text = PROCESSOR.tokenizer.decode(prompt.ids)
+    assert f"what image {mention} shows" in text and tiny_config().instruction in text
+
+
+def test_collate_pads_prompts_left_and_responses_right(questions):
+    prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
+    features = perl.encode_images(load_tiny(), prompts)
+    inputs, mask = perl.collate(prompts, [[9, 9], [9], [9, 9, 9]], features, PROCESSOR, CPU)
+    width = max(len(prompt.ids) for prompt in prompts)
+    for prompt, ids, attention in zip(prompts, inputs["input_ids"], inputs["attention_mask"]):
+        padding = width - len(prompt.ids)
+        assert ids[padding:width].tolist() == prompt.ids
+        assert not attention[:padding].any() and attention[padding:width].all()
+    assert mask.int().tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert inputs["mm_token_type_ids"].sum(1).tolist() == [17, 7, 10]
+
+
+@table("max_pixels, most_tokens", [(262144, 10), (4 * 28 * 28, 4)])
+def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pixels, most_tokens):
+    processor = perl.load_processor("tiny", tiny_config(max_pixels=max_pixels))
+    prompts = [perl.encode_prompt(asked, processor) for asked in questions]
+    assert max(p.tokens for prompt in prompts for p in prompt.pictures) <= most_tokens
+    lengths = [len(prompt.ids) for prompt in prompts]
+    for limit, kept in ((max(lengths), 3), (max(lengths) - 1, 2), (min(lengths), 1)):
+        left = perl.load_questions(str(folder / "three.jsonl"), processor,
+                                   tiny_config(max_prompt_tokens=limit), ACCELERATOR)
+        assert left == [asked for asked, n in zip(questions, lengths) if n <= limit]
+        assert len(left) == kept and f"{3 - kept} dropped" in capsys.readouterr().out
+
+
+# ---- Rollouts ------------------------------------------------------------------------------------
+
+def sample_and_record(model, questions, n, cfg):
+    """Rollouts in the order of generate's rows, and what generate returns: scores, logits."""
+    real, outputs = model.generate, []
+
+    def generate(**inputs):
+        outputs.append(real(**inputs, return_dict_in_generate=True, output_scores=True,
+                            output_logits=True))
+        return outputs[-1].sequences
+    model.generate = generate
+    torch.manual_seed(0)
+    orders = [perl.all_orders(asked, 2) for asked in questions]
+    rollouts = sum(perl.sample_groups(model, PROCESSOR, questions, orders, n, cfg), [])
+    return sorted(rollouts, key=lambda r: -len(r.prompt.ids)), outputs[0]  # longest prompt first
+
+
+@table("temperature", [1.0, 0.7])
+def test_logprobs_of_the_loss_are_those_of_sampling(questions, temperature):
+    model, cfg = load_tiny(), tiny_config(temperature=temperature)
+    rollouts, output = sample_and_record(model, questions, 2, cfg)
+    sampled = torch.stack(output.scores, dim=1).log_softmax(-1)                     # (B, T, V)
+    logprobs, mask = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
+    assert len(sampled) == len(rollouts) == 10 and len({len(r.prompt.ids) for r in rollouts}) == 3
+    for rollout, row, distribution in zip(rollouts, logprobs, sampled):
+        ids, n = torch.tensor(rollout.ids), len(rollout.ids)
+        expected = distribution[torch.arange(n), ids]
+        assert torch.allclose(row[:n], expected, atol=1e-4) and not row[n:].any()
+    assert mask.sum(1).tolist() == [len(r.ids) for r in rollouts]
+
+
+@table("hostile", [
+    dict(do_sample=True, top_k=1, top_p=0.001, temperature=1e-6, repetition_penalty=1.05),
+    dict(exponential_decay_length_penalty=[2, 2.0]), dict(encoder_no_repeat_ngram_size=2),
+    dict(top_h=0.5), dict(guidance_scale=3.0)], ids=lambda settings: list(settings)[-1])
+def test_the_checkpoints_own_sampling_settings_do_not_leak_in(questions, tmp_path, hostile):
+    shutil.copytree(TINY, tmp_path / "hostile")
+    path = tmp_path / "hostile" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | hostile))
+    cfg = tiny_config(temperature=0.7, max_new_tokens=12)
+    model = perl.load_model(str(tmp_path / "hostile"), cfg, CPU)
+    _, output = sample_and_record(model, questions, 1, cfg)
+    for scores, logits in zip(output.scores, output.logits):
+        expected = logits.float() / 0.7
+        expected[:, PROCESSOR.banned_ids] = -torch.inf
+        assert torch.allclose(scores, expected, atol=1e-5)
+
+
+def test_image_tokens_are_never_sampled(questions):
+    names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    banned = PROCESSOR.tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
+    model = load_tiny()
+    wish = torch.zeros(model.lm_head.out_features).index_fill(0, torch.tensor(banned), 1000.0)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + wish)
+    group, = perl.sample_groups(model, PROCESSOR, questions[:1], [[(0, 1, 2)]], 8, tiny_config())
+    assert not set(banned) & {token for rollout in group for token in rollout.ids}
+    group[0].ids = banned[:1]
+    logprobs, _ = perl.response_logprobs(model, PROCESSOR, group[:1], tiny_config())
+    assert logprobs.tolist() == [[-math.inf]], "probability zero in the loss, too"
+
+
+def test_logprobs_equal_a_plain_forward_pass_of_transformers(questions):
+    """One sequence at a time, without padding or shared features: neither has an influence."""
+    model, rollouts = load_tiny(), sum(written_groups(questions), [])
+    assert len(perl.encode_images(model, [r.prompt for r in rollouts[:4]])) == 3, "each image once"
+    logprobs, _ = perl.response_logprobs(model, PROCESSOR, rollouts, tiny_config())
+    for rollout, row in zip(rollouts, logprobs):
+        ids, n = torch.tensor([rollout.prompt.ids + rollout.ids]), len(rollout.ids)
+        logits = model(
+            input_ids=ids, mm_token_type_ids=(ids == PROCESSOR.image_id).int(),
+            pixel_values=torch.cat([picture.pixels for picture in rollout.prompt.pictures]),
+            image_grid_thw=torch.cat([picture.grid for picture in rollout.prompt.pictures])).logits
+        logits[..., PROCESSOR.banned_ids] = -torch.inf
+        expected = logits[0, -n - 1:-1].log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0]
+        assert torch.allclose(row[:n], expected, atol=1e-5) and not row[n:].any()
+
+
+def test_the_end_token_is_kept_and_trained_on(questions):
+    model = load_tiny()
+    rollouts, _ = sample_and_record(model, questions, 6, tiny_config(max_new_tokens=64))
+    for rollout in rollouts:
+        ends = [token in PROCESSOR.eos_ids for token in rollout.ids]
+        assert not any(ends[:-1]) and ends[-1] is not rollout.truncated
+        assert ends[-1] or len(rollout.ids) == 64
+    assert not all(rollout.truncated for rollout in rollouts)
+    only_end = written_groups(questions)[0][3]
+    assert only_end.ids == PROCESSOR.eos_ids[-1:]
+    logprobs, mask = perl.response_logprobs(model, PROCESSOR, [only_end], tiny_config())
+    logprobs.sum().backward()
+    assert mask.tolist() == [[True]] and model.model.language_model.norm.weight.grad.any()
+
+
+def answer_always(text, monkeypatch):
+    monkeypatch.setattr(perl, "generate", lambda model, processor, prompts, n, *rest: [
+        [tokens_of(text)] * n for _ in prompts])
+
+
+def test_a_rollout_is_graded_against_the_answer_of_its_order(questions, monkeypatch):
+    answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
+    orders = [[(0, 1, 2), (2, 0, 1)]]  # in the second, the right image 3 comes first
+    group, clean = (
+        perl.sample_groups(None, PROCESSOR, questions[:1], orders, 2, tiny_config(condition=c))[0]
+        for c in ("permuted", "clean"))
+    assert [r.order for r in group] == [(0, 1, 2)] * 2 + [(2, 0, 1)] * 2
+    assert [r.gold for r in group] == ["3", "3", "1", "1"]
+    assert [r.reward for r in group] == pytest.approx([0.1, 0.1, 1.0, 1.0])
+    assert group[2].prompt.pictures[0].tokens == 10, "the loss sees the order that was answered"
+    assert [r.reward for r in clean] == [r.reward for r in group]
+    assert all(r.prompt.sample == questions[0] for r in clean), "the loss sees the given order"
+
+
+# ---- Advantages and filter -----------------------------------------------------------------------
+
+ROOT = 3 ** 0.5  # rewards 1, 0, 0, 0: mean 1/4, population std ROOT/4, advantages ROOT, -1/ROOT ..
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [1, 0, 1, 0]])
+    expected = torch.tensor([[ROOT] + [-1 / ROOT] * 3, [0] * 4, [0] * 4, [1, -1, 1, -1]])
+    advantages = perl.group_advantages(rewards)
+    assert torch.allclose(advantages, expected, atol=1e-6)
+    assert not advantages[1:3].any(), "exactly zero without variance"
+
+
+def scored_group(accuracies, rewards=None):
+    return [Rollout(None, (), "", [5], "", False, accuracy=float(accuracy), reward=float(reward))
+            for accuracy, reward in zip(accuracies, rewards or accuracies)]
+
+
+@table("changes, expected", [
+    (dict(baseline="pooled"), [ROOT, -1 / ROOT, -1 / ROOT, -1 / ROOT]),
+    (dict(baseline="per-order"), [1, -1, 0, 0]),
+    (dict(baseline="pooled", std_normalization=False), [0.75, -0.25, -0.25, -0.25]),
+    (dict(baseline="per-order", std_normalization=False), [0.5, -0.5, 0, 0])])
+def test_set_advantages(changes, expected):
+    group = scored_group([1, 0, 0, 0])  # two orders of two rollouts
+    perl.set_advantages([group], tiny_config(**changes))
+    assert [r.advantage for r in group] == pytest.approx(expected)
+    assert [r.reward for r in group] == [1, 0, 0, 0], "the reward stays the reward"
+
+
+@table("accuracies, rewards, bounds, expected", [
+    ([1, 0, 0, 1], None, (0.1, 0.9), "kept"), ([1] * 9 + [0], None, (0.1, 0.9), "kept"),
+    ([1] * 4, None, (0, 1), "all_right"), ([0] * 4, None, (0, 1), "all_wrong"),
+    ([1] * 4, [1, 1, 1, 0.9], (0, 1), "kept"),  # the format differs
+    ([1] * 4, [1, 1, 1, 0.9], (0.1, 0.9), "all_right"),
+    ([0] * 4, [0, 0, 0, 0.1], (0.1, 0.9), "all_wrong"),
+    ([1] * 11 + [0], None, (0.1, 0.9), "too_easy"), ([0] * 11 + [1], None, (0.1, 0.9), "too_hard"),
+    ([1, 1, 0, 0], None, (0, 1), "flat")])      # each order flat, per-order baseline
+def test_split_groups(accuracies, rewards, bounds, expected):
+    group, baseline = scored_group(accuracies, rewards), ("pooled", "per-order")[expected == "flat"]
+    perl.set_advantages([group], tiny_config(baseline=baseline))
+    split = perl.split_groups([group], *bounds)
+    assert {name for name, groups in split.items() if groups} == {expected}
+
+
+def test_resample_by_difficulty():
+    rng, scores = random.Random(0), [1.0] * 100 + [0.5] * 10
+    kept = perl.resample_by_difficulty(scores, [0] * 5 + [50] + [0] * 4 + [50], 40, rng)
+    assert Counter(scores[k] for k in kept) == {0.5: 10, 1.0: 20} and len(set(kept)) == 30
+    scores = [k / 10 for k in range(11) for _ in range(200)]  # plenty of each: the target is met
+    target = [float(share) for share in perl.Config.score_target.split()]
+    kept = perl.resample_by_difficulty(scores, target, 990, rng)
+    assert [[round(scores[i] * 10) for i in kept].count(k) for k in range(11)] == [
+        120, 110, 110, 120, 150, 170, 60, 50, 40, 30, 30]
+    assert 4 <= len(perl.resample_by_difficulty(scores, [1] * 11, 5, rng)) <= 6, "few of many bins"
+
+
+# ---- Loss (Eq. 6) --------------------------------------------------------------------------------
+
+def loss_of(logprobs, old, ref=None, advantages=(1.0,), mask=None, beta=0.0, denominator=4.0):
+    mask = torch.ones(logprobs.shape) if mask is None else torch.tensor(mask)
+    return perl.policy_loss(logprobs, old, ref, torch.tensor(advantages), mask, clip_low=0.2,
+                            clip_high=0.3, beta=beta, denominator=denominator)
+
+
+@table("denominator", [4, 8])
+def test_clipped_surrogate_by_hand(denominator):
+    # ratios 1.5, 0.5 under both signs, clipped to [0.8, 1.3]; min(ratio * A, clipped ratio * A) is
+    # A = +2:  2.6 (clipped), 1.0          A = -1:  -1.5, -0.8 (clipped)          sum 1.3
+    logprobs = torch.tensor([[1.5, 0.5], [1.5, 0.5]]).log().requires_grad_()
+    loss, stats = loss_of(logprobs, torch.zeros(2, 2), None, (2.0, -1.0), denominator=denominator)
+    assert loss.item() == pytest.approx(-1.3 / denominator)
+    assert (stats["clipped"], stats["kl"]) == (2, 0)
+    loss.backward()  # d(-ratio * A) / d log pi = -A * ratio where not clipped
+    assert torch.allclose(logprobs.grad * denominator, torch.tensor([[0, -1.0], [1.5, 0]]))
+
+
+def test_kl_by_hand():
+    # k3 = q - log q - 1, q = pi_ref / pi: 1/2 gives 0.19315, 2 gives 0.30685. d/d log pi = 1 - q
+    logprobs = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
+    reference = torch.tensor([[0.25, 1.0]]).log()
+    loss, stats = loss_of(logprobs, logprobs.detach(), reference, (0.0,), beta=0.1)
+    assert float(stats["kl"]) == pytest.approx(0.19315 + 0.30685, abs=1e-5)
+    assert loss.item() == pytest.approx(0.1 * 0.5 / 4, abs=1e-6)
+    loss.backward()
+    assert torch.allclose(logprobs.grad, 0.1 / 4 * torch.tensor([[0.5, -1.0]]))
+
+
+@table("garbage", [1e4, -1e4])
+@table("where", [0, 1, 2])  # in the policy, the old policy or the reference
+def test_masked_tokens_do_not_matter(garbage, where):
+    results = []
+    for behind in ([], [0.0], [garbage]):
+        rows = [torch.tensor([[value] + (behind if k == where else [0.0] * len(behind))])
+                for k, value in enumerate((-1.0, -1.1, -1.3))]
+        logprobs = rows[0].requires_grad_()
+        loss, stats = loss_of(logprobs, *rows[1:], mask=[[1] + [0] * len(behind)], beta=0.1)
+        loss.backward()
+        assert not logprobs.grad[0, 1:].any()
+        results.append([loss.item(), float(stats["kl"]), logprobs.grad[0, 0].item()])
+    assert results[1:] == results[:1] * 2
+
+
+# ---- Updates -------------------------------------------------------------------------------------
+
+def test_on_policy_gradient_is_minus_advantage_times_that_of_the_logprobs(questions):
+    model, cfg, groups = load_tiny(), tiny_config(), written_groups(questions)
+    gradient, sums, norm = gradient_of_update(model, groups, cfg)
+    rollouts, tokens = sum(groups, []), sum(len(r.ids) for group in groups for r in group)
+    logprobs, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
+    advantages = torch.tensor([r.advantage for r in rollouts])
+    (-(advantages[:, None] * logprobs).sum() / tokens).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.allclose(gradient, expected, atol=1e-6) and sums["tokens"] == tokens
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-4) and norm > 1e-3
+
+
+def test_memory_settings_do_not_change_the_gradient(questions):
+    groups, reference, gradients = written_groups(questions), load_tiny(), []
+    with torch.no_grad():
+        reference.model.language_model.norm.weight.mul_(1.1)  # so that the KL term counts
+    for changes in (dict(micro_batch=1), dict(micro_batch=4), dict(micro_batch=12),
+                    dict(logit_chunk=3), dict(gradient_checkpointing=True)):
+        cfg = tiny_config(beta=0.1, **changes)
+        gradient, sums, _ = gradient_of_update(load_tiny(**changes), groups, cfg, reference)
+        gradients.append(gradient)
+    assert sums["kl"] > 0 and all(torch.allclose(gradients[0], g, atol=1e-6) for g in gradients)
+
+
+def test_nothing_to_learn_from_leaves_the_weights_bit_identical(questions):
+    weights, cfg = [], tiny_config(updates_per_step=2)
+    for steps in ([], [written_groups(questions)], [written_groups(questions), []]):
+        model = load_tiny()  # AdamW with weight decay, and after the first step with momentum
+        adamw_updates(model, steps, cfg)
+        weights.append(flat_weights(model))
+    assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+
+
+@table("updates, forward_passes", [(1, 1), (2, 3)])
+def test_old_logprobs_are_stored_and_used_only_for_several_updates(
+        questions, monkeypatch, updates, forward_passes):
+    real, calls, groups = perl.response_logprobs, [], written_groups(questions[:2])
+    monkeypatch.setattr(perl, "response_logprobs", lambda *a: calls.append(a) or real(*a))
+    (sums, _), = adamw_updates(load_tiny(), [groups], tiny_config(updates_per_step=updates))
+    assert len(calls) == forward_passes
+    assert all((r.old_logprobs is None) == (updates == 1) for r in sum(groups, []))
+    assert (sums["clipped"] > 0) == (updates == 2), "the first update moved the second's ratio"
+
+
+@table("frozen", [True, False])
+def test_freeze_vision(questions, frozen):
+    model, before = load_tiny(freeze_vision=frozen), load_tiny()
+    adamw_updates(model, [written_groups(questions)], tiny_config(freeze_vision=frozen))
+    same = [torch.equal(*(flat_weights(getattr(m.model, part)) for m in (model, before)))
+            for part in ("visual", "language_model")]
+    assert same == [frozen, False]
+
+
+MIXED, RIGHT, WRONG, EASY = [1, 0, 0, 0], [1] * 4, [0] * 4, [1] * 11 + [0]
+
+
+def collect(monkeypatch, script, **changes):
+    """perl.collect_groups, the groups' accuracies scripted; and the ids it asked for, by round."""
+    script, rounds = iter(script), []
+
+    def sample_groups(model, processor, samples, orders, n, cfg):
+        rounds.append([s.id for s in samples])
+        return [scored_group(next(script)) for _ in samples]
+    monkeypatch.setattr(perl, "sample_groups", sample_groups)
+    pool = [dataclasses.replace(sample(), id=str(k)) for k in range(20)]
+    return perl.collect_groups(None, None, pool, 1.0, tiny_config(questions_per_step=4, **changes),
+                               perl.State(random.Random(0)), ACCELERATOR), rounds
+
+
+def test_groups_without_variance_are_dropped_and_not_counted(monkeypatch):
+    groups, rounds = collect(monkeypatch, [MIXED, RIGHT, WRONG, MIXED])
+    assert [len(set(ids)) for ids in rounds] == [4]
+    metrics = perl.step_metrics(groups, {"tokens": 8.0, "kl": 2.0, "clipped": 4.0}, ACCELERATOR)
+    counts = [metrics[name] for name in ("kept", "dropped", "all_right", "all_wrong")]
+    assert counts == [2, 2, 1, 1] and metrics["accuracy"] == 6 / 16, "of all that were sampled"
+    assert (metrics["kl"], metrics["clip_fraction"]) == (0.25, 0.5), "of the tokens kept"
+
+
+def test_online_filter_samples_until_the_batch_is_full(monkeypatch):
+    online = dict(filter="online", filter_low=0.1, filter_high=0.9, max_rounds=3)
+    script = [MIXED, RIGHT, EASY, MIXED, RIGHT, MIXED, MIXED]
+    groups, rounds = collect(monkeypatch, script, **online)
+    assert [len(ids) for ids in rounds] == [4, 2, 1] and len(set(sum(rounds, []))) == 7
+    assert [len(groups[name]) for name in ("kept", "all_right", "too_easy")] == [4, 2, 1]
+    groups, rounds = collect(monkeypatch, [RIGHT] * 99, **online)
+    assert not groups["kept"] and len(rounds) == 3, "the round limit"
+
+
+def test_every_epoch_is_a_fresh_shuffle_of_all_questions():
+    state = perl.State(random.Random(0))
+    drawn = sum((perl.draw_questions(state, 10, 4) for _ in range(5)), [])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+def test_evaluate_by_hand(folder, monkeypatch):
+    answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
+    row = dict(images=["a.png", "b.png"], question="<image><image>?")
+    rows = [row | dict(id="right in 1 of 2 orders", order_rule="index", answer="1", source="x"),
+            row | dict(id="right in its one order", order_rule="never", answer="1", source="y"),
+            row | dict(id="wrong in its one order", order_rule="never", answer="2", source="y"),
+            GOOD | dict(id="right in 2 of 6 orders", source="x")]
+    held_out = perl.load_samples(write_rows(folder / "eval.jsonl", *rows))
+    scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(), ACCELERATOR)
+    assert scores["eval_accuracy"] == pytest.approx((1 / 2 + 1 + 0 + 2 / 6) / 4)
+    assert (scores["eval_worst"], scores["eval_bias"]) == ((0 + 1 + 0 + 0) / 4, (1 + 0 + 0 + 1) / 4)
+    assert scores["eval_sources"] == pytest.approx({"x": 5 / 12, "y": 1 / 2})
+    scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(eval_orders=1), ACCELERATOR)
+    assert (scores["eval_accuracy"], scores["eval_bias"]) == (2 / 4, 0), "only the given order"
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight real questions with four or more images: answered now right, now wrong."""
+    target, source = tmp_path_factory.mktemp("digits"), HERE / "data_samples"
+    rows = [row for row in read_rows(source / "test.jsonl")
+            if len(row["images"]) > 3 and row["order_rule"] != "never"][:8]
+    (target / "images").mkdir()
+    for name in {name for row in rows for name in row["images"]}:
+        shutil.copy(source / name, target / name)
+    return write_rows(target / "train.jsonl", *rows)
+
+
+def arguments(data, out, *more, **changes):
+    flags = dict(data=data, eval_data=data, out=out, steps=4, questions_per_step=5,
+                 rollouts_per_order=3, max_new_tokens=48, updates_per_step=2, beta=0.01,
+                 eval_every=2, eval_questions=2, eval_orders=2, save_every=2, log_every=2,
+                 micro_batch=8, lr=5e-4) | changes
+    return [text for name, value in flags.items()
+            for text in ("--" + name.replace("_", "-"), str(value))] + list(more)
+
+
+def metrics_of(out):
+    """metrics.jsonl without what may differ between equal runs: time and memory."""
+    return [{name: value for name, value in row.items() if not name.startswith(("seconds", "peak"))}
+            for row in read_rows(out / "metrics.jsonl")]
+
+
+def weights_of(checkpoint):
+    return flat_weights(Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint))
+
+
+def files_of(folder, but="nothing"):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and not path.relative_to(folder).parts[0].startswith(but)}
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """A run of four steps, never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    perl.main(arguments(data, out))
+    return out
+
+
+def test_run_folder(straight, data):
+    names = {"config.json", "perl.py", "metrics.jsonl", "rollouts.jsonl", "checkpoint-4"}
+    assert {entry.name for entry in straight.iterdir()} == names
+    config = json.loads((straight / "config.json").read_text())
+    assert config.keys() == FIELDS.keys() and (config["steps"], config["data"]) == (4, str(data))
+    rollouts = read_rows(straight / "rollouts.jsonl")
+    assert [row["step"] for row in rollouts] == [1] * 6 + [3] * 6, "groups: 2 orders of 3 rollouts"
+    assert rollouts[0].keys() >= {"id", "order", "question", "response", "gold", "reward"}
+
+
+def test_metrics(straight):
+    rows = metrics_of(straight)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert ["eval_bias" in row for row in rows] == [True, False, True, False, True]
+    for row in rows[0::2]:
+        assert 0 <= row["eval_worst"] <= row["eval_accuracy"] <= 1 and 0 <= row["eval_bias"] <= 1
+    assert [row["alpha"] for row in rows[1:]] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    for row in rows[1:]:
+        assert row.keys() >= {"step", "accuracy", "format", "reward", "kept", "dropped", "length",
+                              "truncated", "kl", "clip_fraction", "grad_norm", "alpha", "lr"}
+        assert row["kept"] + row["dropped"] == 5 and row["lr"] == 5e-4
+        assert row["reward"] == pytest.approx(0.9 * row["accuracy"] + 0.1 * row["format"])
+        shares = [row[name] for name in ("accuracy", "format", "truncated", "clip_fraction")]
+        assert all(0 <= share <= 1 for share in shares) and 1 <= row["length"] <= 48
+        assert row["kl"] >= 0 and row["grad_norm"] >= 0
+    assert any(row["kept"] for row in rows[1:]) and rows[-1]["kl"] > 0, "something was learned"
+
+
+def test_checkpoint_is_a_whole_hugging_face_folder(straight):
+    checkpoint, text = straight / "checkpoint-4", "<think> 1 is 5 </think> \\boxed{2}"
+    assert not torch.equal(weights_of(checkpoint), weights_of(TINY))
+    new, old = (AutoTokenizer.from_pretrained(path) for path in (checkpoint, TINY))
+    assert new(text).input_ids == old(text).input_ids and new.chat_template == old.chat_template
+    assert AutoImageProcessor.from_pretrained(checkpoint).patch_size == 14
+    new, old = (GenerationConfig.from_pretrained(path) for path in (checkpoint, TINY))
+    assert new.eos_token_id == old.eos_token_id
+
+
+class Killed(Exception):
+    pass
+
+
+def die(*_):
+    raise Killed
+
+
+def run_with(monkeypatch, name, call, event, argv):
+    """perl.main(argv), with `event` happening before the call-th call of perl.`name`."""
+    real, calls = getattr(perl, name), []
+    with monkeypatch.context() as patch:
+        patch.setattr(perl, name, lambda *args: (
+            calls.append(args) or len(calls) == call and event() or real(*args)))
+        perl.main(argv)
+
+
+def assert_equal_runs(one, other):
+    assert metrics_of(one) == metrics_of(other)
+    assert (one / "rollouts.jsonl").read_text() == (other / "rollouts.jsonl").read_text()
+    assert torch.equal(weights_of(one / "checkpoint-4"), weights_of(other / "checkpoint-4"))
+
+
+@table("kill, saved", [(4, 2), (2, None)])
+def test_resume_after_a_kill_equals_no_kill(data, straight, tmp_path, monkeypatch, kill, saved):
+    """Killed in step 4, it goes on after step 2, the last checkpoint; in step 2, from the start."""
+    out = tmp_path / "killed"
+    with pytest.raises(Killed):
+        run_with(monkeypatch, "update", kill, die, arguments(data, out))
+    assert metrics_of(out)[-1]["step"] == kill - 1
+    assert perl.last_checkpoint(out) == (out / f"checkpoint-{saved}" if saved else None)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "accu')  # a line torn by the kill
+    perl.main(["--resume", str(out)])
+    assert_equal_runs(out, straight)
+
+
+def test_ctrl_c_finishes_the_step_and_saves(data, straight, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    run_with(monkeypatch, "update", 3, lambda: signal.raise_signal(signal.SIGINT),
+             arguments(data, out))
+    assert perl.last_checkpoint(out) == out / "checkpoint-3"
+    assert metrics_of(out) == metrics_of(straight)[:4]
+    perl.main(["--resume", str(out)])
+    assert_equal_runs(out, straight)
+
+
+def test_resume_refuses_a_changed_setting(straight, tmp_path, capsys):
+    for folder, message in ((straight, "max_new_tokens was 48"), (tmp_path, "config.json")):
+        with pytest.raises(SystemExit):
+            perl.main(["--resume", str(folder), "--steps", "4", "--max-new-tokens", "9"])
+        assert message in capsys.readouterr().err
+    assert perl.parse_config(["--resume", str(straight), "--steps", "4"]).max_new_tokens == 48
+
+
+def test_stages_share_a_run_folder(data, tmp_path, capsys):
+    out, short = tmp_path / "run", dict(steps=1, eval_every=0)
+    perl.main(arguments(data, out, stage=0, score_keep=1, score_target="1 " * 11))
+    scores = {row["id"]: row["score"] for row in read_rows(out / "scores.jsonl")}
+    kept = json.loads((out / "kept.json").read_text())
+    assert scores.keys() == {asked.id for asked in perl.load_samples(data)} > set(kept) != set()
+    assert all(score * 10 == pytest.approx(round(score * 10)) for score in scores.values())
+    before = {"stage0": files_of(out)}
+    perl.main(arguments(data, out, stage=1, **short))
+    assert f"stage 0: {len(kept)} questions" in capsys.readouterr().out
+    assert {row["id"] for row in read_rows(out / "rollouts.jsonl")} <= set(kept)
+    before["stage1"] = files_of(out, but="stage")
+    perl.main(arguments(data, out, stage=2, lr=0, **short))
+    assert "from stage 1: policy" in capsys.readouterr().out and metrics_of(out)[0]["alpha"] == 0
+    trained = weights_of(out / "stage1" / "checkpoint-1")
+    assert not torch.equal(trained, weights_of(TINY))
+    assert torch.equal(weights_of(out / "checkpoint-1"), trained), "stage 1's policy, at lr 0"
+    before["stage2"] = files_of(out, but="stage")
+    perl.main(arguments(data, out, stage=2, lr=0, **short))  # once more
+    assert {name: files_of(out / name) for name in before} == before, "moved aside, nothing lost"
+
+
+@table("torn", ["", '{"id": "half a li'])
+def test_stage_0_resumes(data, tmp_path, monkeypatch, torn):
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    flags = dict(stage=0, score_rollouts=2, questions_per_step=3, score_keep=1,
+                 score_target="1 " * 11)
+    perl.main(arguments(data, whole, **flags))
+    with pytest.raises(Killed):
+        run_with(monkeypatch, "sample_groups", 2, die, arguments(data, out, **flags))
+    with open(out / "scores.jsonl", "a") as file:
+        file.write(torn)
+    run_with(monkeypatch, "sample_groups", 3, die, ["--resume", str(out)])  # two batches are left
+    for name in ("scores.jsonl", "kept.json"):
+        assert (out / name).read_text() == (whole / name).read_text()
+
+
+@table("beta, models", [(0.0, 1), (0.1, 2)])
+def test_without_kl_no_reference_model_is_loaded(data, tmp_path, monkeypatch, beta, models):
+    real, loaded = perl.load_model, []
+    monkeypatch.setattr(perl, "load_model", lambda *args: loaded.append(args) or real(*args))
+    monkeypatch.setattr(perl, "is_correct", lambda text, gold: False)
+    monkeypatch.setattr(perl, "has_format", lambda text: False)  # so there is nothing to learn
+    perl.main(arguments(data, tmp_path / "run", beta=beta, steps=2, eval_every=0))
+    assert len(loaded) == models
+    assert [row["dropped"] for row in metrics_of(tmp_path / "run")] == [5, 5]
+    assert torch.equal(weights_of(tmp_path / "run" / "checkpoint-2"), weights_of(TINY))
+
+
+def test_dry_run_loads_no_model_and_writes_nothing(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(perl, "load_model", die)
+    perl.main(arguments(data, tmp_path / "run", "--dry-run"))
+    assert "order (0, 1, 2, 3" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+TWO_PROCESSES = """
+import sys, torch
+sys.path[:0] = [{here!r}]
+import perl, test_perl as t
+rank, real, samples = t.ACCELERATOR.process_index, perl.save_checkpoint, perl.load_samples({path!r})
+groups, cfg, models = t.written_groups(samples), t.tiny_config(), (t.load_tiny(), t.load_tiny())
+gradient, *_ = t.gradient_of_update(t.load_tiny(), groups[rank::2], cfg)  # two groups, and one
+torch.save(gradient, f"gradient{{rank}}.pt")
+for model, steps in zip(models, ([groups[:1][rank::2]], [groups[:1][rank::2], []])):
+    t.adamw_updates(model, steps, cfg)  # one group and none; a step with none at all changes nothing
+assert torch.equal(*map(t.flat_weights, models))
+def save_checkpoint(cfg, model, *rest):
+    torch.save(t.flat_weights(model), f"weights{{rank}}.pt")
+    real(cfg, model, *rest)
+perl.save_checkpoint = save_checkpoint
+perl.main({argv!r})
+"""
+
+
+def test_two_processes(data, questions, straight, tmp_path):
+    out, script = tmp_path / "two", tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES.format(
+        here=str(HERE), path=str(tmp_path / "data" / "three.jsonl"),
+        argv=arguments(data, out, steps=2, questions_per_step=4, eval_questions=3)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(launch + [script], check=True, timeout=240, cwd=tmp_path,
+                   env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    expected, *_ = gradient_of_update(load_tiny(), written_groups(questions), tiny_config())
+    for rank in (0, 1):  # divided by the tokens of both: as if one process had had all rollouts
+        assert torch.allclose(torch.load(tmp_path / f"gradient{rank}.pt"), expected, atol=1e-6)
+    weights = [torch.load(tmp_path / f"weights{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(*weights) and torch.equal(weights[0], weights_of(out / "checkpoint-2"))
+    rows = metrics_of(out)
+    assert [row.keys() for row in rows] == [row.keys() for row in metrics_of(straight)[:3]]
+    assert [row["kept"] + row["dropped"] for row in rows[1:]] == [4, 4]
+
+
+# ---- Config --------------------------------------------------------------------------------------
+
+def test_every_field_is_read():
+    sources = [path.read_text() for path in (HERE / "perl.py", HERE / "eval.py") if path.exists()]
+    read = {node.attr for text in sources for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            and getattr(node.value, "id", "") == "cfg"}
+    assert not FIELDS.keys() - read
+
+
+def test_help_lists_every_field_with_its_prose(capsys):
+    with pytest.raises(SystemExit):
+        perl.parse_config(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    for name, field in FIELDS.items():
+        assert "--" + name.replace("_", "-") in text and len(field.metadata["help"]) > 10
+        assert "".join(field.metadata["help"].split()) in text
+
+
+def test_presets_and_their_precedence():
+    assert all(preset.keys() <= FIELDS.keys() for preset in perl.PRESETS.values())
+    assert perl.parse_config(["--model", "Qwen2.5-VL-7B"]).lr == 1e-6, "the paper's"
+    assert perl.parse_config(["--model", "tiny"]).lr == perl.PRESETS["tiny"]["lr"]
+    cfg = perl.parse_config(["--stage", "2", "--filter", "none", "--lr", "0.5", "--no-bf16"])
+    assert (cfg.filter, cfg.lr, cfg.bf16, cfg.alpha_start) == ("none", 0.5, False, 0.0)
+
+
+@table("n_permutations, n", [(0, 12), (1, 6), (2, 4), (3, 3)])
+def test_the_number_of_permutations_keeps_the_number_of_rollouts(n_permutations, n):
+    typed = ["--n-permutations", str(n_permutations)]
+    assert perl.parse_config(typed).rollouts_per_order == n
+    assert perl.parse_config(typed + ["--rollouts-per-order", "2"]).rollouts_per_order == 2
+
+
+@table("argv, message", [
+    ("--nonsense 1", "--nonsense"), ("--step 3", "--step"), ("--stage 3", "--stage"),
+    ("--steps 1.5", "--steps"), ("--lr fast", "--lr"), ("--filter on", "--filter"),
+    ("--condition dirty", "--condition"), ("--n-permutations 4", "do not divide"),
+    ("--n-permutations -1", "--n-permutations"), ("--steps -1", "--steps"),
+    ("--beta nan", "--beta"), ("--micro-batch 0", "--micro-batch"),
+    ("--temperature 0", "--temperature"), ("--score-target 1,2", "--score-target"),
+    ("--filter-low 0.9 --filter-high 0.1", "--filter-low"), ("--alpha-end -0.5", "--alpha-end"),
+    ("--alpha-start 1.5", "--alpha-start")])
+def test_bad_flags_end_the_program(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        perl.parse_config(argv.split())
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@table("flag, value, message", [
+    ("--model", "/no/such/model", "/no/such/model.*local folder"),
+    ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
+    ("--questions-per-step", 3, "--questions-per-step 3 does not divide into 2 processes")])
+def test_a_run_that_cannot_start_ends_with_one_sentence(
+        data, tmp_path, monkeypatch, flag, value, message):
+    if flag == "--questions-per-step":
+        monkeypatch.setattr(perl.Accelerator, "num_processes", 2)
+    with pytest.raises(SystemExit, match=message) as end:
+        perl.main(arguments(data, tmp_path / "run") + [flag, str(value)])
+    assert "\n" not in str(end.value) and not (tmp_path / "run").exists()
