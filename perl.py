@@ -485,14 +485,14 @@ def plain(answer: str) -> str:
 
 
 class MathJudge:
-    """math-verify in a process of its own, killed when it takes too long.
+    """math-verify in a process of its own, which ends itself when a question takes too long.
 
-    NOTE: a time bound inside the process is not enough: 9^{9^{9^9}} hangs in one C call, which no
-    signal interrupts.
+    NOTE: a signal would not do. 9^{9^{9^9}} hangs in one C call; only a watchdog thread outside of
+    Python, which faulthandler has, gets a word in. The next question starts a new process.
     """
     SECONDS, MAX_CHARS = 5.0, 500
     PROGRAM = """
-import json, sys
+import faulthandler, json, sys
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 def read(text):
     kinds = [LatexExtractionConfig(), ExprExtractionConfig()]
@@ -500,8 +500,11 @@ def read(text):
             or parse(text, kinds, parsing_timeout=None))
 print("ready", flush=True)
 for line in sys.stdin:
-    answer, gold = json.loads(line)
-    print(bool(verify(read(gold), read(answer), timeout_seconds=None)), flush=True)
+    answer, gold, seconds = json.loads(line)
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    verdict = verify(read(gold), read(answer), timeout_seconds=None)
+    faulthandler.cancel_dump_traceback_later()
+    print(bool(verdict), flush=True)
 """
 
     def __init__(self):
@@ -514,12 +517,9 @@ for line in sys.stdin:
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             if self.process.stdout.readline() != "ready\n":
                 raise RuntimeError("math-verify does not start; pip install -r requirements.txt")
-        killer = threading.Timer(self.SECONDS, self.process.kill)
-        killer.start()
-        self.process.stdin.write(json.dumps([answer, gold]) + "\n")
+        self.process.stdin.write(json.dumps([answer, gold, self.SECONDS]) + "\n")
         self.process.stdin.flush()
-        verdict = self.process.stdout.readline()  # empty if the process was killed
-        killer.cancel()
+        verdict = self.process.stdout.readline()  # empty if the process ended itself
         if not verdict:
             self.process.wait()
             self.timeouts += 1

@@ -410,6 +410,13 @@ def test_logprobs_of_the_loss_are_those_of_sampling(questions, temperature):
     assert mask.sum(1).tolist() == [len(r.ids) for r in rollouts]
 
 
+def test_greedy_is_not_random(questions):
+    model, prompts = load_tiny(), [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
+    for greedy in (True, False):
+        one, other = perl.generate(model, PROCESSOR, prompts, 2, tiny_config(), greedy)[0]
+        assert (one == other) is greedy
+
+
 @table("hostile", [
     dict(do_sample=True, top_k=1, top_p=0.001, temperature=1e-6, repetition_penalty=1.05),
     dict(exponential_decay_length_penalty=[2, 2.0]), dict(encoder_no_repeat_ngram_size=2),
@@ -472,8 +479,14 @@ def test_the_end_token_is_kept_and_trained_on(questions):
 
 
 def answer_always(text, monkeypatch):
-    monkeypatch.setattr(perl, "generate", lambda model, processor, prompts, n, *rest: [
-        [tokens_of(text)] * n for _ in prompts])
+    """Put this answer in the place of perl.generate; returns whether its calls were greedy."""
+    greedy_calls = []
+
+    def generate(model, processor, prompts, n, cfg, greedy=False):
+        greedy_calls.append(greedy)
+        return [[tokens_of(text)] * n for _ in prompts]
+    monkeypatch.setattr(perl, "generate", generate)
+    return greedy_calls
 
 
 def test_a_rollout_is_graded_against_the_answer_of_its_order(questions, monkeypatch):
@@ -692,7 +705,7 @@ def test_every_epoch_is_a_fresh_shuffle_of_all_questions():
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def test_evaluate_by_hand(folder, monkeypatch):
-    answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
+    greedy_calls = answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
     row = dict(images=["a.png", "b.png"], question="<image><image>?")
     rows = [row | dict(id="right in 1 of 2 orders", order_rule="index", answer="1", source="x"),
             row | dict(id="right in its one order", order_rule="never", answer="1", source="y"),
@@ -705,6 +718,7 @@ def test_evaluate_by_hand(folder, monkeypatch):
     assert scores["eval_sources"] == pytest.approx({"x": 5 / 12, "y": 1 / 2})
     scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(eval_orders=1), ACCELERATOR)
     assert (scores["eval_accuracy"], scores["eval_bias"]) == (2 / 4, 0), "only the given order"
+    assert greedy_calls == [True, True]
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -913,8 +927,9 @@ rank, real, samples = t.ACCELERATOR.process_index, perl.save_checkpoint, perl.lo
 groups, cfg, models = t.written_groups(samples), t.tiny_config(), (t.load_tiny(), t.load_tiny())
 gradient, *_ = t.gradient_of_update(t.load_tiny(), groups[rank::2], cfg)  # two groups, and one
 torch.save(gradient, f"gradient{{rank}}.pt")
-for model, steps in zip(models, ([groups[:1][rank::2]], [groups[:1][rank::2], []])):
-    t.adamw_updates(model, steps, cfg)  # one group and none; a step with none at all changes nothing
+one = groups[:1][rank::2]  # a group on one process only; then a step without any on both
+for model, steps in zip(models, ([one], [one, []])):
+    t.adamw_updates(model, steps, cfg)
 assert torch.equal(*map(t.flat_weights, models))
 def save_checkpoint(cfg, model, *rest):
     torch.save(t.flat_weights(model), f"weights{{rank}}.pt")
