@@ -138,6 +138,7 @@ class Config:
     micro_batch: int = setting(8, "sequences in one forward and backward pass")
     logit_chunk: int = setting(4096, "response tokens whose logits exist at one time")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    cpu_threads: int = setting(0, "torch's threads on a CPU; 0: as many as torch chooses")
     bf16: bool = setting(True, "bfloat16 autocast on a GPU; weights and AdamW stay float32")
     # evaluation, logging, checkpoints; in steps
     eval_every: int = setting(50, "evaluate so often, and at start and end; 0: never")
@@ -150,7 +151,7 @@ class Config:
 PRESETS = {  # over the defaults: the model's, over it the stage's, over both the flags as typed
     "tiny": dict(questions_per_step=16, updates_per_step=1, lr=2e-5, beta=0.0, steps=60,
                  max_new_tokens=64, rollout_batch=512, micro_batch=192,
-                 gradient_checkpointing=False, eval_every=10),
+                 gradient_checkpointing=False, cpu_threads=1, eval_every=10),
     0: dict(),
     1: dict(alpha_start=1.0, alpha_end=0.0, filter="offline"),
     2: dict(alpha_start=0.0, alpha_end=0.0, filter="online"),
@@ -159,7 +160,7 @@ CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
            "baseline": ("pooled", "per-order"), "condition": ("permuted", "clean")}
 MAY_BE_ZERO = {"seed", "n_permutations", "alpha_start", "alpha_end", "accuracy_weight",
                "format_weight", "filter_low", "clip_low", "clip_high", "beta", "steps", "lr",
-               "weight_decay", "eval_every", "eval_questions", "stage"}
+               "weight_decay", "eval_every", "eval_questions", "stage", "cpu_threads"}
 SHORT_NAMES = {"tiny": str(SAMPLES / "tiny")} | {
     f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
 
@@ -1368,6 +1369,8 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     accelerator = Accelerator()
+    if cfg.cpu_threads:  # more are slower beside another busy process, and round differently
+        torch.set_num_threads(cfg.cpu_threads)
     if cfg.questions_per_step % accelerator.num_processes:
         raise SystemExit(f"--questions-per-step {cfg.questions_per_step} does not divide into "
                          f"{accelerator.num_processes} processes")
