@@ -408,7 +408,8 @@ def all_orders(sample: Sample, cap: int) -> list[tuple[int, ...]]:
 
 DECLARATION = re.compile(r"\banswer\s*(?:is|:|=)[\s:]*([^\n]+)", re.IGNORECASE)
 FORMAT = re.compile(r"\s*<think>((?!</?think>).)*</think>(?P<rest>((?!</?think>).)*)", re.DOTALL)
-LETTER = re.compile(r"(?:option |choice )?\(?([a-z])\)?(?!.*\b(?:and|or) \(?[a-z]\b)(?: ?[.:)].*)?")
+LETTER = re.compile(r"(?:option |choice )?\(?([a-z])\)?(?!.*\b(?:and|or) \(?[a-z]\)?(?:[.:)]|$))"
+                    r"(?: ?[.:)].*)?")  # "C", "(C)", "option C", "C. both images"; not "A or C"
 YES_NO = re.compile(r"(yes|no|true|false)\b(?! (?:and|or)\b).*")
 IMAGES = re.compile(r"[\[(]?\s*(?:(?:the\s+)?image)?\s*#?\s*\d+(\s*(?:,|;|->|→|>|and|\s)\s*"
                     r"(?:image\s*)?#?\s*\d+)*\s*[\])]?")  # "image 3", "[3, 1, 2]"
@@ -462,7 +463,7 @@ def same_answer(answer: str, gold: str) -> bool:
     answer, gold = (text.casefold() for text in formulas)
     if answer == gold:
         return True
-    if re.fullmatch(r"[a-z]", gold):  # "C", "(C)", "option C", "C. both images"
+    if re.fullmatch(r"[a-z]", gold):
         match = LETTER.fullmatch(answer)
         return bool(match) and match[1] == gold
     if YES_NO.fullmatch(gold):
@@ -648,10 +649,14 @@ def load_questions(path: str, processor: Processor, cfg: Config,
     kept, merge = [], processor.image_processor.merge_size ** 2
     for sample in samples:
         length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
-        for image in map(Image.open, sample.images):
-            with image:
-                length += processor.image_processor.get_number_of_image_patches(
-                    image.height, image.width) // merge - 1
+        for name in sample.images:
+            with Image.open(name) as image:
+                size = image.height, image.width
+            try:
+                patches = processor.image_processor.get_number_of_image_patches(*size)
+            except ValueError as error:  # a strip of 200 : 1
+                raise SystemExit(f"{path}: {sample.id}, field images: {name}: {error}") from None
+            length += patches // merge - 1
         if length <= cfg.max_prompt_tokens:
             kept.append(sample)
     accelerator.print(f"{path}: {len(kept)} questions, {len(samples) - len(kept)} dropped whose "
@@ -1119,6 +1124,8 @@ def score(cfg: Config, accelerator: Accelerator) -> None:
     values = [scores[sample.id] for sample in samples]
     size = round(cfg.score_keep * len(samples))
     kept = resample_by_difficulty(values, target, size, random.Random(cfg.seed))
+    if not kept:
+        raise SystemExit(f"--score-target {cfg.score_target!r} keeps no question of {path}")
     if accelerator.is_main_process:
         write_atomic(Path(cfg.out) / "kept.json", json.dumps([samples[k].id for k in kept]))
     for title, some in (("scored", values), ("kept", [values[k] for k in kept])):

@@ -222,7 +222,8 @@ def test_extract_answer_and_has_format(response, answer, well_formed):
 
 
 @table("gold, right, wrong", [
-    ("B", ["B", "b", "(B)", "B. Both images", r"\text{B}", "Option B"], ["C", "A or B", "Both"]),
+    ("B", ["B", "b", "(B)", "B. Both images", "B. a cat and a dog", r"\text{B}", "Option B"],
+     ["C", "A or B", "B. cats or C. dogs", "Both"]),
     ("yes", ["Yes", "Yes, it is."], ["no", "not yes", "1"]), ("True", ["TRUE"], ["False", "1"]),
     ("3", ["3", "3.0", "image 3", "x = 3", "6/2"], ["-3", "3.5", "13", "Image 2", "3,1"]),
     ("1234", ["1,234", "1234"], ["1,2,3,4"]), ("1,234", ["1234"], ["234"]),
@@ -377,6 +378,13 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
                                    tiny_config(max_prompt_tokens=limit), ACCELERATOR)
         assert left == [asked for asked, n in zip(questions, lengths) if n <= limit]
         assert len(left) == kept and f"{3 - kept} dropped" in capsys.readouterr().out
+
+
+def test_an_image_that_the_processor_refuses_is_named(folder):
+    Image.new("RGB", (1, 300)).save(folder / "thin.png")
+    path = write_rows(folder / "d.jsonl", GOOD | dict(images=["a.png", "thin.png", "c.png"]))
+    with pytest.raises(SystemExit, match="thin.png"):
+        perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
 
 
 # ---- Rollouts ------------------------------------------------------------------------------------
@@ -899,6 +907,13 @@ def test_stage_0_resumes(data, tmp_path, monkeypatch, torn):
     run_with(monkeypatch, "sample_groups", 3, die, ["--resume", str(out)])  # two batches are left
     for name in ("scores.jsonl", "kept.json"):
         assert (out / name).read_text() == (whole / name).read_text()
+
+
+def test_stage_0_that_would_keep_nothing_says_so(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(perl, "is_correct", lambda text, gold: False)
+    with pytest.raises(SystemExit, match="score-target"):
+        perl.main(arguments(data, tmp_path / "run", stage=0, score_target="0 1"))
+    assert len(read_rows(tmp_path / "run" / "scores.jsonl")) == 8
 
 
 @table("beta, models", [(0.0, 1), (0.1, 2)])
