@@ -149,7 +149,7 @@ class Config:
 
 
 PRESETS = {  # over the defaults: the model's, over it the stage's, over both the flags as typed
-    "tiny": dict(questions_per_step=16, updates_per_step=1, lr=2e-5, beta=0.0, steps=60,
+    "tiny": dict(questions_per_step=16, updates_per_step=1, lr=2e-5, beta=0.0, steps=40,
                  max_new_tokens=64, rollout_batch=512, micro_batch=192,
                  gradient_checkpointing=False, cpu_threads=1, eval_every=10),
     0: dict(),
