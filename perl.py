@@ -406,13 +406,26 @@ def all_orders(sample: Sample, cap: int) -> list[tuple[int, ...]]:
 
 # ---- Reward: rules that read a response. Training and evaluation share them. ---------------------
 
-DECLARATION = re.compile(r"\banswer\s*(?:is|:|=)[\s:]*([^\n]+)", re.IGNORECASE)
+DECLARATION = re.compile(
+    r"\b(?:answer|(?:correct|right|best|final) (?:option|choice))\b(?:(?!\bif\b)[^.\n:=]){0,80}?"
+    r"(?:\b(?:is|be)\b|:|=)[\s:]*(?=([^\n]{1,300}))", re.IGNORECASE)
 FORMAT = re.compile(r"\s*<think>((?!</?think>).)*</think>(?P<rest>((?!</?think>).)*)", re.DOTALL)
-LETTER = re.compile(r"(?:option |choice )?\(?([a-z])\)?(?!.*\b(?:and|or) \(?[a-z]\)?(?:[.:)]|$))"
-                    r"(?: ?[.:)].*)?")  # "C", "(C)", "option C", "C. both images"; not "A or C"
 YES_NO = re.compile(r"(yes|no|true|false)\b(?! (?:and|or)\b).*")
 IMAGES = re.compile(r"[\[(]?\s*(?:(?:the\s+)?image)?\s*#?\s*\d+(\s*(?:,|;|->|→|>|and|\s)\s*"
                     r"(?:image\s*)?#?\s*\d+)*\s*[\])]?")  # "image 3", "[3, 1, 2]"
+UNIT = re.compile(r"(?<=\d) +(?:[kcm]?m|miles?|ft|k?g|m?l)(?:\^\{?[23]\}?|[²³]|/\w+)+$")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+|\n+")  # but not behind a label "B."
+# What names an option: "(B)", "option B"; less surely a bare "B", unless it is the word "a".
+MARKED = re.compile(r"\(([A-Z])\)|\b(?i:option|choice|answer)\s*:?\s*([A-Za-z])(?![\w'’])")
+BARE = re.compile(r"(?<![\w'’$\\^(])(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|"
+                  r"fits|looks|seems|appears|shows|matches|would)\b)[a-z])([A-HJ-Z])(?![\w'’(])")
+# What takes it back: "not A", "closer than A"; "A is not", "A can be ruled out".
+NOT_BEFORE = re.compile(r"(?:\b(?:not|than|neither|nor|unlike|except|instead of|compared to)|n't)"
+                        r"(?:\s+(?:the|in|of|option|choice|point|image|box))*\s+\(?$", re.I)
+NOT_AFTER = re.compile(r"\)?(?:\s+(?!because|since|as|while|and)\w+){0,4}?\s+(?:(?:is|are|was|does|"
+                       r"do|did|can)\s?n[o']t|cannot|incorrect|wrong|ruled out)\b", re.I)
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth".split()
 
 
 def last_boxed(text: str) -> str | None:
@@ -426,22 +439,92 @@ def last_boxed(text: str) -> str | None:
     return last[1]
 
 
-def extract_answer(response: str) -> str | None:
-    r"""What a response settles on: last \boxed{}, else last <answer>, else "the answer is ...".
+def stated(text: str) -> list[str]:
+    r"""What a text states as its answer: the last \boxed{}; else the last <answer>, closed or at
+    the end; else what follows each "the answer is", the last one first."""
+    if (boxed := last_boxed(text)) is not None:
+        return [boxed]
+    if tagged := re.findall(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", text, re.DOTALL):
+        return [tagged[-1].strip()]
+    found = (re.split(r"\.(?:\s|$)", rest, maxsplit=1)[0] for rest in DECLARATION.findall(text))
+    return [re.sub(r"^\((\w+)\)$", r"\1", answer.strip("*_ $")) for answer in found][::-1]
 
-    Only the text behind </think> counts. None if <think> never closes or nothing is found.
+
+def extract_answer(response: str) -> str | None:
+    """What a response settles on behind </think>; None if <think> never closes, or for nothing."""
+    text = response.rpartition("</think>")[2]
+    return None if "<think>" in text else next(iter(stated(text)), None) or None
+
+
+def extract_choice(response: str, options: list[str]) -> str | None:
+    """The letter of the option that a response settles on; None if it names none, or two.
+
+    Behind </think>, in this order: what it states as its answer; the text as a whole ("B. Both
+    images"); the one letter marked as in "(B)"; the last sentence that speaks for an option.
     """
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    if (boxed := last_boxed(text)) is not None:
-        return boxed or None
-    if tagged := re.findall(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", text, re.DOTALL):
-        return tagged[-1].strip() or None
-    if declared := DECLARATION.findall(text):
-        sentence = re.split(r"\.(?:\s|$)", declared[-1])[0].strip("*_ $")
-        return re.sub(r"^\((\w+)\)$", r"\1", sentence) or None
-    return None
+    texts = {chr(65 + k): re.sub(rf"^\s*\(?{chr(65 + k)}[).:]\s*", "", option)
+             for k, option in enumerate(options[:26])}
+
+    def read(phrase: str) -> str | None:  # the one option that a short text names
+        if letter := lone_letter(phrase):
+            return letter if letter in texts else None
+        named = spoken_for(phrase, texts) or {k for k in texts if same_answer(phrase, texts[k])}
+        return named.pop() if len(named) == 1 and phrase else None
+
+    text = re.sub(r"[*`\"]+|\\[()]", "", text).strip()
+    for answer in stated(text):
+        if lone_letter(answer) or spoken_for(answer, texts) or re.search(r"\\boxed|<answer>", text):
+            return read(answer)
+    listed = {m[1]: m[0] for m in reversed([*re.finditer(r"(?m)^[^\w\n]*([A-Z])[).:].*$", text)])}
+    if len(listed) > 1:  # several options, one a line, perhaps with comments: no choice
+        text = functools.reduce(lambda text, line: text.replace(line, "", 1), listed.values(), text)
+    sentences = SENTENCE_END.split(text)
+    if len(sentences) == 1 or lone_letter(text):
+        return read(text)
+    named = set().union(*(spoken_for(s, texts) for s in sentences if re.search(r"\([A-Z]\)", s)))
+    if len(named) != 1:
+        named = next(filter(None, (spoken_for(s, texts) for s in reversed(sentences))), ())
+    return named.pop() if len(named) == 1 else None
+
+
+def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
+    """Letters of the options that a sentence speaks for: by marked letters, else by option texts,
+    else by bare letters. Negated ones do not count; what follows a "but" counts more."""
+    bare = {k: canonical(option) for k, option in sorted(options.items(), key=lambda o: -len(o[1]))}
+    worded = re.compile("|".join(rf"(?P<{k}>(?<!\w){re.escape(option)}(?!\w|\.\d))"
+                                 for k, option in bare.items() if option) or r"\b\B")
+    for clause in reversed(re.split(r"\b(?:but|however)\b", sentence)):
+        for pattern, text in ((MARKED, clause), (worded, canonical(clause)), (BARE, clause)):
+            named = {(m.lastgroup or m[m.lastindex]).upper() for m in pattern.finditer(text)
+                     if not NOT_BEFORE.search(text[max(0, m.start() - 60):m.start()])
+                     and not NOT_AFTER.match(text[m.end():m.end() + 100])}
+            if named & options.keys():
+                return named & options.keys()
+    return set()
+
+
+@functools.lru_cache(maxsize=65536)
+def canonical(text: str) -> str:
+    """Text to look for option texts in: "the 2nd picture" -> "second image", "three" -> "3"."""
+    text = plain(text).casefold()
+    for k, (number, ordinal) in enumerate(zip(NUMBERS, ORDINALS)):
+        text = re.sub(rf"\b{number}\b", str(k), text)
+        text = re.sub(rf"\b(?:image #?{k}|(?:{ordinal}|{k}(?:st|nd|rd|th)) (?:1|image|picture|"
+                      r"photo|option))\b", f"{ordinal} image", text)
+    return re.sub(r"^(?:the|an?) (?=\w)", "", text)
+
+
+def lone_letter(answer: str) -> str | None:
+    """The letter that a short answer is: "(c)", "C. Both images", "option c", "not A but C"."""
+    answer = re.sub(r"\bnot (?:option )?\(?[A-Z]\)?(?!\w)[ ,]*(?:but )?", "", plain(answer))
+    match = re.fullmatch(r"(?:(?:the|correct|answer|option|choice|is)[ :]+)*\(?([a-z])\b"
+                         r"(?!\)? ?[,&] ?\(?[a-z]\b|[^.]*\((?!\1\))[a-z]\)|"  # another letter
+                         r".*\b(?:but|however|(?:and|or) (?!a )\(?[a-z])\b)"
+                         r"\)?(?: ?[.,:)].*| (?:because|since)\b.*)?", answer.casefold())
+    return match and match[1].upper()
 
 
 def has_format(response: str) -> bool:
@@ -464,8 +547,7 @@ def same_answer(answer: str, gold: str) -> bool:
     if answer == gold:
         return True
     if re.fullmatch(r"[a-z]", gold):
-        match = LETTER.fullmatch(answer)
-        return bool(match) and match[1] == gold
+        return lone_letter(formulas[0]) == gold.upper()
     if YES_NO.fullmatch(gold):
         match = YES_NO.fullmatch(answer)
         return bool(match) and match[1] == gold
@@ -475,14 +557,16 @@ def same_answer(answer: str, gold: str) -> bool:
         return re.findall(r"\d+", answer) == re.findall(r"\d+", gold)  # a sequence: order counts
     if not re.search(r"\d|\\", gold):
         return False  # words that differ are different answers
-    return MATH_JUDGE.same(*formulas)
+    return MATH_JUDGE.same(*(UNIT.sub("", formula) for formula in formulas))
 
 
 def plain(answer: str) -> str:
     r"""Strip what carries no meaning: $, \text{}, bold, a full stop, brackets around one letter."""
     answer = re.sub(r"\s+", " ", answer)
     answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", answer)
-    answer = answer.replace("\u2212", "-").strip().strip("$*").strip().removesuffix(".").strip()
+    answer = re.sub(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})|[£€]", "", answer.replace("\u2212", "-"))
+    answer = re.sub(r"√ ?(\d+|\w)", r"\\sqrt{\1}", answer).replace("√", r"\sqrt")
+    answer = answer.replace("π", r"\pi ").strip().strip("$*").strip().removesuffix(".").strip()
     return re.sub(r"^\((\w)\)$", r"\1", answer)
 
 
@@ -639,6 +723,21 @@ def encode_prompt(sample: Sample, processor: Processor,
     return Prompt(sample, ids, in_order)
 
 
+def prompt_length(sample: Sample, processor: Processor) -> int:
+    """Tokens of a prompt, from the sizes of its images."""
+    images = processor.image_processor
+    length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
+    for path in sample.images:
+        with Image.open(path) as image:
+            size = image.height, image.width
+        try:
+            patches = images.get_number_of_image_patches(*size)
+        except ValueError as error:  # a strip of 200 : 1
+            raise ValueError(f"{path}: {error}") from None
+        length += patches // images.merge_size ** 2 - 1
+    return length
+
+
 def load_questions(path: str, processor: Processor, cfg: Config,
                    accelerator: Accelerator) -> list[Sample]:
     """Samples whose prompts are short enough; the others are counted and named as dropped."""
@@ -646,17 +745,12 @@ def load_questions(path: str, processor: Processor, cfg: Config,
         samples = load_samples(path)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    kept, merge = [], processor.image_processor.merge_size ** 2
+    kept = []
     for sample in samples:
-        length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
-        for name in sample.images:
-            with Image.open(name) as image:
-                size = image.height, image.width
-            try:
-                patches = processor.image_processor.get_number_of_image_patches(*size)
-            except ValueError as error:  # a strip of 200 : 1
-                raise SystemExit(f"{path}: {sample.id}, field images: {name}: {error}") from None
-            length += patches // merge - 1
+        try:
+            length = prompt_length(sample, processor)
+        except ValueError as error:
+            raise SystemExit(f"{path}: {sample.id}, field images: {error}") from None
         if length <= cfg.max_prompt_tokens:
             kept.append(sample)
     accelerator.print(f"{path}: {len(kept)} questions, {len(samples) - len(kept)} dropped whose "

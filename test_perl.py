@@ -1,9 +1,10 @@
-"""Tests of perl.py, in its order: they show by example what each part promises.
+"""Tests of perl.py, in its order, and of eval.py: they show by example what each part promises.
 
     python -m pytest test_perl.py        # one CPU core, no network, one minute
 """
 import ast
 import dataclasses
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from PIL import Image
 from transformers import (AutoImageProcessor, AutoTokenizer, GenerationConfig,
                           Qwen2_5_VLForConditionalGeneration)
 
+import eval as ev
 import perl
 from perl import Rollout, Sample
 
@@ -1032,3 +1035,391 @@ def test_a_run_that_cannot_start_ends_with_one_sentence(
     with pytest.raises(SystemExit, match=message) as end:
         perl.main(arguments(data, tmp_path / "run") + [flag, str(value)])
     assert "\n" not in str(end.value) and not (tmp_path / "run").exists()
+
+
+# ---- Option extraction and eval.py --------------------------------------------------------------
+
+OPTION_TEXTS = ["Left image", "Right image", "Both images", "Neither image"]
+LATTER = ["the second image", "the third image"]
+POINTS = ["Point A", "Point B", "Point C", "Point D"]
+
+
+# ---- extraction ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("response, letter", [
+    (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("option c.", "C"), ("Both images", "C"),
+    ("both images.", "C"), ("(C)", "C"), ("c", "C"), ("**C**", "C"), ('"C"', "C"), ("C)", "C"),
+    ("The answer is (C).", "C"), ("Answer: C", "C"), ("The correct option is (C), since", "C"),
+    ("The correct answer is:\n\n(C) Both images", "C"), ("C, because both show it", "C"),
+    ("not A but C", "C"), ("The answer is not A but C.", "C"), ("It is not (A) but (C).", "C"),
+    ("option A looks right, but C fits better", "C"), ("(A) looks right. However, (C) fits.", "C"),
+    ("The answer is C because A is not in the picture.", "C"), ("So A is wrong. It is C.", "C"),
+    ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"), ("<answer>C", "C"),
+    (r"\boxed{A} no, \boxed{C}", "C"), ("The answer is A. No, the answer is C.", "C"),
+    ("Neither A nor B is right. C is the best option.", "C"), ("A C", None),
+    ("A and C", None), ("(A) and (C)", None), ("A, C", None), ("The answer is A and C.", None),
+    (r"\boxed{A, C}", None), (r"\boxed{AC}", None), ("E", None), ("(F)", None),
+    (r"\boxed{E}", None), (r"\boxed{92.5}. It is a left image.", None),
+    ("The answer is (E).", None), ("<think>the answer is C", None), ("", None), (" \n", None),
+    (r"\boxed{}", None), ("Not C.", None), ("None of the above.", None), ("I cannot tell.", None),
+    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image", None),
+    ("(A) Left image (B) Right image (C) Both images", None), ("B. cats or C. dogs", None),
+    ("(C) Both images. (A) shows one only.", "C"), ("C. a cat and a dog", "C"), ("C</s>", "C"),
+    ("Both show it. (C)\n\nWhy the others are wrong:\n* **(A) Left.** It would be the correct "
+     "answer if it was red.\n* **(B) Right.** No.", "C"),
+    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image\n\n(C) Both images", "C"),
+])
+def test_choice_forms(response, letter):
+    assert perl.extract_choice(response, OPTION_TEXTS) == letter
+
+
+@pytest.mark.parametrize("response, options, letter", [
+    ("The second image", LATTER, "A"), ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
+    ("(B) the second image", LATTER, "B"),  # a letter counts more than words
+    ("Therefore, the second image is closer to the first than the third image.", LATTER, "A"),
+    ("The first image is Cubism.\n\nTherefore, the second image shares its style.", LATTER, "A"),
+    ("Point B, where the child sits, is closer.", POINTS[:2], "B"), ("C is the one.", POINTS, "C"),
+    ("B is closer to the camera than A.", ["A is closer", "B is closer"], "B"),
+    ("Yes, the cat is under the car.", ["yes", "no"], "A"), ("No", ["yes", "no"], "B"),
+    ("There are three people.", ["0", "3", "2", "1"], "B"), (r"\boxed{14}", ["12", "14"], "B"),
+    (r"\boxed{145^\circ}", ["35°", "145°"], "B"), (r"\boxed{\frac12}", ["0.25", "0.5"], "B"),
+    ("A dog is visible. The correct choice would be D.", POINTS, "D"), ("14", ["14", "14"], "A"),
+    ("(B) 5 m", ["(A) 3 m", "(B) 5 m"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
+    ("(A) Point A is the handle.\n(B) Point B is the tip.\n\nThere is no correct answer.", POINTS,
+     None),
+])
+def test_choice_by_option_text(response, options, letter):
+    assert perl.extract_choice(response, options) == letter
+
+
+@pytest.mark.parametrize("response, answer", [
+    (r"<think>\boxed{1}</think> \boxed{2} \boxed{\frac{1}{3}} \boxed{4", r"\frac{1}{3}"),
+    (r"<answer>2</answer> \boxed{3}", "3"), ("<answer>1</answer> <answer>2", "2"),
+    ("The answer is (B).", "B"), ("The answer is 1. The answer is 3.5.", "3.5"),
+    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),
+])
+def test_extract_answer(response, answer):
+    assert perl.extract_answer(response) == answer
+
+
+@pytest.mark.parametrize("answer, gold, same", [
+    ("14 cm", "14", True), (r"14\text{ cm}", "14", True), ("5 km/h", "5", True),
+    (r"3 \text{ m}^2", "3", True), ("$14", "14", True), ("50%", "50", True), (r"50\%", "50", True),
+    ("1,234", "1234", True),
+    (r"1{,}234", "1234", True), ("−3", "-3", True), ("x = 14", "14", True), ("+14", "14", True),
+    (r"\dfrac{3}{4}", r"\frac34", True), (r"\frac34", "0.75", True), ("3/4", r"\frac{3}{4}", True),
+    (r"\{3,1,2\}", r"\{1,2,3\}", True), ("{2,1}", "{1,2}", True), ("(2,1)", "(1,2)", False),
+    ("2√3", r"2\sqrt{3}", True), ("6π", r"6\pi", True), ("60°", r"60^{\circ}", True),
+    ("14x", "14", False), ("-14", "14", False), ("C. Both", "C", True), ("A and C", "A", False),
+    ("not A but C", "C", True), ("9^{9^{9^9}}", "3", False),
+])
+def test_number_forms(answer, gold, same):
+    assert perl.same_answer(answer, gold) == same
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+def place(image):
+    return f"{image}.png"
+
+
+def test_mantis_rows():
+    row = {"id": "m1", "question": "Which is <image> brighter?", "images": [0, 1], "answer": "(B)",
+           "question_type": "multi-choice", "options": ["(A) First image", "Second image"],
+           "data_source": "", "category": ""}
+    q = ev.from_mantis(row, 0, place)
+    assert q.sample.question == (
+        "<image>Which is <image> brighter?\n(A) First image\n(B) Second image")
+    assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "letter", (0, 1))
+    q = ev.from_mantis(row | {"question": "Is the first image brighter?"}, 0, place)
+    assert q.sample.order_rule == "never"  # the question names an image
+    q = ev.from_mantis(row | {"question_type": "short-answer", "options": [], "answer": "Yes"}, 0,
+                       place)
+    assert (q.rule, q.sample.answer, q.options) == ("text", "Yes", ())
+
+
+def test_blink_rows():
+    row = {"idx": "val_Jigsaw_1", "question": "", "sub_task": "Jigsaw", "image_1": 1, "image_2": 2,
+           "image_3": 3, "image_4": None, "choices": LATTER, "answer": "(B)", "explanation": "",
+           "prompt": "Given the first image, is the second image or the third image the missing "
+                     "part?\nSelect from the following choices.\n(A) the second image\n(B) the "
+                     "third image"}
+    q = ev.from_blink(row, 0, place)
+    assert q.sample.images == ("1.png", "2.png", "3.png") and q.sample.source == "Jigsaw"
+    assert (q.sample.answer, q.sample.movable, q.sample.order_rule) == ("B", (1, 2), "letter")
+    assert perl.permute(q.sample, (0, 2, 1)).answer == "A"
+    q = ev.from_blink(row | {"choices": ["left", "right"]}, 0, place)
+    assert q.sample.order_rule == "never"
+
+
+def test_mmiu_rows():
+    options = "A: the first image\nB: the second image"
+    row = {"task": "forensic_detection_blink", "question": "Which is real?", "output": "B",
+           "input_image_path": ["./2D-spatial/a/0.jpg", "./2D-spatial/a/1.jpg"],
+           "options": options, "context": "Select from the following choices.\n" + options}
+    q = ev.from_mmiu(row, 7, place)
+    assert q.sample.id == "forensic_detection_blink-7" and q.sample.answer == "B"
+    assert q.options == ("the first image", "the second image") and q.sample.movable == (0, 1)
+    for missing in (None, "", "G"):
+        assert ev.from_mmiu(row | {"output": missing}, 7, place).sample.answer == ""
+
+
+def test_remi_rows():
+    row = {"task": "Clocks", "question": "At <image2> and <image1>, not <image2>?", "label": "35"} \
+        | {f"image_{k}": k if k < 4 else None for k in range(1, 7)}
+    q = ev.from_remi(row, 3, place)
+    assert q.sample.question == "<image>At <image> and <image>, not <image_2>?"
+    assert q.sample.images == ("3.png", "2.png", "1.png") and q.rule == "remi Clocks"
+
+
+@pytest.mark.parametrize("task, answer, label, right", [
+    ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
+    ("GeomShape", "103", "100", True), ("GeomShape", "104", "100", False),
+    ("GeomCost", "$97", "100", True), ("EmojiAlgebra", "101", "100", True),
+    ("EmojiAlgebra", "102", "100", False), ("EmojiAlgebra", "-100.5", "-100", True),
+    ("RefCoco", "3", "1, 3", True), ("RefCoco", "2", "1,3", False), ("FuncRead", "f(x)", "f", True),
+    ("IQ", "(b)", "B", True), ("Charts", "45%", "45", True), ("Isomorphism", "Yes", "1", True),
+    ("CodeEdit", "x += 1", "x+=1", True),
+])
+def test_remi_rules(task, answer, label, right):
+    assert ev.remi_right(task, answer, label) == right
+
+
+def test_mv_math_rows():
+    row = {"problem_id": 3, "answer": "D", "answer_type": "choice", "input_image": list("abcde"),
+           "question": "Which?\n\n<image_1>\nA.\n\n<image_2>\nB.\n\n<image_3>\nC.\n\n<image_4>\n"
+                       "D.\n\n<image_5>"}
+    q = ev.from_mv_math(row, 0, place)
+    assert q.sample.movable == (1, 2, 3, 4) and q.sample.order_rule == "letter"
+    text = "<image_1>\n\n<image_2>\nA. 9,14\nB. 9,16\nC. 8,16\nD. 10,14"
+    q = ev.from_mv_math(row | {"question": text, "input_image": ["a", "b"]}, 0, place)
+    assert q.options == ("9,14", "9,16", "8,16", "10,14") and q.sample.order_rule == "never"
+    q = ev.from_mv_math(row | {"answer_type": "multi-step", "answer": "(1) B (3, 5); (2) 7.5."}, 0,
+                        place)
+    assert q.rule == "parts"
+
+
+def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
+    row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
+           "options": list(options), "order_rule": "never", "movable": [0], "response": response,
+           "truncated": False, "error": ""} | more
+    row["answer"], row["right"] = ev.grade_row(row)
+    return row
+
+
+def test_mathvista_rows_and_rules():
+    row = {"pid": "1", "question": "", "decoded_image": 0, "choices": ["10", "12", "10"],
+           "precision": None, "answer": "12", "question_type": "multi_choice",
+           "answer_type": "text", "query": "Hint.\nQuestion: Which?\nChoices:\n(A) 10\n(B) 12",
+           "metadata": {"task": "fqa"}}
+    q = ev.from_mathvista(row, 0, place)
+    assert (q.rule, q.sample.answer, q.sample.images) == ("choice", "B", ("0.png",))
+    duplicate = {"gold": "A", "options": ["10", "12", "10"]}
+    assert graded("(C)", **duplicate)["right"] and not graded("(B)", **duplicate)["right"]
+    free = row | {"question_type": "free_form", "choices": None, "answer": "1.45",
+                  "answer_type": "float", "precision": 2.0}
+    assert ev.from_mathvista(free, 0, place).rule == "number 2"
+    assert ev.from_mathvista(free | {"answer_type": "integer"}, 0, place).rule == "number 0"
+    assert graded(r"\boxed{\$1.449}", "number 2", "1.45")["right"]
+    assert not graded(r"\boxed{1.46}", "number 2", "1.45")["right"]
+    assert graded(r"\boxed{1,400 apples}", "number 0", "1400")["right"]
+    assert graded("The answer is 2007 and 2008.", "list", "[2007, 2008]")["right"]
+    assert graded("none", "list", "[1]")["answer"] is None
+
+
+def test_mathverse_and_mathvision_rows():
+    row = {"sample_index": "5", "problem_version": "Vision Only", "question": "", "image": 0,
+           "question_type": "multi-choice", "answer": "C", "question_for_eval":
+           "BC is ()\nChoices:\nA:2\nB:2√{{3}}\nC:√{{3}}\nD:2√{{2}}"}
+    q = ev.from_mathverse(row, 0, place)
+    assert q.options == ("2", "2√{{3}}", "√{{3}}", "2√{{2}}")
+    assert q.sample.source == "Vision Only"
+    assert q.sample.question == "<image>Answer the question in the image."
+    row = {"id": "21", "question": "Cut out <image1>?\n<image2>", "options": list("ABCDE"),
+           "answer": "E", "decoded_image": 0, "subject": "logic", "level": 1}
+    q = ev.from_mathvision(row, 0, place)
+    assert q.sample.question.startswith("<image>Cut out <image1>?\n<image2>\n(A) A\n")
+    assert q.sample.images == ("0.png",)
+    assert graded(r"\boxed{E}", options=list("ABCDE"), gold="E")["right"]
+
+
+def test_multi_step_is_right_only_if_all_parts_are():
+    gold = "(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5."
+    assert graded(r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", "parts", gold)["right"]
+    assert graded(r"So \boxed{0.5}, then \boxed{(3,4)}, last \boxed{7.5}", "parts", gold)["right"]
+    assert not graded(r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", "parts", gold)["right"]
+    assert not graded(r"\boxed{7.5}", "parts", gold)["right"]
+
+
+def test_place_tags_and_mojibake():
+    text = "a <image_2> b <image_1> <image_2> <image_9>"
+    assert ev.place_tags(text, r"<image_(\d+)>", ["x", "y"]) == (
+        "a <image> b <image> <image_1> ", ["y", "x"])
+    q = ev.make_question("q", ["x"], "ï¼ˆ30Â°ï¼‰ <|im_end|> <image><image>", "1", "text")
+    assert q.sample.question == "ï¼ˆ30Â°ï¼‰  <image>"
+    assert ev.place_tags("[1, 2] <image1>", r"<image(\d+)>", ["x"])[0] == "[1, 2] <image>"
+    assert ev.make_question("q", ["x"], "?", [1, 2], "text").sample.answer == "1, 2"
+
+
+def encoded(picture, kind):
+    picture.save(buffer := io.BytesIO(), kind)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_odd_images_are_placed_or_counted_wrong(tmp_path):
+    clear, red = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (30, 30), "red")
+    odd = [encoded(Image.new("P", (40, 40)), "PNG"), encoded(clear, "PNG"),
+           encoded(Image.new("L", (187, 18)), "PNG"), encoded(red, "BMP"),
+           encoded(Image.new("CMYK", (9, 9)), "JPEG")]
+    paths = [ev.place_image(image, None, tmp_path) for image in odd]
+    opened = [Image.open(path) for path in paths]
+    assert [image.mode for image in opened] == ["RGB"] * 5 and opened[2].size == (187, 18)
+    assert opened[1].getpixel((0, 0)) == (255, 255, 255)
+    assert opened[3].getpixel((0, 0)) == (255, 0, 0)
+    assert not Path(ev.place_image(None, None, tmp_path)).exists()
+    assert not Path(ev.place_image({"bytes": b"junk", "path": None}, None, tmp_path)).exists()
+    (tmp_path / "2D-spatial" / "a").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "2D-spatial" / "a" / "0.jpg")
+    for name in ("./2D-spatial/a/0.jpg", "a/0.jpg"):
+        assert Path(ev.place_image(name, tmp_path, tmp_path)).exists()
+
+
+def test_rows_come_from_a_local_copy_of_the_hub_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({
+        "id": datasets.Value("string"), "question": datasets.Value("string"),
+        "options": datasets.List(datasets.Value("string")), "answer": datasets.Value("string"),
+        "decoded_image": datasets.Image(), "subject": datasets.Value("string")})
+    images = [encoded(Image.new("RGB", (30, 30)), "PNG"), {"bytes": b"junk", "path": None}]
+    rows = [{"id": str(k), "question": "<image1>?", "options": [], "answer": "3", "subject": "s",
+             "decoded_image": images[k % 2]} for k in range(6)]
+    (tmp_path / "MathVision" / "data").mkdir(parents=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(
+        str(tmp_path / "MathVision" / "data" / "test-00000-of-00001.parquet"))
+    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=3)
+    questions = ev.load_benchmark("mathvision", args)
+    assert [q.sample.id for q in questions] == ["0", "2", "4"]  # evenly spread
+    assert Path(questions[0].sample.images[0]).exists()
+    with pytest.raises(SystemExit, match="BLINK"):
+        ev.load_benchmark("blink", args)
+
+
+# ---- measures ------------------------------------------------------------------------------------
+
+def test_average_and_bootstrap():
+    values = {"a": [1, 1, 0, 0], "b": [1]}
+    assert ev.average(values) == 0.6 and ev.average(values, "macro") == 0.75
+    assert ev.bootstrap({"": [1, 1, 1]}) == [1, 1] and ev.bootstrap(values) == ev.bootstrap(values)
+    low, high = ev.bootstrap({"": [0, 1] * 50})  # 1.96 * sqrt(.25 / 100) = .098
+    assert abs(low - 0.402) < 0.02 and abs(high - 0.598) < 0.02
+    assert ev.bootstrap({"a": [0, 0], "b": [1, 1]}, "macro") == [0.5, 0.5]  # tasks are not redrawn
+
+
+def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
+    rows = []
+    for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
+        row = graded("" if answer is None else rf"\boxed{{{answer}}}", "text", gold, k=k,
+                     order=list(order), orders=n_orders or len(orders), order_rule=rule,
+                     movable=movable or [*range(len(order))])
+        rows.append(row)
+    return rows
+
+
+def test_order_measures():
+    swaps = [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)]
+    right = group("2132", "2132", swaps)                # image 2 of the given order, found anywhere
+    wrong = group("1213", "2132", swaps)                # always the same wrong picture
+    first = group("1111", "2132", swaps)                # always says "first": right once
+    unread = group([None] * 4, "2132", swaps)
+    m = ev.order_measures([right, wrong, first, unread])
+    assert m["bias"]["n"] == 4
+    values = {name: share["value"] for name, share in m.items() if name != "by_position"}
+    assert values == {"mean": (1 + 0 + 0.25 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
+                      "consistency": 0.5}
+    assert {place: (p["value"], p["n"]) for place, p in m["by_position"].items()} == {
+        "1": (0.5, 4), "2": (0.25, 8), "3": (0.25, 4)}
+    unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
+    assert unfinished["mean"]["value"] == 0.5 and unfinished["consistency"]["value"] == 0
+
+
+def test_order_measures_of_letters_with_a_reference_image():
+    orders = [(0, 1, 2), (0, 2, 1)]
+    m = ev.order_measures([group("AB", "AB", orders, "letter", movable=[1, 2])])
+    assert m["consistency"]["value"] == 1
+    assert [(k, p["value"], p["n"]) for k, p in m["by_position"].items()] == [
+        ("2", 1, 1), ("3", 1, 1)]
+    m = ev.order_measures([group(["7", "7"], ["8", "8"], orders, "keep")])
+    assert (m["consistency"]["value"], m["by_position"]) == (1, {})
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+def run(out, *flags):
+    ev.main(["--out", str(out), "--limit", "12", "--orders", "3", "--batch", "10", *flags])
+    return (out / "tiny" / "digits" / "results.json").read_bytes()
+
+
+def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys):
+    whole = run(tmp_path / "a")
+    assert json.loads(whole)["n"] == 12 and "bias" in capsys.readouterr().out
+    calls, sample_groups = [], ev.sample_groups
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample_groups(*args, **kwargs)
+
+    monkeypatch.setattr(ev, "sample_groups", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b")
+    samples = tmp_path / "b" / "tiny" / "digits" / "samples.jsonl"
+    lines = samples.read_bytes().count(b"\n")
+    samples.write_bytes(samples.read_bytes()[:-30])  # a torn last line: its batch is asked again
+    run(tmp_path / "b", "--score-only")
+    assert json.loads((samples.parent / "results.json").read_bytes())["missing"] > 0
+    done = len(calls)
+    assert run(tmp_path / "b") == whole and lines > 0
+    assert run(tmp_path / "b") == whole and run(tmp_path / "b", "--score-only") == whole
+    whole_run = len(calls) - done
+    assert run(tmp_path / "c") == whole and len(calls) - done - whole_run == whole_run + 1
+    for flag, field in (("--orders", "orders"), ("--max-new-tokens", "max_new_tokens"),
+                        ("--batch", "rollout_batch")):
+        with pytest.raises(SystemExit, match=f"{field} was .* is 7 now"):
+            run(tmp_path / "b", flag, "7")
+
+
+def test_failures_count_as_wrong_in_fixed_denominators(tmp_path):
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    Image.new("RGB", (3, 900)).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
+    rows = [{"id": name, "images": [f"{name}.png"], "question": "<image>Which?", "answer": "1",
+             "order_rule": "keep"} for name in ("a", "thin")]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ev.main(["--benchmarks", str(path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"])
+    r = json.loads((tmp_path / "out" / "tiny" / "mine" / "results.json").read_text())
+    assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (2, 1, 1, 1, 0)
+
+
+def test_compare_is_paired(tmp_path):
+    for run_name, answers in (("A", "1100"), ("B", "1010")):
+        folder = tmp_path / run_name / "digits"
+        folder.mkdir(parents=True)
+        rows = [graded(rf"\boxed{{{answer}}}", "text", "1", id=str(k), answer=None)
+                for k, answer in enumerate(answers)]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4 - (
+            run_name == "B")]))
+    line = ev.compare(tmp_path / "A", tmp_path / "B").splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:4] == ["digits", "3", "66.7", "66.7"] and cells[4].startswith("0.0 [-")
+
+
+def test_report_and_chart_stand_beside_the_paper(tmp_path):
+    result = {"score": 0.5, "interval": [0.4, 0.6], "n": 100, "expected": 1901, "no_gold": 0,
+              "errors": 0, "unparsed": 1, "truncated": 0, "scoring": "letter", "missing": 0,
+              "orders": None, "never_permuted": 0}
+    text = ev.report({"blink": result, "mathvista": result}, "mine")
+    assert "50.0 [40.0, 60.0]" in text and "100 of 1901" in text and "58.53" in text
+    assert "below judged" in text and "52.00" not in text  # MMIU was not run
+    ev.draw_chart({"blink": result, "digits": result}, "mine", tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 5000
