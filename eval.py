@@ -7,15 +7,14 @@
     python eval.py --model Qwen2.5-VL-7B --score-only         # grade saved responses again
     python eval.py --compare eval_runs/Qwen2.5-VL-7B eval_runs/mine-checkpoint-100
 
-Greedy decoding, with the prompt and the grader of training. Accuracy is that of the questions as
-given. --orders K asks each question whose images may be permuted in up to K orders: mean, worst and
-best order, bias = best - worst (the paper's p(x_max) - p(x_min), A.5), the share of questions with
-the same choice in all orders, accuracy by the position of the right image. All with 95 % bootstrap
-intervals. What cannot be read, asked or parsed counts as wrong: denominators are fixed.
+Greedy, with the prompt and the grader of training. Accuracy is that of questions as given. --orders
+K asks each question whose images may be permuted in up to K orders: mean, worst and best order,
+bias = best - worst (the paper's p(x_max) - p(x_min), A.5), the share of questions with the same
+choice in all orders, accuracy by the position of the right image; 95 % bootstrap intervals. What
+cannot be read, asked or parsed counts as wrong: denominators are fixed.
 
 eval_runs/MODEL/BENCHMARK/ holds config.json, samples.jsonl (a line a response, only appended to)
-and results.json. A killed run loses a batch at most; the same command goes on with it, to the same
-results, since batches depend on the questions and the settings alone.
+and results.json. A killed run loses a batch at most; the same command goes on, to the same results.
 """
 import argparse
 import functools
@@ -47,7 +46,7 @@ class Benchmark(NamedTuple):
     """Where a benchmark's rows come from, how many there are, and how its score is made."""
     hub: str                  # data set on the Hub; --data-dir holds it under the name behind "/"
     configs: tuple[str, ...]
-    split: str                # empty: the only one
+    split: str
     files: str                # the same rows in a local copy; {} stands for the config
     rows: int                 # 0: any number
     mean: str                 # micro: over questions; macro: over tasks
@@ -75,7 +74,7 @@ BENCHMARKS = {
                             "micro", "letter or option text, LaTeX equality"),
     "remi": Benchmark("mehrankazemi/ReMI", ("",), "test", "test.parquet", 2600, "macro",
                       "value within its task's tolerance; mean over 13 tasks"),
-    "mv-math": Benchmark("PeijieWang/MV-MATH", ("",), "", "*MV-MATH.json", 2009, "micro",
+    "mv-math": Benchmark("PeijieWang/MV-MATH", ("",), "all", "*MV-MATH.json", 2009, "micro",
                          "letter, LaTeX equality, all parts; " + LOWER),
 }
 PAPER_COLUMNS = tuple(BENCHMARKS)[1:]
@@ -248,8 +247,11 @@ def read_rows(name: str, data_dir: str) -> tuple[list[dict], Path | None]:
             kind = "json" if files[0].endswith("json") else "parquet"
             part = datasets.load_dataset(kind, data_files=files, split="train")
         else:
-            part = datasets.load_dataset(b.hub, config or None, split=b.split or None)
-            part = part if b.split else next(iter(part.values()))
+            try:
+                part = datasets.load_dataset(b.hub, config or None, split=b.split)
+            except (ConnectionError, FileNotFoundError) as error:
+                raise SystemExit(f"Could not load {b.hub} ({error}). Without a network, pass a "
+                                 "folder of local copies: --data-dir FOLDER") from None
         rows += part.data.to_pylist()  # images not decoded: a broken one must not end the run
     if not data_dir and rows[0].keys() & {"input_image_path", "input_image"}:
         folder = unpack_images(b.hub)
@@ -645,8 +647,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--benchmarks", default="digits", help="names with commas between, all (the paper's "
         f"eight), or JSONL files of samples; names: {', '.join(BENCHMARKS)}")
     add("--limit", type=int, default=0, help="ask so many questions, evenly spread; 0: all")
-    add("--orders", type=int, default=0,
-        help="image orders of a question, the given one included [24 for digits, else 1]")
+    add("--orders", type=int, default=0, help="orders of a question [24 for digits, else 1]")
     add("--data-dir", default="", help="local copies of the data sets; empty: from the Hub")
     add("--out", default="eval_runs", help="folder of the runs")
     add("--batch", type=int, default=0, help="sequences at a time [rollout_batch of perl.py]")
