@@ -611,9 +611,8 @@ def draw_chart(results: dict[str, dict], model: str, path: Path) -> None:
                  for k, name in enumerate(results) if name in PAPER_COLUMNS}
         axes.bar(*zip(*paper.items()), 0.25, label=f"{label}, paper") if paper else None
     scores = [100 * r["score"] for r in results.values()]
-    whiskers = [[abs(100 * r["interval"][side] - 100 * r["score"]) for r in results.values()]
-                for side in (0, 1)]
-    axes.bar(range(len(scores)), scores, 0.25, yerr=whiskers, capsize=3, label=model)
+    spread = [[100 * abs(r["interval"][k] - r["score"]) for r in results.values()] for k in (0, 1)]
+    axes.bar(range(len(scores)), scores, 0.25, yerr=spread, capsize=3, label=model)
     axes.set(ylabel="accuracy, %", xticks=range(len(scores)), xticklabels=list(results))
     axes.legend()
     axes.figure.savefig(path, dpi=150)

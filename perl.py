@@ -1435,7 +1435,8 @@ def train(cfg: Config, accelerator: Accelerator) -> None:
                                  accelerator)
         metrics = {"step": step, **step_metrics(groups, sums, accelerator), "grad_norm": grad_norm,
                    "alpha": alpha, "lr": cfg.lr, "seconds_sample": sampled - clock,
-                   "seconds_update": time.time() - sampled, "peak_gb": peak_gb()}
+                   "seconds_update": time.time() - sampled, "peak_gb": peak_gb(),
+                   "grader_timeouts": MATH_JUDGE.timeouts}
         accelerator.print(step_line(metrics, steps))
         finish_step(metrics)
         if is_main and (step - 1) % cfg.log_every == 0:
