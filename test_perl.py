@@ -424,8 +424,8 @@ def test_logprobs_of_the_loss_are_those_of_sampling(questions, temperature):
 def test_greedy_is_not_random(questions):
     model, prompts = load_tiny(), [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
     for greedy in (True, False):
-        one, other = perl.generate(model, PROCESSOR, prompts, 2, tiny_config(), greedy)[0]
-        assert (one == other) is greedy
+        responses = perl.generate(model, PROCESSOR, prompts, 30, tiny_config(), greedy)[0]
+        assert (len(set(map(tuple, responses))) == 1) is greedy  # two samples are often equal
 
 
 @table("hostile", [
