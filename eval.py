@@ -120,9 +120,8 @@ def listed_options(text: str) -> list[str]:
 
 
 def option_images(options: list[str], n_images: int, text: str) -> tuple[int, ...] | None:
-    """Positions of the images that the options name: "the second image", "the third image" with 3
-    images -> (1, 2). None, so that nothing is permuted, unless they are the last ones, in order,
-    and the question speaks of none or all of them."""
+    """Positions of the images that options name: "the second image", "the third image" -> (1, 2).
+    None unless they are the last ones, in order, and the question names none or all of them."""
     def positions(names):
         return [ORDINALS.index(name) - 1 for name in names if name in ORDINALS]
     named = positions(re.sub(r" image$", "", canonical(option)) for option in options)
@@ -392,8 +391,7 @@ def summary(column: list[float]) -> dict:
 def order_measures(groups: list[list[dict]]) -> dict:
     """How answers depend on image order: shares of the questions, given their graded rows, one an
     order; orders without a row are wrong. Example: right in 3 of 4 orders -> mean .75, worst 0,
-    best 1, bias 1; the same wrong picture picked in all orders -> 0, 0, 0, 0, but consistency 1.
-    """
+    best 1, bias 1; the same wrong picture picked in all orders -> 0, 0, 0, 0, consistency 1."""
     columns, positions = {n: [] for n in ("mean", "worst", "best", "bias", "consistency")}, {}
     for rows in groups:
         right = [row["right"] for row in rows] + [False] * (rows[0]["orders"] - len(rows))
@@ -634,6 +632,8 @@ def compare(folder_a: Path, folder_b: Path) -> str:
             rows.append([folder.name, sum(map(len, tasks.values())), percent(average(x, mean)),
                          percent(average(y, mean)),
                          *(percent(average(gain, mean), bootstrap(gain, mean)) for gain in gains)])
+    if len(rows) == 1:
+        raise SystemExit(f"{folder_a} and {folder_b} share no answers; name folders of eval_runs/")
     return f"A = {folder_a}\nB = {folder_b}\n\n{table(rows)}"
 
 
@@ -654,7 +654,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score-only", action="store_true", help="grade saved responses again, load no model")
     add("--compare", nargs=2, metavar="RUN", help="two model folders: paired differences")
     args = parser.parse_args(argv)
-    args.benchmarks = args.benchmarks.replace("all", ",".join(PAPER_COLUMNS)).split(",")
+    args.benchmarks = [name for part in args.benchmarks.split(",")
+                       for name in (PAPER_COLUMNS if part == "all" else (part,))]
     for name in args.benchmarks:
         if name not in BENCHMARKS and not name.endswith(".jsonl"):
             parser.error(f"--benchmarks {name}: none of all, {', '.join(BENCHMARKS)}, *.jsonl")
@@ -664,8 +665,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
-        print(compare(*map(Path, args.compare)))
-        return
+        return print(compare(*map(Path, args.compare)))
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of an image is shown
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
