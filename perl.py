@@ -75,7 +75,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 SAMPLES = Path(__file__).resolve().parent / "data_samples"
 
-# ---- Config: every setting with one line of prose. Defaults are the paper's, where it gives them. 
+# ---- Config: every setting with one line of prose. Defaults are the paper's, where it gives them.
 
 
 def setting(default, prose: str):
@@ -218,11 +218,12 @@ def resume_config(parser: argparse.ArgumentParser, typed: dict) -> Config:
 
 # ---- Samples and permutation (Eq. 1) -------------------------------------------------------------
 
-ORDER_RULES = {  # what becomes of the answer when the images change places
-    "keep": "stays as it is (the paper's S = 1)", "index": "an image number: is renumbered",
-    "letter": "the letter of an option image, k-th letter for the k-th movable one: is renamed",
-    "sequence": "image numbers, '3,1,2': each is renumbered",
-    "never": "depends on the order: the images may not change places"}
+ORDER_RULES = (  # what becomes of the answer when the images change places:
+    "keep",      # it stays as it is (the paper's S = 1)
+    "index",     # an image number: is renumbered
+    "letter",    # the letter of an option image, k-th letter for the k-th movable one: is renamed
+    "sequence",  # image numbers, "3,1,2": each is renumbered
+    "never")     # it depends on the order: the images may not change places
 MENTION = re.compile(r"<image_(\d+)>")  # mentions image k; a bare <image> is where one stands
 CONTROL = re.compile(r"<\|\w+\|>")      # tokens of the chat format have no place in a question
 
@@ -1069,7 +1070,13 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write a JSONL file whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def append_line(path: Path, row: dict) -> None:
+    """Add a row to a JSONL file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -1168,8 +1175,8 @@ def load_state(cfg: Config, folder: Path | None, optimizer, state: State,
             torch.cuda.set_rng_state(device_rng)
     if accelerator.is_main_process:
         for path in (Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "rollouts.jsonl"):
-            rows = [row for row in read_lines(path) if folder and row["step"] <= state.step]
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_lines(path, [row for row in read_lines(path)
+                               if folder and row["step"] <= state.step])
     accelerator.print(f"resumed {cfg.out} after step {state.step}")
 
 
@@ -1197,10 +1204,11 @@ def score(cfg: Config, accelerator: Accelerator) -> None:
     model = load_model(cfg.model, cfg, accelerator.device)
     open_run(cfg, accelerator)
     path, target = Path(cfg.out) / "scores.jsonl", [float(s) for s in cfg.score_target.split()]
-    scores = {row["id"]: row["score"] for row in read_lines(path)}  # not empty after --resume
+    rows = read_lines(path)  # of the run that --resume continues
+    scores = {row["id"]: row["score"] for row in rows}
     world, rank = accelerator.num_processes, accelerator.process_index
-    if accelerator.is_main_process:  # without the torn line, if there is one
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in read_lines(path)))
+    if accelerator.is_main_process:
+        write_lines(path, rows)  # without a torn line, should there be one
     for start in tqdm(range(0, len(samples), cfg.questions_per_step), "score", disable=None):
         batch = samples[start:start + cfg.questions_per_step]
         if all(sample.id in scores for sample in batch):
