@@ -218,12 +218,12 @@ def resume_config(parser: argparse.ArgumentParser, typed: dict) -> Config:
 
 # ---- Samples and permutation (Eq. 1) -------------------------------------------------------------
 
-ORDER_RULES = (  # what becomes of the answer when the images change places:
-    "keep",      # it stays as it is (the paper's S = 1)
-    "index",     # an image number: is renumbered
-    "letter",    # the letter of an option image, k-th letter for the k-th movable one: is renamed
-    "sequence",  # image numbers, "3,1,2": each is renumbered
-    "never")     # it depends on the order: the images may not change places
+ORDER_RULES = {  # what an answer must look like, and what becomes of it when images change places
+    "keep": ("", ""),  # it stays as it is (the paper's S = 1)
+    "index": (r"[1-9]\d*", "an image number"),  # is renumbered
+    "letter": (r"[A-Z]", "the letter of a movable image"),  # k-th letter: k-th of them; is renamed
+    "sequence": (r"[1-9]\d*(\s*,\s*[1-9]\d*)*", "different image numbers, as in '2,1,3'"),
+    "never": ("", "")}  # it depends on the order: the images may not change places
 MENTION = re.compile(r"<image_(\d+)>")  # mentions image k; a bare <image> is where one stands
 CONTROL = re.compile(r"<\|\w+\|>")      # tokens of the chat format have no place in a question
 
@@ -304,23 +304,14 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     require(not CONTROL.search(question), "question", "holds a control token, <|...|>")
     paths = tuple(os.path.normpath(folder / image) for image in images)
     sample = Sample(**(row | {"images": paths, "answer": row["answer"].strip()}))
-    require(not (problem := answer_problem(sample)), "answer", problem)
+    pattern, wanted = ORDER_RULES[sample.order_rule]
+    n = len(sample.movable) if sample.order_rule == "letter" else len(images)
+    named = [ord(name) - 64 if name.isalpha() else int(name)
+             for name in re.findall(r"\d+|[A-Z]", sample.answer)]
+    require(not pattern or re.fullmatch(pattern, sample.answer) and max(named) <= n
+            and len(set(named)) == len(named),
+            "answer", f"{sample.answer!r} is not {wanted}, of {n} (order_rule {sample.order_rule})")
     return sample
-
-
-def answer_problem(sample: Sample) -> str:
-    """Why the answer does not fit its order rule and images; empty if it does."""
-    answer, rule, n, movable = sample.answer, sample.order_rule, len(sample.images), sample.movable
-    if rule == "index" and not (re.fullmatch(r"[1-9]\d*", answer) and int(answer) <= n):
-        return f"{answer!r} is not an image number between 1 and {n} (order_rule index)"
-    if rule == "letter" and not (re.fullmatch("[A-Z]", answer) and ord(answer) - 65 < len(movable)):
-        return f"{answer!r} is no letter of the {len(movable)} movable images (order_rule letter)"
-    if rule == "sequence":
-        numbers = [int(k) for k in re.findall(r"\d+", answer)]
-        if not (re.fullmatch(r"[1-9]\d*(\s*,\s*[1-9]\d*)*", answer) and max(numbers) <= n
-                and len(set(numbers)) == len(numbers)):
-            return f"{answer!r} does not list distinct image numbers up to {n}, as in '2,1,3'"
-    return ""
 
 
 def check_image(image: str, folder: Path, where: str) -> None:
@@ -725,35 +716,27 @@ def encode_prompt(sample: Sample, processor: Processor,
 
 
 def prompt_length(sample: Sample, processor: Processor) -> int:
-    """Tokens of a prompt, from the sizes of its images."""
+    """Tokens of a prompt, from the sizes of its images. ValueError for a strip of 200 : 1."""
     images = processor.image_processor
     length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
     for path in sample.images:
         with Image.open(path) as image:
-            size = image.height, image.width
-        try:
-            patches = images.get_number_of_image_patches(*size)
-        except ValueError as error:  # a strip of 200 : 1
-            raise ValueError(f"{path}: {error}") from None
+            try:
+                patches = images.get_number_of_image_patches(image.height, image.width)
+            except ValueError as error:
+                raise ValueError(f"{sample.id}, field images: {path}: {error}") from None
         length += patches // images.merge_size ** 2 - 1
     return length
 
 
 def load_questions(path: str, processor: Processor, cfg: Config,
                    accelerator: Accelerator) -> list[Sample]:
-    """Samples whose prompts are short enough; the others are counted and named as dropped."""
+    """Samples whose prompts are short enough; the others are counted as dropped."""
     try:
         samples = load_samples(path)
+        kept = [s for s in samples if prompt_length(s, processor) <= cfg.max_prompt_tokens]
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    kept = []
-    for sample in samples:
-        try:
-            length = prompt_length(sample, processor)
-        except ValueError as error:
-            raise SystemExit(f"{path}: {sample.id}, field images: {error}") from None
-        if length <= cfg.max_prompt_tokens:
-            kept.append(sample)
     accelerator.print(f"{path}: {len(kept)} questions, {len(samples) - len(kept)} dropped whose "
                       f"prompts exceed {cfg.max_prompt_tokens} tokens")
     if not kept:
@@ -826,15 +809,6 @@ class Rollout:
     ref_logprobs: torch.Tensor | None = None  # (T,) under the frozen start model
 
 
-def sampling_config(processor: Processor, cfg: Config, greedy: bool) -> GenerationConfig:
-    """Plain sampling at cfg.temperature, from the distribution that the loss scores, or greedy."""
-    return GenerationConfig(
-        max_new_tokens=cfg.max_new_tokens, do_sample=not greedy,
-        temperature=1.0 if greedy else cfg.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
-        suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id,
-        eos_token_id=processor.eos_ids)
-
-
 @torch.no_grad()
 def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Config,
              greedy: bool = False) -> list[list[list[int]]]:
@@ -843,10 +817,14 @@ def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Co
     longest_first = sorted(range(len(prompts)), key=lambda k: -len(prompts[k].ids))
     rows = [k for k in longest_first for _ in range(n)]
     responses = [[] for _ in prompts]
-    settings, own = sampling_config(processor, cfg, greedy), model.generation_config
-    # NOTE: what settings leave None, generate fills from the checkpoint's own; Qwen2.5-VL's say
-    # top_k = 1, repetition_penalty = 1.05. So these take their place meanwhile.
-    model.generation_config = settings
+    sampling = GenerationConfig(  # from the very distribution that the loss scores; or greedy
+        max_new_tokens=cfg.max_new_tokens, do_sample=not greedy,
+        temperature=1.0 if greedy else cfg.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id,
+        eos_token_id=processor.eos_ids)
+    # NOTE: what it leaves None, generate fills from the checkpoint's own; Qwen2.5-VL's say
+    # top_k = 1, repetition_penalty = 1.05. So it takes their place meanwhile.
+    own, model.generation_config = model.generation_config, sampling
     starts = range(0, len(rows), cfg.rollout_batch)
     for start in tqdm(starts, "generate", leave=False, disable=None):
         batch = rows[start:start + cfg.rollout_batch]
@@ -854,7 +832,7 @@ def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Co
         with autocast(model, cfg):
             features = encode_images(model, chosen)
             inputs, _ = collate(chosen, [[]] * len(chosen), features, processor, model.device)
-            output = model.generate(**inputs, generation_config=settings)           # (B, P + T)
+            output = model.generate(**inputs, generation_config=sampling)           # (B, P + T)
         for k, tail in zip(batch, output[:, inputs["input_ids"].shape[1]:].tolist()):
             ends = [t for t, token in enumerate(tail) if token in processor.eos_ids]
             responses[k].append(tail[:ends[0] + 1] if ends else tail)
@@ -921,27 +899,23 @@ def set_advantages(groups: list[list[Rollout]], cfg: Config) -> None:
             rollout.advantage = advantage
 
 
-def split_groups(groups: list[list[Rollout]], low: float, high: float) -> dict[str, list]:
-    """Sort groups by what they teach. Kept: advantages, and a mean accuracy within [low, high].
+VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat")
+
+
+def verdict(group: list[Rollout], low: float, high: float) -> str:
+    """What becomes of a group. Kept: advantages, and a mean accuracy within [low, high].
 
     Example, bounds .1 and .9, 12 rollouts: 6 right is kept, 11 right too_easy, 12 right all_right.
-    `flat` is left without advantages for another reason, as with the per-order baseline.
+    flat: no advantages for another reason, as with the per-order baseline.
     """
-    names = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat")
-    split = {name: [] for name in names}
-    for group in groups:
-        mean = sum(rollout.accuracy for rollout in group) / len(group)
-        taught = any(rollout.advantage != 0 for rollout in group)
-        if taught and low <= mean <= high:
-            name = "kept"
-        elif mean == 0 or mean == 1:
-            name = "all_right" if mean else "all_wrong"
-        elif not low <= mean <= high:
-            name = "too_easy" if mean > high else "too_hard"
-        else:
-            name = "flat"
-        split[name].append(group)
-    return split
+    mean = sum(rollout.accuracy for rollout in group) / len(group)
+    if low <= mean <= high and any(rollout.advantage != 0 for rollout in group):
+        return "kept"
+    if mean in (0, 1):
+        return "all_right" if mean else "all_wrong"
+    if low <= mean <= high:
+        return "flat"
+    return "too_easy" if mean > high else "too_hard"
 
 
 def resample_by_difficulty(scores: list[float], target: list[float], size: int,
@@ -1070,11 +1044,6 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """Write a JSONL file whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def append_line(path: Path, row: dict) -> None:
     """Add a row to a JSONL file."""
     with open(path, "a", encoding="utf-8") as file:
@@ -1087,19 +1056,24 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def newest(cfg: Config, pattern: str) -> Path | None:
+    """What matches in the run folder, with the highest numbers: checkpoint-100, stage1-2/.. ."""
+    return max(Path(cfg.out).glob(pattern), default=None, key=lambda path: [
+        int(number) for number in re.findall(r"\d+", str(path.relative_to(cfg.out)))])
+
+
 def open_run(cfg: Config, accelerator: Accelerator) -> None:
-    """Make the run folder. Its top is the current run: an earlier one in it moves to stage0/,
-    stage1/ .. (stage1-2/ if that is taken), where later stages find it. Nothing is lost."""
+    """Make the run folder. Its top is the current run: an earlier one in it, of stage 1 say, moves
+    to stage1-1/, stage1-2/ .., where later stages find it. Nothing is lost."""
     out = Path(cfg.out)
     if accelerator.is_main_process and not cfg.resume:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").exists():
             stage = json.loads((out / "config.json").read_text())["stage"]
-            taken = len(list(out.glob(f"stage{stage}*")))
-            archive = out / (f"stage{stage}-{taken + 1}" if taken else f"stage{stage}")
+            archive = out / f"stage{stage}-{1 + len(list(out.glob(f'stage{stage}-*')))}"
             archive.mkdir()
             for entry in sorted(out.iterdir()):
-                if not re.fullmatch(r"stage\d(-\d+)?", entry.name):
+                if not entry.match("stage?-*"):
                     os.replace(entry, archive / entry.name)
             print(f"the earlier run in {out}, of stage {stage}, moved to {archive}")
         shutil.copy(__file__, out / "perl.py")
@@ -1116,33 +1090,23 @@ def open_run(cfg: Config, accelerator: Accelerator) -> None:
         f"{math.ceil(rollouts / world / cfg.micro_batch)} micro-batches a process")
 
 
-def newest(paths) -> Path | None:
-    """The path whose name ends in the highest number: checkpoint-100, stage1-2."""
-    return max(paths, key=lambda path: int(re.search(r"\d+$", path.name)[0]), default=None)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    return newest(folder.glob("checkpoint-*[0-9]"))
-
-
-def stage_folder(cfg: Config, stage: int, holds: str) -> Path | None:
-    """The newest earlier run of `stage` in the run folder that has a file like `holds`."""
-    return newest(p for p in Path(cfg.out).glob(f"stage{stage}*") if any(p.glob(holds)))
-
-
 @dataclass
 class State:
-    """What a run carries over a restart, beside weights, optimizer and torch's generators."""
+    """What a run carries over a restart, beside weights and optimizer."""
     rng: random.Random                             # data order, permutations; same on all processes
     step: int = 0                                  # steps done
     pool: list[int] = field(default_factory=list)  # questions left in this epoch
 
 
+def seed_torch(cfg: Config, step: int, accelerator: Accelerator) -> None:
+    """Each step seeds its sampling, so that a resumed run draws what an unbroken one would."""
+    seed = random.Random(f"{cfg.seed}, {step}, {accelerator.process_index}").getrandbits(60)
+    torch.manual_seed(seed)
+
+
 def save_checkpoint(cfg: Config, model, processor: Processor, optimizer, state: State,
                     accelerator: Accelerator) -> None:
     """Write OUT/checkpoint-STEP, which from_pretrained loads; then remove the one before."""
-    device_rng = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    torch_rng = gather_object([(torch.get_rng_state(), device_rng)])
     if accelerator.is_main_process:
         out = Path(cfg.out)
         temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{state.step}"
@@ -1150,10 +1114,9 @@ def save_checkpoint(cfg: Config, model, processor: Processor, optimizer, state: 
         for part in (model, processor.tokenizer, processor.image_processor):
             part.save_pretrained(temporary)
         torch.save({"step": state.step, "pool": state.pool, "rng": state.rng.getstate(),
-                    "torch_rng": torch_rng, "optimizer": optimizer.state_dict()},
-                   temporary / "training_state.pt")
+                    "optimizer": optimizer.state_dict()}, temporary / "training_state.pt")
         os.replace(temporary, final)
-        for other in set(out.glob("checkpoint-*[0-9]")) - {final}:
+        for other in set(out.glob("checkpoint-*")) - {final}:
             shutil.rmtree(other)
     accelerator.wait_for_everyone()
 
@@ -1163,20 +1126,13 @@ def load_state(cfg: Config, folder: Path | None, optimizer, state: State,
     """Restore all that save_checkpoint wrote beside the model; cut the logs back to that step."""
     if folder:
         saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-        if len(saved["torch_rng"]) != accelerator.num_processes:
-            raise SystemExit(f"--resume: {cfg.out} ran on {len(saved['torch_rng'])} processes, not "
-                             f"{accelerator.num_processes}; start it on as many")
         optimizer.load_state_dict(saved["optimizer"])
         state.step, state.pool = saved["step"], saved["pool"]
         state.rng.setstate(saved["rng"])
-        cpu_rng, device_rng = saved["torch_rng"][accelerator.process_index]
-        torch.set_rng_state(cpu_rng)
-        if device_rng is not None:
-            torch.cuda.set_rng_state(device_rng)
     if accelerator.is_main_process:
         for path in (Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "rollouts.jsonl"):
-            write_lines(path, [row for row in read_lines(path)
-                               if folder and row["step"] <= state.step])
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in read_lines(path)
+                                       if folder and row["step"] <= state.step))
     accelerator.print(f"resumed {cfg.out} after step {state.step}")
 
 
@@ -1185,10 +1141,9 @@ def catch_interrupt() -> threading.Event:
     stop = threading.Event()
 
     def handle(number, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
+        signal.signal(number, signal.default_int_handler)
         print("\nstopping after this step (again: at once)", flush=True)
+        stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
@@ -1197,39 +1152,32 @@ def catch_interrupt() -> threading.Event:
 
 # ---- Stage 0: score the questions with the start model -------------------------------------------
 
-def score(cfg: Config, accelerator: Accelerator) -> None:
-    """Answer each training question K times. Writes scores.jsonl, and the ids kept in kept.json."""
-    processor = load_processor(cfg.model, cfg)
-    samples = load_questions(cfg.data, processor, cfg, accelerator)
-    model = load_model(cfg.model, cfg, accelerator.device)
-    open_run(cfg, accelerator)
-    path, target = Path(cfg.out) / "scores.jsonl", [float(s) for s in cfg.score_target.split()]
-    rows = read_lines(path)  # of the run that --resume continues
-    scores = {row["id"]: row["score"] for row in rows}
+def score(cfg: Config, processor: Processor, samples: list[Sample],
+          accelerator: Accelerator) -> None:
+    """Answer each training question K times. Writes scores.json, and the ids kept in kept.json."""
+    path, target = Path(cfg.out) / "scores.json", [float(s) for s in cfg.score_target.split()]
     world, rank = accelerator.num_processes, accelerator.process_index
-    if accelerator.is_main_process:
-        write_lines(path, rows)  # without a torn line, should there be one
+    model = load_model(cfg.model, cfg, accelerator.device)
+    scores = json.loads(path.read_text()) if path.exists() else {}  # of the run that goes on
     for start in tqdm(range(0, len(samples), cfg.questions_per_step), "score", disable=None):
         batch = samples[start:start + cfg.questions_per_step]
         if all(sample.id in scores for sample in batch):
             continue
-        torch.manual_seed(1_000_003 * cfg.seed + start + rank)  # so a resumed run samples the same
+        seed_torch(cfg, start, accelerator)
         mine = batch[rank::world]
         orders = [all_orders(sample, 1) for sample in mine]  # as given
         groups = sample_groups(model, processor, mine, orders, cfg.score_rollouts, cfg)
-        rows = [{"id": sample.id, "score": sum(r.accuracy for r in group) / len(group)}
-                for sample, group in zip(mine, groups)]
-        for row in gather_object(rows):
-            if accelerator.is_main_process and row["id"] not in scores:
-                append_line(path, row)
-            scores[row["id"]] = row["score"]
+        scores |= dict(gather_object([(sample.id, sum(r.accuracy for r in group) / len(group))
+                                      for sample, group in zip(mine, groups)]))
+        if accelerator.is_main_process:
+            write_atomic(path, json.dumps(scores, indent=0))
     values = [scores[sample.id] for sample in samples]
     size = round(cfg.score_keep * len(samples))
     kept = resample_by_difficulty(values, target, size, random.Random(cfg.seed))
     if not kept:
         raise SystemExit(f"--score-target {cfg.score_target!r} keeps no question of {path}")
     if accelerator.is_main_process:
-        write_atomic(Path(cfg.out) / "kept.json", json.dumps([samples[k].id for k in kept]))
+        write_atomic(path.with_name("kept.json"), json.dumps([samples[k].id for k in kept]))
     for title, some in (("scored", values), ("kept", [values[k] for k in kept])):
         counts = [sum(round(v * (len(target) - 1)) == k for v in some) for k in range(len(target))]
         accelerator.print(f"{title} {len(some)} questions, mean {sum(some) / len(some):.2f}, "
@@ -1250,7 +1198,7 @@ def draw_questions(state: State, n_questions: int, k: int) -> list[int]:
 
 def collect_groups(model, processor: Processor, questions: list[Sample], alpha: float, cfg: Config,
                    state: State, accelerator: Accelerator) -> dict[str, list]:
-    """This process's groups of rollouts for a step, as split_groups sorts them.
+    """This process's groups of rollouts for a step, by their verdicts.
 
     With the online filter, questions are drawn on for groups that were dropped, until every process
     has its share of the batch or cfg.max_rounds is reached. All processes draw the same questions
@@ -1260,15 +1208,15 @@ def collect_groups(model, processor: Processor, questions: list[Sample], alpha: 
     online = cfg.filter == "online"
     low, high = (cfg.filter_low, cfg.filter_high) if online else (0.0, 1.0)
     share = missing = cfg.questions_per_step // world
-    groups = split_groups([], low, high)
+    groups = {name: [] for name in VERDICTS}
     for _ in range(cfg.max_rounds if online else 1):
         chosen = [questions[k] for k in draw_questions(state, len(questions), missing * world)]
         orders = [draw_orders(q, cfg.n_permutations, alpha, state.rng) for q in chosen]
         sampled = sample_groups(model, processor, chosen[rank::world], orders[rank::world],
                                 cfg.rollouts_per_order, cfg)
         set_advantages(sampled, cfg)
-        for name, some in split_groups(sampled, low, high).items():
-            groups[name] += some
+        for group in sampled:
+            groups[verdict(group, low, high)].append(group)
         missing = max(gather_object([share - len(groups["kept"])]))
         if missing <= 0:
             break
@@ -1319,45 +1267,44 @@ def update(model, ref_model, optimizer, processor: Processor, kept: list[list[Ro
 
 def total(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
     """Each value summed over all processes."""
-    sums = torch.tensor(list(values.values()), dtype=torch.float32, device=accelerator.device)
-    return dict(zip(values, accelerator.reduce(sums, "sum").tolist()))
+    rows = gather_object([values])
+    return {name: sum(row[name] for row in rows) for name in values}
 
 
 def step_metrics(groups: dict[str, list], sums: dict[str, float],
                  accelerator: Accelerator) -> dict[str, float]:
     """Metrics of one step over all processes. The README says what is healthy."""
-    rollouts = [r for some in groups.values() for group in some for r in group]
+    rollouts = [rollout for some in groups.values() for group in some for rollout in group]
+    sums = total(sums | {
+        "rollouts": len(rollouts), "accuracy": sum(r.accuracy for r in rollouts),
+        "format": sum(r.format for r in rollouts), "reward": sum(r.reward for r in rollouts),
+        "length": sum(len(r.ids) for r in rollouts),
+        "truncated": sum(r.truncated for r in rollouts)}, accelerator)
     counts = total({name: len(some) for name, some in groups.items()}, accelerator)
-    counts = {name: int(count) for name, count in counts.items()}
-    means = total({"rollouts": len(rollouts), "accuracy": sum(r.accuracy for r in rollouts),
-                   "format": sum(r.format for r in rollouts),
-                   "reward": sum(r.reward for r in rollouts),
-                   "length": sum(len(r.ids) for r in rollouts),
-                   "truncated": sum(r.truncated for r in rollouts)}, accelerator)
-    n_rollouts = means.pop("rollouts")
-    tokens, kl, clipped = total(sums, accelerator).values()
-    kept = counts.pop("kept")
-    return {**{name: value / n_rollouts for name, value in means.items()},
-            "kept": kept, "dropped": sum(counts.values()), **counts,
-            "kl": kl / max(tokens, 1), "clip_fraction": clipped / max(tokens, 1)}
+    kept, tokens = counts.pop("kept"), max(sums["tokens"], 1)
+    means = {name: sums[name] / sums["rollouts"]
+             for name in ("accuracy", "format", "reward", "length", "truncated")}
+    return {**means, "kept": kept, "dropped": sum(counts.values()), **counts,
+            "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens}
 
 
 def step_line(m: dict, steps: int) -> str:
-    """The metrics of a step as one line for people."""
-    dropped = ", ".join(f"{m[name]} {name.replace('_', ' ')}" for name in
-                        ("all_right", "all_wrong", "too_easy", "too_hard", "flat") if m[name])
-    return (f"step {m['step']}/{steps} | acc {m['accuracy']:.2f} fmt {m['format']:.2f} | "
-            f"kept {m['kept']}/{m['kept'] + m['dropped']}" + (f" ({dropped})" if dropped else "")
-            + f" | len {m['length']:.0f} cut {m['truncated']:.0%} | kl {m['kl']:.3f} clip "
-            f"{m['clip_fraction']:.2f} grad {m['grad_norm']:.2f} | gen {m['seconds_sample']:.1f}s "
-            f"train {m['seconds_update']:.1f}s | {m['peak_gb']:.1f} GB")
-
-
-def eval_line(m: dict) -> str:
-    """The evaluation as one line for people."""
-    sources = " ".join(f"{source} {share:.2f}" for source, share in m["eval_sources"].items())
-    return (f"  eval | accuracy {m['eval_accuracy']:.3f} worst order {m['eval_worst']:.3f} "
-            f"bias {m['eval_bias']:.3f} | {sources}")
+    """The metrics of a step for people: one dense line, and one where it was evaluated."""
+    line = f"step {m['step']}/{steps}"
+    if "accuracy" in m:
+        dropped = ", ".join(f"{m[name]} {name.replace('_', ' ')}" for name in VERDICTS[1:]
+                            if m[name])
+        line += (f" | acc {m['accuracy']:.2f} fmt {m['format']:.2f} | kept {m['kept']}/"
+                 f"{m['kept'] + m['dropped']}" + (f" ({dropped})" if dropped else "")
+                 + f" | len {m['length']:.0f} cut {m['truncated']:.0%} | kl {m['kl']:.3f} clip "
+                 f"{m['clip_fraction']:.2f} grad {m['grad_norm']:.2f} | gen "
+                 f"{m['seconds_sample']:.1f}s train {m['seconds_update']:.1f}s | "
+                 f"{m['peak_gb']:.1f} GB")
+    if "eval_accuracy" in m:
+        line += (f"\n  eval | accuracy {m['eval_accuracy']:.3f} worst order {m['eval_worst']:.3f} "
+                 f"bias {m['eval_bias']:.3f} | " + " ".join(
+                     f"{source} {share:.2f}" for source, share in m["eval_sources"].items()))
+    return line
 
 
 def peak_gb() -> float:
@@ -1384,93 +1331,76 @@ def log_group(path: Path, step: int, group: list[Rollout]) -> None:
 def pick_up(cfg: Config, questions: list[Sample],
             accelerator: Accelerator) -> tuple[list[Sample], str]:
     """What earlier stages left: the questions to train on, and where the policy starts."""
-    start, scored, trained = cfg.model, None, None
-    if cfg.filter == "offline" and (scored := stage_folder(cfg, 0, "kept.json")):
-        kept = set(json.loads((scored / "kept.json").read_text()))
+    start, scored = cfg.model, None
+    if cfg.filter == "offline" and (scored := newest(cfg, "stage0-*/kept.json")):
+        kept = set(json.loads(scored.read_text()))
         if lost := kept - {question.id for question in questions}:
-            raise SystemExit(f"{scored / 'kept.json'} names {len(lost)} questions that {cfg.data} "
-                             f"has not, such as {min(lost)!r}; score these data with --stage 0")
+            raise SystemExit(f"{scored} names {len(lost)} questions that {cfg.data} has not, such "
+                             f"as {min(lost)!r}; score these data with --stage 0")
         questions = [question for question in questions if question.id in kept]
-    if cfg.stage == 2 and (trained := stage_folder(cfg, 1, "checkpoint-*[0-9]")):
-        start = str(last_checkpoint(trained))
-    accelerator.print(f"picked up from stage 0: {len(questions)} questions ({scored})" if scored
-                      else f"training on all {len(questions)} questions")
-    accelerator.print(f"picked up from stage 1: policy {start}" if trained else f"policy: {start}")
+    if cfg.stage == 2 and (trained := newest(cfg, "stage1-*/checkpoint-*")):
+        start = str(trained)
+    accelerator.print(f"training on {len(questions)} questions ({scored or 'all'}), on from {start}")
     return questions, start
 
 
-def train(cfg: Config, accelerator: Accelerator) -> None:
+def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: list[Sample],
+          accelerator: Accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update the policy."""
     out, is_main = Path(cfg.out), accelerator.is_main_process
-    processor = load_processor(cfg.model, cfg)
-    questions = load_questions(cfg.data, processor, cfg, accelerator)
-    held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if cfg.eval_data else []
-    held_out = held_out[:cfg.eval_questions or None] if cfg.eval_every else []
-    open_run(cfg, accelerator)
     questions, start = pick_up(cfg, questions, accelerator)
+    held_out = held_out[:cfg.eval_questions or None] if cfg.eval_every else []
     steps = cfg.steps or math.ceil(cfg.epochs * len(questions) / cfg.questions_per_step)
 
-    resumed = last_checkpoint(out) if cfg.resume else None
+    resumed = newest(cfg, "checkpoint-*") if cfg.resume else None
     model = load_model(str(resumed or start), cfg, accelerator.device)
     ref_model = load_model(start, cfg, accelerator.device) if cfg.beta else None
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad],
                                   lr=cfg.lr, weight_decay=cfg.weight_decay)
     state = State(random.Random(cfg.seed))
-    torch.manual_seed(1_000_003 * cfg.seed + accelerator.process_index)
     if cfg.resume:
         load_state(cfg, resumed, optimizer, state, accelerator)
     stop = catch_interrupt()
 
-    def finish_step(metrics: dict) -> None:
-        """Evaluate if it is time to, and write the step's line of metrics.jsonl."""
+    for step in range(0 if held_out and not resumed else state.step + 1, steps + 1):
+        metrics, clock = {"step": step}, time.time()
+        seed_torch(cfg, step, accelerator)
+        if step > 0:  # step 0 evaluates the start
+            progress = (step - 1) / max(steps - 1, 1)
+            alpha = cfg.alpha_start + (cfg.alpha_end - cfg.alpha_start) * progress
+            groups = collect_groups(model, processor, questions, alpha, cfg, state, accelerator)
+            sampled = time.time()
+            sums, grad_norm = update(model, ref_model, optimizer, processor, groups["kept"], cfg,
+                                     accelerator)
+            metrics |= step_metrics(groups, sums, accelerator) | {
+                "grad_norm": grad_norm, "alpha": alpha, "lr": cfg.lr,
+                "seconds_sample": sampled - clock, "seconds_update": time.time() - sampled,
+                "peak_gb": peak_gb(), "grader_timeouts": MATH_JUDGE.timeouts}
+            if is_main and (step - 1) % cfg.log_every == 0:
+                log_group(out / "rollouts.jsonl", step, sum(groups.values(), [])[0])
         clock = time.time()
-        if held_out and (metrics["step"] % cfg.eval_every == 0 or metrics["step"] == steps):
+        if held_out and (step % cfg.eval_every == 0 or step == steps):
             metrics |= evaluate(model, processor, held_out, cfg, accelerator)
             metrics["seconds_eval"] = time.time() - clock
-            accelerator.print(eval_line(metrics))
+        accelerator.print(step_line(metrics, steps))
         if is_main:
             append_line(out / "metrics.jsonl", metrics)
-
-    if state.step == 0 and held_out:
-        finish_step({"step": 0})
-    for step in range(state.step + 1, steps + 1):
-        clock = time.time()
-        progress = (step - 1) / max(steps - 1, 1)
-        alpha = cfg.alpha_start + (cfg.alpha_end - cfg.alpha_start) * progress
-        groups = collect_groups(model, processor, questions, alpha, cfg, state, accelerator)
-        sampled = time.time()
-        sums, grad_norm = update(model, ref_model, optimizer, processor, groups["kept"], cfg,
-                                 accelerator)
-        metrics = {"step": step, **step_metrics(groups, sums, accelerator), "grad_norm": grad_norm,
-                   "alpha": alpha, "lr": cfg.lr, "seconds_sample": sampled - clock,
-                   "seconds_update": time.time() - sampled, "peak_gb": peak_gb(),
-                   "grader_timeouts": MATH_JUDGE.timeouts}
-        accelerator.print(step_line(metrics, steps))
-        finish_step(metrics)
-        if is_main and (step - 1) % cfg.log_every == 0:
-            kept_first = [group for some in groups.values() for group in some]
-            log_group(out / "rollouts.jsonl", step, kept_first[0])
         state.step, last = step, step == steps or any(gather_object([stop.is_set()]))
-        if last or step % cfg.save_every == 0:
+        if last or step > 0 and step % cfg.save_every == 0:
             save_checkpoint(cfg, model, processor, optimizer, state, accelerator)
         if last:
             break
-    accelerator.print(f"done: {last_checkpoint(out)}" if state.step == steps else
+    accelerator.print(f"done: {newest(cfg, 'checkpoint-*')}" if state.step == steps else
                       f"stopped after step {state.step}; go on with --resume {out}")
 
 
-def dry_run(cfg: Config, accelerator: Accelerator) -> None:
-    """Check settings and data, and show what the model would read, without loading a model."""
-    processor = load_processor(cfg.model, cfg)
-    questions = load_questions(cfg.data, processor, cfg, accelerator)
-    if cfg.eval_data:
-        load_questions(cfg.eval_data, processor, cfg, accelerator)
+def dry_run(cfg: Config, processor: Processor, questions: list[Sample]) -> None:
+    """Show what the model would read: a question with the most images, in its orders."""
     sample = max(questions, key=lambda q: len(q.images))
     for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
         permuted = permute(sample, order)
-        prompt = encode_prompt(permuted, processor)
-        print(f"order {order}, {len(prompt.ids)} tokens, answer {permuted.answer}: "
-              f"{prompt_text(permuted, processor)}")
+        print(f"order {order}, {len(encode_prompt(permuted, processor).ids)} tokens, answer "
+              f"{permuted.answer}: {prompt_text(permuted, processor)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1484,9 +1414,17 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.questions_per_step % accelerator.num_processes:
         raise SystemExit(f"--questions-per-step {cfg.questions_per_step} does not divide into "
                          f"{accelerator.num_processes} processes")
-    run = dry_run if cfg.dry_run else score if cfg.stage == 0 else train
+    processor = load_processor(cfg.model, cfg)
+    questions = load_questions(cfg.data, processor, cfg, accelerator)
+    held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if cfg.eval_data else []
+    if cfg.dry_run:
+        return dry_run(cfg, processor, questions)
+    open_run(cfg, accelerator)
     try:
-        run(cfg, accelerator)
+        if cfg.stage == 0:
+            score(cfg, processor, questions, accelerator)
+        else:
+            train(cfg, processor, questions, held_out, accelerator)
     except KeyboardInterrupt:
         raise SystemExit(f"\ninterrupted; go on with --resume {cfg.out}") from None
 

@@ -552,11 +552,10 @@ def test_set_advantages(changes, expected):
     ([0] * 4, [0, 0, 0, 0.1], (0.1, 0.9), "all_wrong"),
     ([1] * 11 + [0], None, (0.1, 0.9), "too_easy"), ([0] * 11 + [1], None, (0.1, 0.9), "too_hard"),
     ([1, 1, 0, 0], None, (0, 1), "flat")])      # each order flat, per-order baseline
-def test_split_groups(accuracies, rewards, bounds, expected):
+def test_verdict(accuracies, rewards, bounds, expected):
     group, baseline = scored_group(accuracies, rewards), ("pooled", "per-order")[expected == "flat"]
     perl.set_advantages([group], tiny_config(baseline=baseline))
-    split = perl.split_groups([group], *bounds)
-    assert {name for name, groups in split.items() if groups} == {expected}
+    assert perl.verdict(group, *bounds) == expected
 
 
 def test_resample_by_difficulty():
@@ -850,7 +849,7 @@ def test_resume_after_a_kill_equals_no_kill(data, straight, tmp_path, monkeypatc
     with pytest.raises(Killed):
         run_with(monkeypatch, "update", kill, die, arguments(data, out))
     assert metrics_of(out)[-1]["step"] == kill - 1
-    assert perl.last_checkpoint(out) == (out / f"checkpoint-{saved}" if saved else None)
+    assert perl.newest(perl.parse_config(["--out", str(out)]), "checkpoint-*") == (out / f"checkpoint-{saved}" if saved else None)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "accu')  # a line torn by the kill
     perl.main(["--resume", str(out)])
@@ -861,7 +860,7 @@ def test_ctrl_c_finishes_the_step_and_saves(data, straight, tmp_path, monkeypatc
     out = tmp_path / "stopped"
     run_with(monkeypatch, "update", 3, lambda: signal.raise_signal(signal.SIGINT),
              arguments(data, out))
-    assert perl.last_checkpoint(out) == out / "checkpoint-3"
+    assert perl.newest(perl.parse_config(["--out", str(out)]), "checkpoint-*") == out / "checkpoint-3"
     assert metrics_of(out) == metrics_of(straight)[:4]
     perl.main(["--resume", str(out)])
     assert_equal_runs(out, straight)
@@ -878,37 +877,35 @@ def test_resume_refuses_a_changed_setting(straight, tmp_path, capsys):
 def test_stages_share_a_run_folder(data, tmp_path, capsys):
     out, short = tmp_path / "run", dict(steps=1, eval_every=0)
     perl.main(arguments(data, out, stage=0, score_keep=1, score_target="1 " * 11))
-    scores = {row["id"]: row["score"] for row in read_rows(out / "scores.jsonl")}
+    scores = json.loads((out / "scores.json").read_text())
     kept = json.loads((out / "kept.json").read_text())
     assert scores.keys() == {asked.id for asked in perl.load_samples(data)} > set(kept) != set()
     assert all(score * 10 == pytest.approx(round(score * 10)) for score in scores.values())
-    before = {"stage0": files_of(out)}
+    before = {"stage0-1": files_of(out)}
     perl.main(arguments(data, out, stage=1, **short))
-    assert f"stage 0: {len(kept)} questions" in capsys.readouterr().out
+    assert f"training on {len(kept)} questions ({out / 'stage0-1'}" in capsys.readouterr().out
     assert {row["id"] for row in read_rows(out / "rollouts.jsonl")} <= set(kept)
-    before["stage1"] = files_of(out, but="stage")
+    before["stage1-1"] = files_of(out, but="stage")
     perl.main(arguments(data, out, stage=2, lr=0, **short))
-    assert "from stage 1: policy" in capsys.readouterr().out and metrics_of(out)[0]["alpha"] == 0
-    trained = weights_of(out / "stage1" / "checkpoint-1")
+    assert f"on from {out / 'stage1-1'}" in capsys.readouterr().out and metrics_of(out)[0]["alpha"] == 0
+    trained = weights_of(out / "stage1-1" / "checkpoint-1")
     assert not torch.equal(trained, weights_of(TINY))
     assert torch.equal(weights_of(out / "checkpoint-1"), trained), "stage 1's policy, at lr 0"
-    before["stage2"] = files_of(out, but="stage")
+    before["stage2-1"] = files_of(out, but="stage")
     perl.main(arguments(data, out, stage=2, lr=0, **short))  # once more
     assert {name: files_of(out / name) for name in before} == before, "moved aside, nothing lost"
 
 
-@table("torn", ["", '{"id": "half a li'])
-def test_stage_0_resumes(data, tmp_path, monkeypatch, torn):
+def test_stage_0_resumes(data, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "killed"
     flags = dict(stage=0, score_rollouts=2, questions_per_step=3, score_keep=1,
                  score_target="1 " * 11)
     perl.main(arguments(data, whole, **flags))
     with pytest.raises(Killed):
         run_with(monkeypatch, "sample_groups", 2, die, arguments(data, out, **flags))
-    with open(out / "scores.jsonl", "a") as file:
-        file.write(torn)
+    assert len(json.loads((out / "scores.json").read_text())) == 3
     run_with(monkeypatch, "sample_groups", 3, die, ["--resume", str(out)])  # two batches are left
-    for name in ("scores.jsonl", "kept.json"):
+    for name in ("scores.json", "kept.json"):
         assert (out / name).read_text() == (whole / name).read_text()
 
 
@@ -916,7 +913,7 @@ def test_stage_0_that_would_keep_nothing_says_so(data, tmp_path, monkeypatch):
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: False)
     with pytest.raises(SystemExit, match="score-target"):
         perl.main(arguments(data, tmp_path / "run", stage=0, score_target="0 1"))
-    assert len(read_rows(tmp_path / "run" / "scores.jsonl")) == 8
+    assert len(json.loads((tmp_path / "run" / "scores.json").read_text())) == 8
 
 
 @table("beta, models", [(0.0, 1), (0.1, 2)])
