@@ -37,9 +37,8 @@ from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from perl import (ORDINALS, PRESETS, SAMPLES, Config, Sample, all_orders, canonical, extract_answer,
-                  extract_choice, last_boxed, load_model, load_processor, load_samples, lone_letter,
-                  permute, plain, prompt_length, read_lines, same_answer, sample_groups,
-                  write_atomic)
+                  extract_choice, last_boxed, load_model, load_processor, load_samples, permute,
+                  plain, prompt_length, read_lines, same_answer, sample_groups, write_atomic)
 
 
 class Benchmark(NamedTuple):
@@ -147,7 +146,7 @@ def from_mantis(row: dict, number: int, place) -> Question:
         return make_question(row["id"], images, text, gold, "text", (), "short-answer")
     options = [re.sub(rf"^\s*\(?{chr(65 + k)}\s*[).:]\s*", "", option)  # some have labels
                for k, option in enumerate(row["options"])]
-    gold = lone_letter(gold) or re.sub(r"[^A-Za-z]", "", gold)[:1].upper()
+    gold = extract_choice(gold) or re.sub(r"[^A-Za-z]", "", gold)[:1].upper()
     return make_question(row["id"], images, text, gold, "choice", options, "multi-choice",
                          option_images(options, len(images), text), show_options=True)
 
@@ -181,7 +180,7 @@ def from_mv_math(row: dict, number: int, place) -> Question:
     text, images = place_tags(row["question"], r"<image_(\d+)>", [*map(place, row["input_image"])])
     kind, gold, movable, options = row["answer_type"], row["answer"], None, ()
     if kind == "choice":
-        options, gold = listed_options(text) or [""] * 4, lone_letter(gold) or gold
+        options, gold = listed_options(text) or [""] * 4, extract_choice(gold) or gold
         if {*options} == {"<image>"}:  # the options are images: the last ones
             movable = tuple(range(len(images) - len(options), len(images)))
     rule = {"choice": "choice", "multi-step": "parts"}.get(kind, "text")
@@ -355,7 +354,7 @@ def picked(row: dict) -> tuple | None:
     """What an answer picks, as positions in the given order: the same whatever order was asked."""
     answer, order, movable = row["answer"] or "", row["order"], row["movable"]
     if row["order_rule"] == "letter":
-        k = ord(lone_letter(answer) or "@") - 65
+        k = ord(extract_choice(answer) or "@") - 65
         return (order[movable[k]],) if 0 <= k < len(movable) else None
     if row["order_rule"] in ("index", "sequence"):
         numbers = [int(k) for k in re.findall(r"\d+", answer)]

@@ -401,16 +401,16 @@ def all_orders(sample: Sample, cap: int) -> list[tuple[int, ...]]:
 DECLARATION = re.compile(
     r"\b(?:answer|(?:correct|right|best|final) (?:option|choice))\b(?:(?!\bif\b)[^.\n:=]){0,80}?"
     r"(?:\b(?:is|be)\b|:|=)[\s:]*(?=([^\n]{1,300}))", re.IGNORECASE)
-FORMAT = re.compile(r"\s*<think>((?!</?think>).)*</think>(?P<rest>((?!</?think>).)*)", re.DOTALL)
-YES_NO = re.compile(r"(yes|no|true|false)\b(?! (?:and|or)\b).*")
-IMAGES = re.compile(r"[\[(]?\s*(?:(?:the\s+)?image)?\s*#?\s*\d+(\s*(?:,|;|->|→|>|and|\s)\s*"
-                    r"(?:image\s*)?#?\s*\d+)*\s*[\])]?")  # "image 3", "[3, 1, 2]"
+IMAGES = re.compile(r"(?:\d|[\s\[\]()#,;>→]|->|and|the|images?)+")  # "image 3", "[3, 1, 2]"
 UNIT = re.compile(r"(?<=\d) +(?:[kcm]?m|miles?|ft|k?g|m?l)(?:\^\{?[23]\}?|[²³]|/\w+)+$")
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+|\n+")  # but not behind a label "B."
-# What names an option: "(B)", "option B"; less surely a bare "B", unless it is the word "a".
-MARKED = re.compile(r"\(([A-Z])\)|\b(?i:option|choice|answer)\s*:?\s*([A-Za-z])(?![\w'’])")
-BARE = re.compile(r"(?<![\w'’$\\^(])(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|"
-                  r"fits|looks|seems|appears|shows|matches|would)\b)[a-z])([A-HJ-Z])(?![\w'’(])")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?!But\b|However\b)|\n+")  # not behind "B."
+# What names an option: a label "(B)", "B.", "b)", "option B"; less surely a bare "B", unless it is
+# the word "a".
+MARKED = re.compile(r"\(([A-Z])\)|\b(?i:option|choice|answer)\s*:?\s*\(?([A-Za-z])(?![\w'’])|"
+                    r"^\(?([A-Za-z])(?=[).:]|$)|(?<=\s)([A-Z])(?=[).:]\s)")
+BARE = re.compile(
+    r"(?<![\w'’$\\^(])(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|fits|looks|seems|"
+    r"appears|shows|matches|would)\b)[a-z])([A-HJ-Z])(?![\w'’(^*+-]|/\d)")
 # What takes it back: "not A", "closer than A"; "A is not", "A can be ruled out".
 NOT_BEFORE = re.compile(r"(?:\b(?:not|than|neither|nor|unlike|except|instead of|compared to)|n't)"
                         r"(?:\s+(?:the|in|of|option|choice|point|image|box))*\s+\(?$", re.I)
@@ -422,63 +422,55 @@ ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth te
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} whose braces balance (escaped ones aside), or None."""
-    open_braces, last = [], (-1, None)  # where each open \boxed{ begins, None for another brace
-    for brace in re.finditer(r"\\boxed\s*\{|\\?[{}]", text):
-        if brace[0] == "{" or brace[0].startswith(r"\boxed"):
-            open_braces.append(brace.end() if len(brace[0]) > 1 else None)
-        elif brace[0] == "}" and open_braces and (start := open_braces.pop()) is not None:
-            last = max(last, (start, text[start:brace.start()].strip()))
-    return last[1]
-
-
-def stated(text: str) -> list[str]:
-    r"""What a text states as its answer: the last \boxed{}; else the last <answer>, closed or at
-    the end; else what follows each "the answer is", the last one first."""
-    if (boxed := last_boxed(text)) is not None:
-        return [boxed]
-    if tagged := re.findall(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", text, re.DOTALL):
-        return [tagged[-1].strip()]
-    found = (re.split(r"\.(?:\s|$)", rest, maxsplit=1)[0] for rest in DECLARATION.findall(text))
-    return [re.sub(r"^\((\w+)\)$", r"\1", answer.strip("*_ $")) for answer in found][::-1]
+    open_braces, boxes = [], []
+    for brace in re.finditer(r"\\boxed\s*\{|(?<!\\)[{}]", text):
+        if brace[0] != "}":
+            open_braces.append(brace)
+        elif open_braces and (start := open_braces.pop())[0] != "{":
+            boxes.append((start.end(), brace.start()))
+    return text[slice(*max(boxes))].strip() if boxes else None
 
 
 def extract_answer(response: str) -> str | None:
-    """What a response settles on behind </think>; None if <think> never closes, or for nothing."""
-    text = response.rpartition("</think>")[2]
-    return None if "<think>" in text else next(iter(stated(text)), None) or None
-
-
-def extract_choice(response: str, options: list[str]) -> str | None:
-    """The letter of the option that a response settles on; None if it names none, or two.
-
-    Behind </think>, in this order: what it states as its answer; the text as a whole ("B. Both
-    images"); the one letter marked as in "(B)"; the last sentence that speaks for an option.
-    """
+    r"""What a response settles on behind </think>: the last \boxed{}; else the last <answer>,
+    closed or at the end; else what follows the last "the answer is". None if <think> never closes,
+    or for nothing."""
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
+    if (boxed := last_boxed(text)) is not None:
+        return boxed or None
+    if tagged := re.findall(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", text, re.DOTALL):
+        return tagged[-1].strip() or None
+    declared = re.split(r"\.(?:\s|$)", (DECLARATION.findall(text) or [""])[-1], maxsplit=1)[0]
+    return re.sub(r"^\((\w+)\)$", r"\1", declared.strip("*_ $")) or None
+
+
+def extract_choice(response: str, options: list[str] | tuple[str, ...] = ("",) * 26) -> str | None:
+    """The letter of the option that a response settles on; None if it names none, or two.
+
+    Behind </think>, in this order: what it states as its answer; a first sentence that is labeled
+    ("B. Both images"); the one letter marked as in "(B)"; the last sentence that speaks for one.
+    """
+    text = re.sub(r"[*`\"]+|\\[()]", "", response.rpartition("</think>")[2]).strip()
+    if not text or "<think>" in text:
+        return None
     texts = {chr(65 + k): re.sub(rf"^\s*\(?{chr(65 + k)}[).:]\s*", "", option)
              for k, option in enumerate(options[:26])}
-
-    def read(phrase: str) -> str | None:  # the one option that a short text names
-        if letter := lone_letter(phrase):
-            return letter if letter in texts else None
-        named = spoken_for(phrase, texts) or {k for k in texts if same_answer(phrase, texts[k])}
-        return named.pop() if len(named) == 1 and phrase else None
-
-    text = re.sub(r"[*`\"]+|\\[()]", "", text).strip()
-    for answer in stated(text):
-        if lone_letter(answer) or spoken_for(answer, texts) or re.search(r"\\boxed|<answer>", text):
-            return read(answer)
-    listed = {m[1]: m[0] for m in reversed([*re.finditer(r"(?m)^[^\w\n]*([A-Z])[).:].*$", text)])}
-    if len(listed) > 1:  # several options, one a line, perhaps with comments: no choice
-        text = functools.reduce(lambda text, line: text.replace(line, "", 1), listed.values(), text)
-    sentences = SENTENCE_END.split(text)
-    if len(sentences) == 1 or lone_letter(text):
-        return read(text)
+    sentences = [extract_answer(text) or ""]
+    if not spoken_for(sentences[0], texts) and not re.search(r"\\boxed|<answer>", text):
+        listed = dict(reversed(re.findall(r"(?m)^[^\w\n]*([A-Z])([).:].*)$", text)))
+        if len(listed) > 1:  # several options, one a line, perhaps with comments: no choice
+            for letter, line in listed.items():
+                text = text.replace(letter + line, "", 1)
+        sentences = SENTENCE_END.split(text.strip())
+        if re.match(r"\(?[A-Za-z](?:[).:,]|$| because\b| since\b)", sentences[0]):
+            sentences = sentences[:1]
     named = set().union(*(spoken_for(s, texts) for s in sentences if re.search(r"\([A-Z]\)", s)))
     if len(named) != 1:
-        named = next(filter(None, (spoken_for(s, texts) for s in reversed(sentences))), ())
+        named = next(filter(None, (spoken_for(s, texts) for s in reversed(sentences))), set())
+    if not named and len(sentences) == 1:
+        named = {letter for letter in texts if same_answer(sentences[0], texts[letter])}
     return named.pop() if len(named) == 1 else None
 
 
@@ -486,9 +478,9 @@ def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
     """Letters of the options that a sentence speaks for: by marked letters, else by option texts,
     else by bare letters. Negated ones do not count; what follows a "but" counts more."""
     bare = {k: canonical(option) for k, option in sorted(options.items(), key=lambda o: -len(o[1]))}
-    worded = re.compile("|".join(rf"(?P<{k}>(?<!\w){re.escape(option)}(?!\w|\.\d))"
+    worded = re.compile("|".join(rf"(?P<{k}>(?<![\w./{{]){re.escape(option)}(?![\w/]|\.\d))"
                                  for k, option in bare.items() if option) or r"\b\B")
-    for clause in reversed(re.split(r"\b(?:but|however)\b", sentence)):
+    for clause in reversed(re.split(r"(?i)\b(?:but|however)\b", plain(sentence))):
         for pattern, text in ((MARKED, clause), (worded, canonical(clause)), (BARE, clause)):
             named = {(m.lastgroup or m[m.lastindex]).upper() for m in pattern.finditer(text)
                      if not NOT_BEFORE.search(text[max(0, m.start() - 60):m.start()])
@@ -509,20 +501,20 @@ def canonical(text: str) -> str:
     return re.sub(r"^(?:the|an?) (?=\w)", "", text)
 
 
-def lone_letter(answer: str) -> str | None:
-    """The letter that a short answer is: "(c)", "C. Both images", "option c", "not A but C"."""
-    answer = re.sub(r"\bnot (?:option )?\(?[A-Z]\)?(?!\w)[ ,]*(?:but )?", "", plain(answer))
-    match = re.fullmatch(r"(?:(?:the|correct|answer|option|choice|is)[ :]+)*\(?([a-z])\b"
-                         r"(?!\)? ?[,&] ?\(?[a-z]\b|[^.]*\((?!\1\))[a-z]\)|"  # another letter
-                         r".*\b(?:but|however|(?:and|or) (?!a )\(?[a-z])\b)"
-                         r"\)?(?: ?[.,:)].*| (?:because|since)\b.*)?", answer.casefold())
-    return match and match[1].upper()
+def plain(answer: str) -> str:
+    r"""Strip what carries no meaning: $, \text{}, bold, a full stop, brackets around one letter."""
+    answer = re.sub(r"\s+", " ", answer)
+    answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", answer)
+    answer = re.sub(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})|[£€]", "", answer.replace("\u2212", "-"))
+    answer = re.sub(r"√ ?(\d+|\w)", r"\\sqrt{\1}", answer).replace("√", r"\sqrt")
+    answer = answer.replace("π", r"\pi ").strip().strip("$*").strip().removesuffix(".").strip()
+    return re.sub(r"^\((\w)\)$", r"\1", answer)
 
 
 def has_format(response: str) -> bool:
     r"""Whether the response is <think>...</think>...\boxed{...}..., with one think block."""
-    match = FORMAT.fullmatch(response)
-    return bool(match and last_boxed(match["rest"]))
+    match = re.fullmatch(r"\s*<think>((?!</?think>).)*</think>(((?!</?think>).)*)", response, re.S)
+    return bool(match and last_boxed(match[2]))
 
 
 def is_correct(response: str, gold: str) -> bool:
@@ -539,27 +531,14 @@ def same_answer(answer: str, gold: str) -> bool:
     if answer == gold:
         return True
     if re.fullmatch(r"[a-z]", gold):
-        return lone_letter(formulas[0]) == gold.upper()
-    if YES_NO.fullmatch(gold):
-        match = YES_NO.fullmatch(answer)
-        return bool(match) and match[1] == gold
-    if len(answer) > MathJudge.MAX_CHARS:
-        return False  # no list of numbers and no formula
+        return extract_choice(formulas[0]) == gold.upper()
+    if gold in ("yes", "no", "true", "false"):
+        return bool(re.match(rf"{gold}\b(?! (?:and|or)\b)", answer))
     if re.fullmatch(r"\d{1,2}(\s*,\s*\d{1,2})*", gold) and IMAGES.fullmatch(answer):
         return re.findall(r"\d+", answer) == re.findall(r"\d+", gold)  # a sequence: order counts
-    if not re.search(r"\d|\\", gold):
-        return False  # words that differ are different answers
+    if len(answer) > MathJudge.MAX_CHARS or not re.search(r"\d|\\", gold):
+        return False  # words that differ are different answers, and no formula is that long
     return MATH_JUDGE.same(*(UNIT.sub("", formula) for formula in formulas))
-
-
-def plain(answer: str) -> str:
-    r"""Strip what carries no meaning: $, \text{}, bold, a full stop, brackets around one letter."""
-    answer = re.sub(r"\s+", " ", answer)
-    answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", answer)
-    answer = re.sub(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})|[£€]", "", answer.replace("\u2212", "-"))
-    answer = re.sub(r"√ ?(\d+|\w)", r"\\sqrt{\1}", answer).replace("√", r"\sqrt")
-    answer = answer.replace("π", r"\pi ").strip().strip("$*").strip().removesuffix(".").strip()
-    return re.sub(r"^\((\w)\)$", r"\1", answer)
 
 
 class MathJudge:
@@ -571,22 +550,16 @@ class MathJudge:
     SECONDS, MAX_CHARS = 5.0, 500
     PROGRAM = """
 import faulthandler, json, sys
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-def read(text):
-    kinds = [LatexExtractionConfig(), ExprExtractionConfig()]
-    return (parse(f"${text}$", kinds, parsing_timeout=None)
-            or parse(text, kinds, parsing_timeout=None))
+from math_verify import parse, verify
 print("ready", flush=True)
 for line in sys.stdin:
-    answer, gold, seconds = json.loads(line)
+    *texts, seconds = json.loads(line)
     faulthandler.dump_traceback_later(seconds, exit=True)
-    verdict = verify(read(gold), read(answer), timeout_seconds=None)
+    answer, gold = (parse(f"${text}$", parsing_timeout=None) for text in texts)
+    print(verify(gold, answer, timeout_seconds=None), flush=True)
     faulthandler.cancel_dump_traceback_later()
-    print(bool(verdict), flush=True)
 """
-
-    def __init__(self):
-        self.process, self.timeouts = None, 0
+    process, timeouts = None, 0
 
     def same(self, answer: str, gold: str) -> bool:
         if self.process is None or self.process.poll() is not None:
@@ -595,8 +568,7 @@ for line in sys.stdin:
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             if self.process.stdout.readline() != "ready\n":
                 raise RuntimeError("math-verify does not start; pip install -r requirements.txt")
-        self.process.stdin.write(json.dumps([answer, gold, self.SECONDS]) + "\n")
-        self.process.stdin.flush()
+        print(json.dumps([answer, gold, self.SECONDS]), file=self.process.stdin, flush=True)
         verdict = self.process.stdout.readline()  # empty if the process ended itself
         if not verdict:
             self.process.wait()
