@@ -400,14 +400,15 @@ def all_orders(sample: Sample, cap: int) -> list[tuple[int, ...]]:
 
 DECLARATION = re.compile(
     r"\b(?:answer|(?:correct|right|best|final) (?:option|choice))\b(?:(?!\bif\b)[^.\n:=]){0,80}?"
-    r"(?:\b(?:is|be)\b|:|=)[\s:]*(?=([^\n]{1,300}))", re.IGNORECASE)
+    r"(?:\b(?:is|be)\b|:|=)[\s:]*(?=((?:[^.\n]|\.(?=\S)){1,300}))", re.IGNORECASE)
 IMAGES = re.compile(r"(?:\d|[\s\[\]()#,;>→]|->|and|the|images?)+")  # "image 3", "[3, 1, 2]"
 UNIT = re.compile(r"(?<=\d) +(?:[kcm]?m|miles?|ft|k?g|m?l)(?:\^\{?[23]\}?|[²³]|/\w+)+$")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?!But\b|However\b)|\n+")  # not behind "B."
-# What names an option: a label "(B)", "B.", "b)", "option B"; less surely a bare "B", unless it is
-# the word "a".
-MARKED = re.compile(r"\(([A-Z])\)|\b(?i:option|choice|answer)\s*:?\s*\(?([A-Za-z])(?![\w'’])|"
-                    r"^\(?([A-Za-z])(?=[).:]|$)|(?<=\s)([A-Z])(?=[).:]\s)")
+# What names an option: a label in front, "(B)", "or C. dogs", "option b"; less surely a bare "B",
+# unless it is the word "a".
+LABEL = r"\(?([A-Za-z])(?=[).:]|$|,? (?:because|since)\b)"
+MARKED = re.compile(rf"^{LABEL}|\(([A-Z])\)|(?<=\s)([A-Z])(?=[).:]\s)|"
+                    r"\b(?i:option|choice|answer)\s*:?\s*\(?([A-Za-z])(?![\w'’])")
 BARE = re.compile(
     r"(?<![\w'’$\\^(])(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|fits|looks|seems|"
     r"appears|shows|matches|would)\b)[a-z])([A-HJ-Z])(?![\w'’(^*+-]|/\d)")
@@ -432,9 +433,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(response: str) -> str | None:
-    r"""What a response settles on behind </think>: the last \boxed{}; else the last <answer>,
-    closed or at the end; else what follows the last "the answer is". None if <think> never closes,
-    or for nothing."""
+    r"""What a response states behind </think>: the last \boxed{}; else the last <answer>, closed or
+    not; else what follows the last "the answer is". None for nothing, or if <think> stays open."""
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
@@ -442,8 +442,8 @@ def extract_answer(response: str) -> str | None:
         return boxed or None
     if tagged := re.findall(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", text, re.DOTALL):
         return tagged[-1].strip() or None
-    declared = re.split(r"\.(?:\s|$)", (DECLARATION.findall(text) or [""])[-1], maxsplit=1)[0]
-    return re.sub(r"^\((\w+)\)$", r"\1", declared.strip("*_ $")) or None
+    declared = DECLARATION.findall(text) or [""]
+    return re.sub(r"^\((\w+)\)$", r"\1", declared[-1].strip("*_ $")) or None
 
 
 def extract_choice(response: str, options: list[str] | tuple[str, ...] = ("",) * 26) -> str | None:
@@ -464,7 +464,7 @@ def extract_choice(response: str, options: list[str] | tuple[str, ...] = ("",) *
             for letter, line in listed.items():
                 text = text.replace(letter + line, "", 1)
         sentences = SENTENCE_END.split(text.strip())
-        if re.match(r"\(?[A-Za-z](?:[).:,]|$| because\b| since\b)", sentences[0]):
+        if re.match(LABEL, sentences[0]):
             sentences = sentences[:1]
     named = set().union(*(spoken_for(s, texts) for s in sentences if re.search(r"\([A-Z]\)", s)))
     if len(named) != 1:
