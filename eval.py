@@ -40,7 +40,6 @@ from perl import (ORDINALS, PRESETS, SAMPLES, Config, Sample, all_orders, canoni
                   extract_choice, last_boxed, load_model, load_processor, load_samples, permute,
                   plain, prompt_length, read_lines, same_answer, sample_groups, write_atomic)
 
-
 class Benchmark(NamedTuple):
     """Where a benchmark's rows come from, how many there are, and how its score is made."""
     hub: str                  # data set on the Hub; --data-dir holds it under the name behind "/"
@@ -50,7 +49,6 @@ class Benchmark(NamedTuple):
     rows: int                 # 0: any number
     mean: str                 # micro: over questions; macro: over tasks
     scoring: str
-
 
 LOWER = "rules only: lies below the published score, which a language model judged"
 BLINK_TASKS = (
@@ -88,7 +86,6 @@ PAPER = {
     "ablation n_s = 3": (74.07, 57.02, 52.17, 70.9, 46.39, 27.00, 38.62, 23.25),
 }
 
-
 # ---- Adapters: a row of a data set -> a question -------------------------------------------------
 
 class Question(NamedTuple):
@@ -96,7 +93,6 @@ class Question(NamedTuple):
     sample: Sample
     rule: str                      # how an answer is scored, see grade_row
     options: tuple[str, ...] = ()  # texts of options A, B, ..
-
 
 def make_question(id, images: list[str], text: str, answer, rule: str, options=(), task="",
                   movable: tuple[int, ...] | None = None, show_options=False) -> Question:
@@ -110,13 +106,11 @@ def make_question(id, images: list[str], text: str, answer, rule: str, options=(
     return Question(Sample(str(id), tuple(images), text, answer, "letter" if movable else "never",
                            movable, str(task)), rule, tuple(map(str, options)))
 
-
 def listed_options(text: str) -> list[str]:
     """The options in a question's text: "A. 9,14", "(B) red" or "C:2", a line each."""
     label = r"^\s*\(?([A-Z])\s*[).:、．]"
     found = re.findall(rf"(?ms){label}\s*(.*?)\s*(?={label}|\Z)", text)
     return [option for k, (letter, option, _) in enumerate(found) if letter == chr(65 + k)]
-
 
 def option_images(options: list[str], n_images: int, text: str) -> tuple[int, ...] | None:
     """Positions of the images that options name: "the second image", "the third image" -> (1, 2).
@@ -128,7 +122,6 @@ def option_images(options: list[str], n_images: int, text: str) -> tuple[int, ..
     as_last = len(named) > 1 and named == list(range(n_images - len(options), n_images))
     return tuple(named) if as_last and mentioned in (set(), {*named}) else None
 
-
 def place_tags(text: str, tag: str, images: list[str]) -> tuple[str, list[str]]:
     """Numbered tags -> <image> where an image first stands, <image_k> where it is spoken of.
     Returns the images in the order of their tags, those without one in front."""
@@ -138,7 +131,6 @@ def place_tags(text: str, tag: str, images: list[str]) -> tuple[str, list[str]]:
     text = re.sub(tag, lambda m: left.pop(k := int(m[1]), f"<image_{order.index(k) + 1}>"
                                           if k in order else ""), text)
     return text, [images[k - 1] for k in order]
-
 
 def from_mantis(row: dict, number: int, place) -> Question:
     images, text, gold = [*map(place, row["images"])], row["question"], row["answer"]
@@ -150,13 +142,11 @@ def from_mantis(row: dict, number: int, place) -> Question:
     return make_question(row["id"], images, text, gold, "choice", options, "multi-choice",
                          option_images(options, len(images), text), show_options=True)
 
-
 def from_blink(row: dict, number: int, place) -> Question:
     images = [place(row[f"image_{k}"]) for k in range(1, 5) if row.get(f"image_{k}")]
     asked, choices = row["prompt"].split("Select from the following")[0], row["choices"]
     return make_question(row["idx"], images, row["prompt"], row["answer"].strip("() "), "choice",
                          choices, row["sub_task"], option_images(choices, len(images), asked))
-
 
 def from_mmiu(row: dict, number: int, place) -> Question:
     images, options = [*map(place, row["input_image_path"])], listed_options(row["options"])
@@ -166,7 +156,6 @@ def from_mmiu(row: dict, number: int, place) -> Question:
     return make_question(f"{row['task']}-{number}", images, text, gold, "choice", options,
                          row["task"], movable)
 
-
 def from_remi(row: dict, number: int, place) -> Question:
     images = [place(row[f"image_{k}"]) for k in range(1, 7) if row.get(f"image_{k}")]
     text, images = place_tags(row["question"], r"<image(\d+)>", images)
@@ -174,7 +163,6 @@ def from_remi(row: dict, number: int, place) -> Question:
         text += " If it is a yes or no question, answer 0 for no and 1 for yes."
     return make_question(f"{row['task']}-{number}", images, text, row["label"],
                          "remi " + row["task"], (), row["task"])
-
 
 def from_mv_math(row: dict, number: int, place) -> Question:
     text, images = place_tags(row["question"], r"<image_(\d+)>", [*map(place, row["input_image"])])
@@ -186,7 +174,6 @@ def from_mv_math(row: dict, number: int, place) -> Question:
     rule = {"choice": "choice", "multi-step": "parts"}.get(kind, "text")
     return make_question(row["problem_id"], images, text, gold, rule, options, kind, movable)
 
-
 def from_mathvista(row: dict, number: int, place) -> Question:
     choices, gold, kind = list(row["choices"] or ()), row["answer"], row["answer_type"]
     rule = {"integer": "number 0", "float": f"number {int(row['precision'] or 0)}"}.get(kind, kind)
@@ -194,7 +181,6 @@ def from_mathvista(row: dict, number: int, place) -> Question:
         rule, gold = "choice", chr(65 + choices.index(gold)) if gold in choices else ""
     return make_question(row["pid"], [place(row["decoded_image"])], row["query"], gold, rule,
                          choices, row["metadata"]["task"])
-
 
 def from_mathverse(row: dict, number: int, place) -> Question:
     text, options, rule = row["question"], (), "text"
@@ -204,18 +190,15 @@ def from_mathverse(row: dict, number: int, place) -> Question:
                          text or "Answer the question in the image.",  # version Vision Only
                          row["answer"], rule, options, row["problem_version"])
 
-
 def from_mathvision(row: dict, number: int, place) -> Question:
     options = list(row["options"] or ())
     return make_question(row["id"], [place(row["decoded_image"])], row["question"], row["answer"],
                          "choice" if options else "text", options, row["subject"],
                          show_options=True)
 
-
 ADAPTERS = {"mantis-eval": from_mantis, "blink": from_blink, "mmiu": from_mmiu, "remi": from_remi,
             "mv-math": from_mv_math, "mathvista": from_mathvista, "mathverse": from_mathverse,
             "mathvision": from_mathvision}
-
 
 # ---- Data: from the Hub, or from a local copy of the same files ----------------------------------
 
@@ -229,7 +212,6 @@ def load_benchmark(name: str, args) -> list[Question]:
     n = min(args.limit or len(rows), len(rows))
     return [ADAPTERS[name](rows[k], k, place) if name in ADAPTERS else Question(rows[k], "text")
             for k in (j * len(rows) // n for j in range(n))]
-
 
 def read_rows(name: str, data_dir: str) -> tuple[list[dict], Path | None]:
     """All rows, images as bytes or paths, and the folder that the paths start from."""
@@ -255,7 +237,6 @@ def read_rows(name: str, data_dir: str) -> tuple[list[dict], Path | None]:
         folder = unpack_images(b.hub)
     return rows, folder
 
-
 def unpack_images(hub: str) -> Path:
     """Download the zips of a data set whose rows hold paths; unpack each into its own folder."""
     from huggingface_hub import snapshot_download
@@ -265,7 +246,6 @@ def unpack_images(hub: str) -> Path:
             shutil.unpack_archive(archive, done.parent)
             done.touch()
     return folder
-
 
 def place_image(image, folder: Path | None, cache: Path) -> str:
     """An image of a row -> a file to open: a path in `folder`, else an RGB copy in `cache`, with
@@ -291,7 +271,6 @@ def place_image(image, folder: Path | None, cache: Path) -> str:
             pass
     return str(target)
 
-
 # ---- Scoring -------------------------------------------------------------------------------------
 
 def grade_row(row: dict) -> tuple[str | None, bool]:
@@ -314,7 +293,6 @@ def grade_row(row: dict) -> tuple[str | None, bool]:
         return answer, [*map(float, mine)] == [*map(float, wanted)]
     return answer, all_parts_right(response, gold) if rule == "parts" else same_answer(answer, gold)
 
-
 def to_number(text: str) -> float | None:
     r"""The number that an answer is: "$1,234.5", "14 cm", "3/4", "\frac{3}{4}", "50%", "x = 14"."""
     text = re.sub(r"\\[dt]?frac\s*\{?(-?\d+)\}?\s*\{?(\d+)\}?", r"\1/\2", plain(text))
@@ -322,7 +300,6 @@ def to_number(text: str) -> float | None:
                          r"(?:[%°]|\^circ|[a-zA-Z²³][\w/^²³.]*)?",
                          re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[\s$\\{}]", "", text))
     return float(match[1]) / int(match[2] or 1) if match else None
-
 
 def remi_right(task: str, answer: str, label: str) -> bool:
     """ReMI's own rules: lower case, nothing behind a %, a tolerance for each task."""
@@ -338,7 +315,6 @@ def remi_right(task: str, answer: str, label: str) -> bool:
     bare = [re.sub(r"^([fgh])x$", r"\1", re.sub(r"[\s()]", "", text)) for text in (answer, label)]
     return bare[0] == bare[1]
 
-
 def all_parts_right(response: str, gold: str) -> bool:
     """A multi-step question: all its parts, labeled "(1)", "(2)" in the answer or boxed singly."""
     def parts(text: str) -> list[str]:
@@ -348,7 +324,6 @@ def all_parts_right(response: str, gold: str) -> bool:
     if len(given) != len(wanted):
         given = [*filter(None, map(last_boxed, re.split(r"(?=\\boxed)", response)))]
     return len(given) == len(wanted) and all(map(same_answer, given, wanted))
-
 
 def picked(row: dict) -> tuple | None:
     """What an answer picks, as positions in the given order: the same whatever order was asked."""
@@ -362,7 +337,6 @@ def picked(row: dict) -> tuple | None:
         return tuple(order[k - 1] for k in numbers) if numbers and inside else None
     return (plain(answer).casefold(),) if answer else None
 
-
 # ---- Measures ------------------------------------------------------------------------------------
 
 def average(values: dict[str, list[float]], mean: str = "micro") -> float:
@@ -370,7 +344,6 @@ def average(values: dict[str, list[float]], mean: str = "micro") -> float:
     if mean == "micro":
         values = {"": sum(values.values(), [])}
     return round(sum(sum(column) / len(column) for column in values.values()) / len(values), 6)
-
 
 def bootstrap(values: dict[str, list[float]], mean: str = "micro", draws=1000) -> list[float]:
     """95 % percentile interval of `average`, questions drawn anew within each task."""
@@ -382,10 +355,8 @@ def bootstrap(values: dict[str, list[float]], mean: str = "micro", draws=1000) -
         total += column[drawn].mean(1) * (1 / len(values) if mean == "macro" else len(column) / n)
     return [round(q, 6) for q in torch.quantile(total, torch.tensor([0.025, 0.975])).tolist()]
 
-
 def summary(column: list[float]) -> dict:
     return {"value": average({"": column}), "interval": bootstrap({"": column}), "n": len(column)}
-
 
 def order_measures(groups: list[list[dict]]) -> dict:
     """How answers depend on image order: shares of the questions, given their graded rows, one an
@@ -405,7 +376,6 @@ def order_measures(groups: list[list[dict]]) -> dict:
     return {name: summary(column) for name, column in columns.items()} | {
         "by_position": {str(place): summary(positions[place]) for place in sorted(positions)}}
 
-
 def graded_groups(folder: Path) -> list[list[dict]]:
     """samples.jsonl, graded: the rows of each question in the order of asking; questions by id."""
     groups = {}
@@ -413,7 +383,6 @@ def graded_groups(folder: Path) -> list[list[dict]]:
         row["answer"], row["right"] = (None, False) if row["error"] else grade_row(row)
         groups.setdefault(row["id"], {})[row["k"]] = row
     return [[groups[id][k] for k in sorted(groups[id])] for id in sorted(groups)]
-
 
 def score(folder: Path) -> dict:
     """Grade a run folder and write results.json, a function of config.json and samples.jsonl."""
@@ -440,7 +409,6 @@ def score(folder: Path) -> dict:
     write_atomic(folder / "results.json", json.dumps(result, indent=1))
     return result
 
-
 # ---- Asking the model ----------------------------------------------------------------------------
 
 def settings(args) -> Config:
@@ -453,7 +421,6 @@ def settings(args) -> Config:
     typed = {"max_new_tokens": args.max_new_tokens, "rollout_batch": args.batch}
     return Config(**chosen | {name: value for name, value in typed.items() if value} | {
         "model": args.model, "max_prompt_tokens": 16384, "gradient_checkpointing": False})
-
 
 def fixed_chunks(samples: list[Sample], orders: list[list], processor,
                  cfg: Config) -> tuple[list[list[int]], list[str]]:
@@ -478,7 +445,6 @@ def fixed_chunks(samples: list[Sample], orders: list[list], processor,
         chunks[-1].append(k)
     return chunks, problems
 
-
 def answer_chunk(model, processor, chunk: list[int], questions: list[Question], orders: list[list],
                  problems: list[str], cfg: Config) -> list[dict]:
     """Ask the questions of a chunk in all their orders: lines of samples.jsonl."""
@@ -497,7 +463,6 @@ def answer_chunk(model, processor, chunk: list[int], questions: list[Question], 
                          "truncated": bool(rollout and rollout.truncated), "error": problems[k]})
     return rows
 
-
 def open_folder(folder: Path, config: dict, accelerator: Accelerator) -> set[tuple[str, int]]:
     """Make or reopen a run folder: which (id, order number) it has. Another config is refused."""
     path, samples = folder / "config.json", folder / "samples.jsonl"
@@ -514,7 +479,6 @@ def open_folder(folder: Path, config: dict, accelerator: Accelerator) -> set[tup
             raise SystemExit(f"{folder}: {name} was {saved.get(name)!r} and is {value!r} now; "
                              "remove the folder or choose another --out")
     return {(row["id"], row["k"]) for row in read_lines(samples)}
-
 
 def run_benchmark(name: str, model, processor, weights: str, cfg: Config, args, folder: Path,
                   accelerator: Accelerator) -> None:
@@ -549,7 +513,6 @@ def run_benchmark(name: str, model, processor, weights: str, cfg: Config, args, 
             with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-
 # ---- Tables, chart, comparison -------------------------------------------------------------------
 
 def percent(value: float, interval=()) -> str:
@@ -557,14 +520,12 @@ def percent(value: float, interval=()) -> str:
     bounds = " [{:.1f}, {:.1f}]".format(*(100 * bound for bound in interval)) if interval else ""
     return f"{100 * value:.1f}{bounds}"
 
-
 def table(rows: list[list]) -> str:
     """Rows, the first a heading, as an aligned Markdown table."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows) + "\n"
-
 
 def report(results: dict[str, dict], model: str) -> str:
     """The tables of a model: its scores, its dependence on order, the paper's rows beside it."""
@@ -598,7 +559,6 @@ def report(results: dict[str, dict], model: str) -> str:
                                     for c in columns)]])
     return text
 
-
 def draw_chart(results: dict[str, dict], model: str, path: Path) -> None:
     """Bars of accuracy with 95 % intervals, beside the paper's start model and PeRL."""
     from matplotlib.figure import Figure
@@ -613,7 +573,6 @@ def draw_chart(results: dict[str, dict], model: str, path: Path) -> None:
     axes.set(ylabel="accuracy, %", xticks=range(len(scores)), xticklabels=list(results))
     axes.legend()
     axes.figure.savefig(path, dpi=150)
-
 
 def compare(folder_a: Path, folder_b: Path) -> str:
     """Paired differences B - A of each benchmark, over the questions that both runs answered."""
@@ -634,7 +593,6 @@ def compare(folder_a: Path, folder_b: Path) -> str:
     if len(rows) == 1:
         raise SystemExit(f"{folder_a} and {folder_b} share no answers; name folders of eval_runs/")
     return f"A = {folder_a}\nB = {folder_b}\n\n{table(rows)}"
-
 
 # ---- Main ----------------------------------------------------------------------------------------
 
@@ -659,7 +617,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name not in BENCHMARKS and not name.endswith(".jsonl"):
             parser.error(f"--benchmarks {name}: none of all, {', '.join(BENCHMARKS)}, *.jsonl")
     return args
-
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -692,7 +649,6 @@ def main(argv: list[str] | None = None) -> None:
         write_atomic(out / "summary.md", text)
         draw_chart(results, out.name, out / "summary.png")
         print(text)
-
 
 if __name__ == "__main__":
     main()

@@ -19,16 +19,14 @@ One step of it:
      it was sampled from, less beta times the KL divergence from the start model.
 
 Stages: 0 scores the training questions with the start model and resamples them by difficulty,
-1 explores (the permutation probability alpha falls from 1 to 0), 2 exploits (goes on from stage 1
-with the online filter of point 5). 1 and 2 are presets over plain flags, see PRESETS; beyond them,
-1 picks up stage 0's choice of questions, and 2 starts from stage 1's checkpoint.
+1 explores (on what 0 chose; the probability alpha of permuting falls from 1 to 0), 2 exploits (on
+from 1's checkpoint, with the online filter of point 5). 1 and 2 are PRESETS over plain flags.
 
 Where this departs from the paper or from its released code:
   - Standard deviation: the paper's population one; the code's is unbiased, plus 1e-6.
   - How an answer moves is a field of the data (`order_rule`), not code for each data set.
     Statements about "left" and "right" are not negated when images move: they are never permuted.
-  - The permutations of a question are distinct, as long as it has any left, and one generator draws
-    them for the whole run.
+  - A question's permutations are distinct while it has any left; one generator draws for the run.
   - A group without variance leaves the loss whole; in the code it dilutes the token mean.
   - The number of updates per rollout batch does not depend on n_s. No dual clip, no KL clamp.
 
@@ -52,13 +50,13 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import accelerate
 import torch
@@ -66,21 +64,24 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 SAMPLES = Path(__file__).resolve().parent / "data_samples"
 
 # ---- Config: every setting with one line of prose. Defaults are the paper's, where it gives them.
 
-
-def setting(default, prose: str):
-    return field(default=default, metadata={"help": prose})
-
+def setting(default, prose: str, least: float = 1e-9, most: float = math.inf):
+    return field(default=default, metadata={"help": prose, "least": least, "most": most})
 
 @dataclass
 class Config:
@@ -88,41 +89,45 @@ class Config:
     model: str = setting("tiny", "Hub id, folder, or tiny, Qwen2.5-VL-3B, -7B, -32B, -72B")
     data: str = setting(str(SAMPLES / "train.jsonl"), "training questions (format: README)")
     eval_data: str = setting(str(SAMPLES / "test.jsonl"), "held-out questions; '': no evaluation")
-    stage: int = setting(1, "0: score the questions; 1: explore; 2: exploit")
+    stage: int = setting(1, "0: score the questions; 1: explore; 2: exploit", 0)
     out: str = setting("", "run folder, shared by the stages; '': runs/MODEL-seedSEED")
     resume: str = setting("", "run folder to go on with; its settings hold and may not change")
-    seed: int = setting(0, "seeds data order, permutations and sampling")
+    seed: int = setting(0, "seeds data order, permutations and sampling", 0)
     dry_run: bool = setting(False, "check data and settings, show a question in its orders, stop")
+    benchmark: bool = setting(False, "FLOPs, seconds, memory of a step with and without sharing")
+    benchmark_images: int = setting(4, "images of its question")
+    benchmark_image_tokens: int = setting(256, "tokens of each image; --max-new-tokens: response")
+    benchmark_text_tokens: int = setting(64, "other tokens of its prompt")
     # permutation (Eq. 1)
-    n_permutations: int = setting(1, "n_s: permuted orders beside the given one; 0: plain GRPO")
+    n_permutations: int = setting(1, "n_s: permuted orders beside the given one; 0: plain GRPO", 0)
     rollouts_per_order: int = setting(6, "n; follows --n-permutations so that (n_s + 1) * n stays")
-    alpha_start: float = setting(1.0, "probability of permuting a question at the first step")
-    alpha_end: float = setting(0.0, "the same at the last step; linear in between")
+    alpha_start: float = setting(1.0, "probability of permuting a question at the first step", 0, 1)
+    alpha_end: float = setting(0.0, "the same at the last step; linear in between", 0, 1)
     # reward
-    accuracy_weight: float = setting(0.9, "reward for a right answer")
-    format_weight: float = setting(0.1, "reward for <think>...</think>...\\boxed{...}")
+    accuracy_weight: float = setting(0.9, "reward for a right answer", 0)
+    format_weight: float = setting(0.1, "reward for <think>...</think>...\\boxed{...}", 0)
     # filter
     filter: str = setting("offline", "none; offline: train on stage 0's choice; online: see bounds")
-    filter_low: float = setting(0.1, "online: groups of lower mean accuracy are dropped")
-    filter_high: float = setting(0.9, "online: groups of higher mean accuracy are dropped")
+    filter_low: float = setting(0.1, "online: groups of lower mean accuracy are dropped", 0, 1)
+    filter_high: float = setting(0.9, "online: groups of higher mean accuracy are dropped", most=1)
     max_rounds: int = setting(4, "online: at most so many rounds of sampling to fill a batch")
     score_rollouts: int = setting(10, "stage 0: answers sampled for each question (K)")
     score_target: str = setting("12 11 11 12 15 17 6 5 4 3 3", "stage 0: % of score 0, .1 .. 1")
-    score_keep: float = setting(0.5, "stage 0: questions to keep, as a share of those scored")
+    score_keep: float = setting(0.5, "stage 0: share of the scored questions to keep", most=1)
     # advantage and loss (Eq. 4-6)
     baseline: str = setting("pooled", "group: pooled over all orders of a question, or per-order")
     std_normalization: bool = setting(True, "divide advantages by the group's standard deviation")
     condition: str = setting("permuted", "loss on the order sampled (permuted) or given (clean)")
-    clip_low: float = setting(0.2, "the ratio pi / pi_old is clipped below 1 - this")
-    clip_high: float = setting(0.2, "the ratio pi / pi_old is clipped above 1 + this")
-    beta: float = setting(0.01, "weight of the KL divergence; 0: no reference model is loaded")
+    clip_low: float = setting(0.2, "the ratio pi / pi_old is clipped below 1 - this", 0)
+    clip_high: float = setting(0.2, "the ratio pi / pi_old is clipped above 1 + this", 0)
+    beta: float = setting(0.01, "weight of the KL divergence; 0: no reference model is loaded", 0)
     # optimization
-    steps: int = setting(0, "rollout batches to train on; 0: what --epochs needs")
+    steps: int = setting(0, "rollout batches to train on; 0: what --epochs needs", 0)
     epochs: float = setting(2.0, "passes over the training questions, if steps is 0")
     questions_per_step: int = setting(128, "questions of a rollout batch, over all processes")
     updates_per_step: int = setting(4, "optimizer updates on each rollout batch")
-    lr: float = setting(1e-6, "AdamW learning rate, constant")
-    weight_decay: float = setting(0.01, "AdamW weight decay")
+    lr: float = setting(1e-6, "AdamW learning rate, constant", 0)
+    weight_decay: float = setting(0.01, "AdamW weight decay", 0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     freeze_vision: bool = setting(False, "do not train the vision tower")
     # prompts and sampling
@@ -134,36 +139,34 @@ class Config:
     max_new_tokens: int = setting(2048, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling, and of the log-probabilities in the loss")
     # memory and speed: the method stays the same, random draws and rounding aside
+    share: bool = setting(True, "compute once what rollouts have in common; --no-share: plain way")
     rollout_batch: int = setting(96, "sequences in one call of generate")
-    micro_batch: int = setting(8, "sequences in one forward and backward pass")
+    max_tokens_per_micro_batch: int = setting(16384, "tokens, padding too, in a forward and "
+                                              "backward pass; a longer rollout goes alone")
     logit_chunk: int = setting(4096, "response tokens whose logits exist at one time")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
-    cpu_threads: int = setting(0, "torch's threads on a CPU; 0: as many as torch chooses")
+    cpu_threads: int = setting(0, "torch's threads on a CPU; 0: as many as torch chooses", 0)
     bf16: bool = setting(True, "bfloat16 autocast on a GPU; weights and AdamW stay float32")
     # evaluation, logging, checkpoints; in steps
-    eval_every: int = setting(50, "evaluate so often, and at start and end; 0: never")
+    eval_every: int = setting(50, "evaluate so often, and at start and end; 0: never", 0)
     eval_orders: int = setting(24, "evaluate each question in all its orders, up to this many")
-    eval_questions: int = setting(0, "evaluate on the first so many questions; 0: on all")
+    eval_questions: int = setting(0, "evaluate on the first so many questions; 0: on all", 0)
     log_every: int = setting(10, "print a rollout and write a whole group so often")
     save_every: int = setting(50, "write a checkpoint so often, and at the end")
 
-
 PRESETS = {  # over the defaults: the model's, over it the stage's, over both the flags as typed
     "tiny": dict(questions_per_step=16, updates_per_step=1, lr=2e-5, beta=0.0, steps=40,
-                 max_new_tokens=64, rollout_batch=512, micro_batch=192,
+                 max_new_tokens=64, rollout_batch=512, max_tokens_per_micro_batch=4096,
                  gradient_checkpointing=False, cpu_threads=1, eval_every=10),
-    0: dict(),
+    "benchmark": dict(max_new_tokens=256, max_tokens_per_micro_batch=16384, updates_per_step=1,
+                      beta=0.0, gradient_checkpointing=False),
     1: dict(alpha_start=1.0, alpha_end=0.0, filter="offline"),
     2: dict(alpha_start=0.0, alpha_end=0.0, filter="online"),
 }
 CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
            "baseline": ("pooled", "per-order"), "condition": ("permuted", "clean")}
-MAY_BE_ZERO = {"seed", "n_permutations", "alpha_start", "alpha_end", "accuracy_weight",
-               "format_weight", "filter_low", "clip_low", "clip_high", "beta", "steps", "lr",
-               "weight_decay", "eval_every", "eval_questions", "stage", "cpu_threads"}
 SHORT_NAMES = {"tiny": str(SAMPLES / "tiny")} | {
     f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
-
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Command line -> Config. A setting that makes no sense ends the program and says why."""
@@ -175,46 +178,37 @@ def parse_config(argv: list[str] | None = None) -> Config:
             "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=CHOICES.get(f.name),
             help=f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%"), **kind)
     typed = vars(parser.parse_args(argv))  # flags on the command line, nothing else
-    if typed.get("resume"):
-        return resume_config(parser, typed)
+    if typed.get("resume"):  # that run's settings; a changed one would make it another run
+        path = Path(typed["resume"]) / "config.json"
+        if not path.exists() or (path.parent.parent / "config.json").exists():
+            parser.error(f"--resume: no {path}, or its run was set aside by a later one in the "
+                         "folder above; name the run folder (--out) of the run to go on with")
+        saved = json.loads(path.read_text()) | {"resume": typed["resume"], "out": typed["resume"]}
+        for name, value in typed.items():
+            if saved[name] != value:
+                parser.error(f"--resume: {name} was {saved[name]!r} in {path} and is {value!r} "
+                             "now; a changed setting needs a new run")
+        return Config(**saved)
     presets = PRESETS.get(typed.get("model", Config.model), {})
-    presets = presets | PRESETS[typed.get("stage", Config.stage)]
+    presets = presets | PRESETS.get(typed.get("stage", Config.stage), {})
+    presets = presets | (PRESETS["benchmark"] if typed.get("benchmark") else {})
     cfg = Config(**(presets | typed))
-    for name, value in vars(cfg).items():
-        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
-            parser.error(f"--{name.replace('_', '-')} {value} is too small")
+    for f in dataclasses.fields(Config):
+        value, least, most = getattr(cfg, f.name), f.metadata["least"], f.metadata["most"]
+        if type(value) in (int, float) and not least <= value <= most:
+            parser.error(f"--{f.name.replace('_', '-')} {value} is not between {least} and {most}")
     if "n_permutations" in typed and "rollouts_per_order" not in typed:
         budget = (Config.n_permutations + 1) * Config.rollouts_per_order
         cfg.rollouts_per_order, rest = divmod(budget, cfg.n_permutations + 1)
         if rest:
             parser.error(f"--n-permutations {cfg.n_permutations}: {budget} rollouts do not divide "
                          f"into {cfg.n_permutations + 1} orders; give --rollouts-per-order too")
-    shares = [re.fullmatch(r"\d+(\.\d+)?", share) for share in cfg.score_target.split()]
-    if len(shares) < 2 or not all(shares) or not any(float(share[0]) for share in shares):
+    if not re.fullmatch(r"(?=.*[1-9].*)\d+(\.\d+)?( +\d+(\.\d+)?)+", cfg.score_target.strip()):
         parser.error(f"--score-target {cfg.score_target!r} is no list of shares such as '40 40 20'")
-    for name in ("alpha_start", "alpha_end", "filter_low", "filter_high", "score_keep"):
-        if getattr(cfg, name) > 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(cfg, name)} is above 1")
     if cfg.filter_low > cfg.filter_high:
         parser.error(f"--filter-low {cfg.filter_low} is above --filter-high {cfg.filter_high}")
     cfg.out = cfg.out or f"runs/{Path(cfg.model).name}-seed{cfg.seed}"
     return cfg
-
-
-def resume_config(parser: argparse.ArgumentParser, typed: dict) -> Config:
-    """The settings of the run in --resume. A changed one is refused: it would be another run."""
-    path = Path(typed["resume"]) / "config.json"
-    if not path.exists():
-        parser.error(f"--resume: no {path}; name the run folder (--out) of the run to go on with")
-    if (path.parent.parent / "config.json").exists():
-        parser.error(f"--resume: {path.parent} was set aside by a later run in the folder above it")
-    saved = json.loads(path.read_text()) | {"resume": typed["resume"], "out": typed["resume"]}
-    for name, value in typed.items():
-        if saved[name] != value:
-            parser.error(f"--resume: {name} was {saved[name]!r} in {path} and is {value!r} now; "
-                         "a changed setting needs a new run")
-    return Config(**saved)
-
 
 # ---- Samples and permutation (Eq. 1) -------------------------------------------------------------
 
@@ -226,7 +220,6 @@ ORDER_RULES = {  # what an answer must look like, and what becomes of it when im
     "never": ("", "")}  # it depends on the order: the images may not change places
 MENTION = re.compile(r"<image_(\d+)>")  # mentions image k; a bare <image> is where one stands
 CONTROL = re.compile(r"<\|\w+\|>")      # tokens of the chat format have no place in a question
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -244,30 +237,21 @@ class Sample:
         object.__setattr__(self, "images", tuple(self.images))
         object.__setattr__(self, "movable", tuple(sorted(movable)))
 
-
 def load_samples(path: str | Path) -> list[Sample]:
     """Read a JSONL file of samples. ValueError names file, line and field of what is wrong."""
-    path = Path(path)
+    path, lines, samples = Path(path), {}, []
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name a JSONL file of samples")
-    samples, lines, checked = [], {}, set()
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        sample = parse_sample(line, path.parent, where)
-        if sample.id in lines:
-            raise ValueError(f"{where}, field id: {sample.id!r} stands in line {lines[sample.id]} "
-                             "already; ids must be unique")
-        for image in set(sample.images) - checked:
-            check_image(image, path.parent, where)
-        checked.update(sample.images)
-        lines[sample.id] = number
-        samples.append(sample)
+        if line.strip():
+            where = f"{path}, line {number}"
+            samples.append(sample := parse_sample(line, path.parent, where))
+            if lines.setdefault(sample.id, number) != number:
+                raise ValueError(f"{where}, field id: {sample.id!r} stands in line "
+                                 f"{lines[sample.id]} already; ids must be unique")
     if not samples:
         raise ValueError(f"{path}: the file holds no samples")
     return samples
-
 
 def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     """One JSONL line -> Sample, image paths joined to `folder`. ValueError for anything unfit."""
@@ -276,11 +260,9 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
             raise ValueError(f"{where}, field {name}: {problem if name in row else 'is missing'}")
 
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a sample is a JSON object, not {type(row).__name__}")
+        row = dict(json.loads(line))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not valid JSON of an object on one line ({error})") from None
     for name in row:
         require(name in Sample.__dataclass_fields__, name, "is not a field of a sample")
     for name in ("id", "question", "answer", "order_rule"):
@@ -303,6 +285,8 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
         require(1 <= k <= len(images), "question", f"mentions <image_{k}> of {len(images)} images")
     require(not CONTROL.search(question), "question", "holds a control token, <|...|>")
     paths = tuple(os.path.normpath(folder / image) for image in images)
+    for image in paths:
+        require(not (problem := image_problem(image, folder)), "images", f"{image} {problem}")
     sample = Sample(**(row | {"images": paths, "answer": row["answer"].strip()}))
     pattern, wanted = ORDER_RULES[sample.order_rule]
     n = len(sample.movable) if sample.order_rule == "letter" else len(images)
@@ -313,27 +297,24 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
             "answer", f"{sample.answer!r} is not {wanted}, of {n} (order_rule {sample.order_rule})")
     return sample
 
-
-def check_image(image: str, folder: Path, where: str) -> None:
-    """ValueError unless `image` is a readable picture inside `folder`, links followed."""
+@functools.lru_cache(maxsize=65536)
+def image_problem(image: str, folder: Path) -> str:
+    """Why `image` is no readable picture inside `folder`, links followed; empty if it is one."""
     if not Path(image).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}, field images: {image} lies outside the JSONL's folder {folder}")
+        return f"lies outside the JSONL's folder {folder}"
     try:
         with Image.open(image) as picture:
             picture.load()  # verify() would not notice a truncated file
-    except FileNotFoundError:
-        raise ValueError(f"{where}, field images: {image} does not exist") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}, field images: {image} is no readable image ({error})") from None
-
+        return f"is no readable image: {error}"
+    return ""
 
 def permute(sample: Sample, order: tuple[int, ...]) -> Sample:
     """Reorder the images: new_images[j] = images[order[j]]. Answer and mentions follow.     (Eq. 1)
 
     Example: order (2, 0, 1), order_rule index, answer "3". The third image now stands first, so the
     answer is "1"; a mention <image_1> is now <image_2>. ValueError if `order` is no permutation or
-    moves an image that must stay.
-    """
+    moves an image that must stay."""
     if sorted(order) != list(range(len(sample.images))):
         raise ValueError(f"{sample.id}: {order} is no permutation of {len(sample.images)} images")
     moved = {j for j, k in enumerate(order) if j != k}
@@ -356,24 +337,19 @@ def permute(sample: Sample, order: tuple[int, ...]) -> Sample:
     images = tuple(sample.images[k] for k in order)
     return dataclasses.replace(sample, images=images, question=question, answer=answer)
 
-
 def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     """The order that undoes `order`: permute(permute(s, order), inverse(order)) == s."""
     return tuple(order.index(j) for j in range(len(order)))
-
 
 def count_orders(sample: Sample) -> int:
     """How many orders of its images the sample allows."""
     return 1 if sample.order_rule == "never" else math.factorial(len(sample.movable))
 
-
 def draw_orders(sample: Sample, n_permutations: int, alpha: float,
                 rng: random.Random) -> list[tuple[int, ...]]:
     """The identity, then n_permutations permuted orders; with probability 1 - alpha, itself again.
-
     One Bernoulli draw a sample (Algorithm 1). Permuted orders differ from the identity and from
-    each other as long as the sample has any left; then all its orders may come again.
-    """
+    each other as long as the sample has any left; then all its orders may come again."""
     identity = tuple(range(len(sample.images)))
     if rng.random() >= alpha or count_orders(sample) == 1:
         return [identity] * (n_permutations + 1)
@@ -389,12 +365,10 @@ def draw_orders(sample: Sample, n_permutations: int, alpha: float,
             seen.clear()
     return orders
 
-
 def all_orders(sample: Sample, cap: int) -> list[tuple[int, ...]]:
     """Every order the sample allows, identity first; beyond `cap`, a fixed random choice."""
     n_permutations = min(cap, count_orders(sample)) - 1
     return draw_orders(sample, n_permutations, 1.0, random.Random(sample.id))
-
 
 # ---- Reward: rules that read a response. Training and evaluation share them. ---------------------
 
@@ -420,7 +394,6 @@ NOT_AFTER = re.compile(r"\)?(?:\s+(?!because|since|as|while|and)\w+){0,4}?\s+(?:
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth".split()
 
-
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} whose braces balance (escaped ones aside), or None."""
     open_braces, boxes = [], []
@@ -430,7 +403,6 @@ def last_boxed(text: str) -> str | None:
         elif open_braces and (start := open_braces.pop())[0] != "{":
             boxes.append((start.end(), brace.start()))
     return text[slice(*max(boxes))].strip() if boxes else None
-
 
 def extract_answer(response: str) -> str | None:
     r"""What a response states behind </think>: the last \boxed{}; else the last <answer>, closed or
@@ -444,7 +416,6 @@ def extract_answer(response: str) -> str | None:
         return tagged[-1].strip() or None
     declared = DECLARATION.findall(text) or [""]
     return re.sub(r"^\((\w+)\)$", r"\1", declared[-1].strip("*_ $")) or None
-
 
 def extract_choice(response: str, options: list[str] | tuple[str, ...] = ("",) * 26) -> str | None:
     """The letter of the option that a response settles on; None if it names none, or two.
@@ -473,7 +444,6 @@ def extract_choice(response: str, options: list[str] | tuple[str, ...] = ("",) *
         named = {letter for letter in texts if same_answer(sentences[0], texts[letter])}
     return named.pop() if len(named) == 1 else None
 
-
 def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
     """Letters of the options that a sentence speaks for: by marked letters, else by option texts,
     else by bare letters. Negated ones do not count; what follows a "but" counts more."""
@@ -489,7 +459,6 @@ def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
                 return named & options.keys()
     return set()
 
-
 @functools.lru_cache(maxsize=65536)
 def canonical(text: str) -> str:
     """Text to look for option texts in: "the 2nd picture" -> "second image", "three" -> "3"."""
@@ -500,7 +469,6 @@ def canonical(text: str) -> str:
                       r"photo|option))\b", f"{ordinal} image", text)
     return re.sub(r"^(?:the|an?) (?=\w)", "", text)
 
-
 def plain(answer: str) -> str:
     r"""Strip what carries no meaning: $, \text{}, bold, a full stop, brackets around one letter."""
     answer = re.sub(r"\s+", " ", answer)
@@ -510,18 +478,15 @@ def plain(answer: str) -> str:
     answer = answer.replace("π", r"\pi ").strip().strip("$*").strip().removesuffix(".").strip()
     return re.sub(r"^\((\w)\)$", r"\1", answer)
 
-
 def has_format(response: str) -> bool:
     r"""Whether the response is <think>...</think>...\boxed{...}..., with one think block."""
     match = re.fullmatch(r"\s*<think>((?!</?think>).)*</think>(((?!</?think>).)*)", response, re.S)
     return bool(match and last_boxed(match[2]))
 
-
 def is_correct(response: str, gold: str) -> bool:
     """Whether the response's answer means the same as `gold`. Never evaluates text as code."""
     answer = extract_answer(response)
     return answer is not None and same_answer(answer, gold)
-
 
 @functools.lru_cache(maxsize=65536)
 def same_answer(answer: str, gold: str) -> bool:
@@ -539,7 +504,6 @@ def same_answer(answer: str, gold: str) -> bool:
     if len(answer) > MathJudge.MAX_CHARS or not re.search(r"\d|\\", gold):
         return False  # words that differ are different answers, and no formula is that long
     return MATH_JUDGE.same(*(UNIT.sub("", formula) for formula in formulas))
-
 
 class MathJudge:
     """math-verify in a process of its own, which ends itself when a question takes too long.
@@ -575,18 +539,17 @@ for line in sys.stdin:
             self.timeouts += 1
         return verdict == "True\n"
 
-
 MATH_JUDGE = MathJudge()
-
 
 # ---- Model, images and prompts -------------------------------------------------------------------
 
-class Picture(NamedTuple):
-    """An image as the vision tower reads it."""
-    pixels: torch.Tensor  # (patches, channels * 2 * 14 * 14)
-    grid: torch.Tensor    # (1, 3): time, height and width in patches
+@dataclass(eq=False)
+class Picture:
+    """An image as the vision tower reads it; one object for all orders and rollouts."""
+    pixels: Tensor  # (patches, channels * 2 * 14 * 14)
+    grid: Tensor    # (1, 3): time, height and width in patches
     tokens: int           # places it takes in the prompt, one for 2 x 2 patches
-
+    features: Tensor | None = None  # (tokens, D), kept if the vision tower is frozen
 
 @dataclass
 class Prompt:
@@ -594,7 +557,6 @@ class Prompt:
     sample: Sample
     ids: list[int]
     pictures: list[Picture]
-
 
 @dataclass
 class Processor:
@@ -607,25 +569,21 @@ class Processor:
     eos_ids: list[int]
     banned_ids: list[int]  # image, video, vision: never sampled, and probability 0 in the loss
 
-
 def load_pretrained(kind, name: str, **options):
     """kind.from_pretrained; SystemExit with one sentence if the checkpoint is not to be had."""
     path = SHORT_NAMES.get(name, name)
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        missing = path.startswith(("/", ".", "~")) and not Path(path).exists()
-        reason = "no such folder" if missing else str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"Could not load {path!r} ({reason}). Without a network, pass a local "
                          "folder that holds the checkpoint: --model FOLDER") from None
-
 
 def load_processor(name: str, cfg: Config) -> Processor:
     """Tokenizer and image processor of a checkpoint.
 
     NOTE: not AutoProcessor, which wants torchvision for its video part and would preprocess the
-    images anew for every order.
-    """
+    images anew for every order."""
     if (kind := load_pretrained(AutoConfig, name).model_type) != "qwen2_5_vl":
         raise SystemExit(f"{name} is a {kind} model; perl.py knows the prompts of qwen2_5_vl only")
     tokenizer = load_pretrained(AutoTokenizer, name)
@@ -640,17 +598,14 @@ def load_processor(name: str, cfg: Config) -> Processor:
                      sorted(eos_ids - {None}),
                      tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in banned]))
 
-
-def load_model(name: str, cfg: Config,
-               device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
+def load_model(name: str, cfg: Config, device: torch.device) -> transformers.PreTrainedModel:
     """The checkpoint in float32: an update of 1e-6 vanishes in bfloat16. Safetensors only."""
     model = load_pretrained(Qwen2_5_VLForConditionalGeneration, name, dtype=torch.float32,
-                            use_safetensors=True, attn_implementation="sdpa")
+                            use_safetensors=True, attn_implementation="shared_prompt")
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     return model.to(device).eval()
-
 
 def load_pictures(sample: Sample, processor: Processor) -> dict[str, Picture]:
     """Preprocess every image of a question once, for all its orders. Keys are the image paths."""
@@ -663,7 +618,6 @@ def load_pictures(sample: Sample, processor: Processor) -> dict[str, Picture]:
         pictures[path] = Picture(inputs["pixel_values"], grid, tokens)
     return pictures
 
-
 def prompt_text(sample: Sample, processor: Processor) -> str:
     """The prompt in chat format, one <|image_pad|> an image; <image_k> reads "image k"."""
     question = MENTION.sub(r"image \1", sample.question) + "\n" + processor.instruction
@@ -671,7 +625,6 @@ def prompt_text(sample: Sample, processor: Processor) -> str:
                for piece in re.split("(<image>)", question) if piece]
     return processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-
 
 def encode_prompt(sample: Sample, processor: Processor,
                   pictures: dict[str, Picture] | None = None) -> Prompt:
@@ -686,7 +639,6 @@ def encode_prompt(sample: Sample, processor: Processor,
         raise ValueError(f"{sample.id}: {found} image tokens in the prompt, {wanted} in its images")
     return Prompt(sample, ids, in_order)
 
-
 def prompt_length(sample: Sample, processor: Processor) -> int:
     """Tokens of a prompt, from the sizes of its images. ValueError for a strip of 200 : 1."""
     images = processor.image_processor
@@ -699,7 +651,6 @@ def prompt_length(sample: Sample, processor: Processor) -> int:
                 raise ValueError(f"{sample.id}, field images: {path}: {error}") from None
         length += patches // images.merge_size ** 2 - 1
     return length
-
 
 def load_questions(path: str, processor: Processor, cfg: Config,
                    accelerator: Accelerator) -> list[Sample]:
@@ -715,52 +666,96 @@ def load_questions(path: str, processor: Processor, cfg: Config,
         raise SystemExit(f"{path}: none left; raise --max-prompt-tokens or lower --max-pixels")
     return kept
 
+# What --share computes once, and why it is exact. A permutation changes the order of the images and
+# nothing else, and the n rollouts of an order have their whole prompt in common:
+#   - The vision tower sees each image alone: its features serve all (n_s + 1) * n rollouts.
+#   - In a causal model a prompt does not see what follows it. Sampling keeps its keys and values
+#     once for n responses; the loss has it in one row with them. There a token sees the prompt and
+#     its own response, at the positions of a row of its own. Prompt p, responses a and b:
+#             p p p a a b b   position
+#         p   1 . . . . . .   0
+#         p   1 1 . . . . .   1
+#         p   1 1 1 . . . .   2
+#         a   1 1 1 1 . . .   3
+#         a   1 1 1 1 1 . .   4
+#         b   1 1 1 . . 1 .   3
+#         b   1 1 1 . . 1 1   4
+# With --no-share each rollout has its own row and vision pass: the same numbers for far more work.
 
-def encode_images(model, prompts: list[Prompt]) -> dict[int, torch.Tensor]:
-    """Run the vision tower once over the distinct pictures: id(picture) -> features (tokens, D).
+Features = dict[int, Tensor] | None  # id(picture) -> (tokens, D); None with --no-share
 
-    It encodes each image on its own, so all orders and rollouts of a question can share them. They
-    share the Picture object too, whose id tells it from others.
-    """
-    distinct = list({id(p): p for prompt in prompts for p in prompt.pictures}.values())
-    pixels = torch.cat([picture.pixels for picture in distinct]).to(model.device)
-    grids = torch.cat([picture.grid for picture in distinct]).to(model.device)
-    features = model.get_image_features(pixels, grids).pooler_output
-    return {id(picture): feature for picture, feature in zip(distinct, features)}
+def fill(items: list, fits) -> list[list]:
+    """Items in groups, in order: an item joins the last group if fits(group with it) holds."""
+    groups = []
+    for item in items:
+        if groups and fits(groups[-1] + [item]):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
 
+def encode_images(model, prompts: list[Prompt], cfg: Config,
+                  known: Features = None) -> Features:
+    """Each distinct picture through the vision tower, unless `known` has it. With gradient
+    checkpointing only the features stay in memory: the backward pass runs the tower again, for a
+    micro-batch of pictures at a time."""
+    def encode(some):
+        pixels, grids = (torch.cat(parts).to(model.device)
+                         for parts in zip(*((picture.pixels, picture.grid) for picture in some)))
+        with autocast(model, cfg):
+            return model.get_image_features(pixels, grids).pooler_output
 
-def collate(prompts: list[Prompt], responses: list[list[int]], features: dict[int, torch.Tensor],
-            processor: Processor, device: torch.device) -> tuple[dict, torch.Tensor]:
-    """Rows [padding, prompt | response, padding]: every response starts in the same column.
+    if not cfg.share:
+        return None
+    if cfg.gradient_checkpointing:
+        encode = functools.partial(checkpoint, encode, use_reentrant=False)
+    pictures = {id(picture): picture for prompt in prompts for picture in prompt.pictures}
+    features = {key: (known or {}).get(key, p.features) for key, p in pictures.items()}
+    missing = [picture for key, picture in pictures.items() if features[key] is None]
+    limit = cfg.max_tokens_per_micro_batch
+    for some in fill(missing, lambda group: sum(p.tokens for p in group) <= limit):
+        for picture, feature in zip(some, encode(some)):
+            features[id(picture)] = feature
+            picture.features = feature if cfg.freeze_vision else None
+    return features
 
-    Returns the model's inputs and the response mask (B, T). Example: prompts of 2 and 3 tokens with
-    responses of 2 and 1 (for sampling, responses are empty):
-        0 p p | r r        attention 0 1 1 1 1        response mask 1 1
-        p p p | r 0                  1 1 1 1 0                      1 0
-    NOTE: without mm_token_type_ids the model falls back to 1-D positions without a word.
-    """
-    P, T = max(len(prompt.ids) for prompt in prompts), max(map(len, responses))
-    ids = torch.full((len(prompts), P + T), processor.pad_id)                       # (B, P + T)
-    attention = torch.zeros_like(ids)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        columns = slice(P - len(prompt.ids), P + len(response))
-        ids[row, columns] = torch.tensor(prompt.ids + response)
-        attention[row, columns] = 1
+def collate(prompts: list[Prompt], responses: list[list[list[int]]], features: Features, model,
+            processor: Processor) -> tuple[dict, Tensor]:
+    """Rows [padding, prompt, its responses] -> the model's inputs, and the owner of each token.
+
+    Prompts of 2 and 3 tokens, one with responses a and b, one with c (to sample: without any):
+        p p a a b        owner (B, S)  0 0 1 1 2
+        p p p c c                      0 0 0 1 1        padding: -1
+    NOTE: without mm_token_type_ids the model falls back to 1-D positions without a word."""
+    rows = [[prompt.ids, *some] for prompt, some in zip(prompts, responses)]
+    left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = left([torch.tensor(sum(parts, [])) for parts in rows],                    # (B, S)
+               padding_value=processor.pad_id)
+    owner = left([torch.tensor([k for k, part in enumerate(parts) for _ in part])
+                  for parts in rows], padding_value=-1)                             # (B, S)
     in_order = [picture for prompt in prompts for picture in prompt.pictures]
-    inputs = {"input_ids": ids, "attention_mask": attention,
+    inputs = {"input_ids": ids, "attention_mask": (owner >= 0).long(),
               "mm_token_type_ids": (ids == processor.image_id).int(),
               "image_grid_thw": torch.cat([picture.grid for picture in in_order])}
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(
-        pooler_output=[features[id(picture)] for picture in in_order])}
-    return inputs, inputs["attention_mask"][:, P:].bool()
-
+    is_tree = max(map(len, responses)) > 1
+    if is_tree:  # a response's positions lack the columns of those before it
+        begin, first = (torch.searchsorted(owner, who) for who in (owner, torch.ones_like(owner)))
+        positions, _ = model.model.get_rope_index(**inputs)                         # (3, B, S)
+        inputs["position_ids"] = positions - (begin - first).clamp(min=0)
+    if features is None:
+        inputs["pixel_values"] = torch.cat([picture.pixels for picture in in_order])
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    if is_tree:  # in the mask's place: how many tokens are padding, prompt, each response
+        inputs["attention_mask"] = {"full_attention": [(k + 1).bincount().tolist() for k in owner]}
+    if features is not None:
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(
+            pooler_output=[features[id(picture)] for picture in in_order])}
+    return inputs, owner
 
 def autocast(model, cfg: Config):
     """bfloat16 arithmetic on a GPU; nothing on a CPU."""
     on_gpu = model.device.type == "cuda"
     return torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16 and on_gpu)
-
 
 # ---- Rollouts ------------------------------------------------------------------------------------
 
@@ -773,22 +768,85 @@ class Rollout:
     ids: list[int]             # response tokens, end token included
     text: str
     truncated: bool            # no end token within max_new_tokens
+    idle: int = 0              # decode slots it took after its end, waiting for others
     accuracy: float = 0.0
     format: float = 0.0
     reward: float = 0.0
     advantage: float = 0.0
-    old_logprobs: torch.Tensor | None = None  # (T,) under the policy that sampled it
-    ref_logprobs: torch.Tensor | None = None  # (T,) under the frozen start model
+    old_logprobs: Tensor | None = None  # (T,) under the policy that sampled it
+    ref_logprobs: Tensor | None = None  # (T,) under the frozen start model
 
+class SharedPromptLayer(DynamicLayer):
+    """KV cache of a layer. The first call brings the prompts' part (P, heads, L, d), which stays as
+    it is; later ones get it beside the responses' growing part (B, heads, t, d), as pairs."""
+    prompts = None
+
+    def update(self, keys, values, *args, **kwargs):
+        keys = keys.to(values.dtype)  # float32 from the rotary positions, under autocast too
+        if self.prompts is None:
+            self.prompts = keys, values
+            return keys, values
+        keys, values = super().update(keys, values)
+        return (self.prompts[0], keys), (self.prompts[1], values)
+
+    def get_seq_length(self) -> int:
+        return (0 if self.prompts is None else self.prompts[0].shape[2]) + super().get_seq_length()
+
+def shared_prompt_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Where the cache gives pairs: one new token in each of P * n rows against the one copy of its
+    prompt (L tokens) and its own response (t), one softmax over both. Else: a tree, or sdpa."""
+    if isinstance(attention_mask, list):
+        return tree_attention(query, key, value, attention_mask, scaling), None     # (B, S, H, d)
+    if not isinstance(key, tuple):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **kwargs)
+    (keys, own_keys), (values, own_values) = key, value
+    (P, h, L, d), B = keys.shape, len(query)  # g query heads share one of h heads of keys
+    query = query.view(P, B // P, h, -1, d) * scaling                           # (P, n, h, g, d)
+    own_keys, own_values = (own.view(P, B // P, h, -1, d) for own in (own_keys, own_values))
+    scores = torch.einsum("pnhgd,phld->pnhgl", query, keys)
+    if attention_mask is not None:  # (B, 1, 1, L + t); false at padding only
+        scores = scores.masked_fill(~attention_mask[..., :L].view(P, -1, 1, 1, L), -torch.inf)
+    scores = torch.cat([scores, torch.einsum("pnhgd,pnhtd->pnhgt", query, own_keys)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+    mixed = (torch.einsum("pnhgl,phld->pnhgd", weights[..., :L], values)
+             + torch.einsum("pnhgt,pnhtd->pnhgd", weights[..., L:], own_values))
+    return mixed.reshape(B, 1, -1, d), None                                     # (B, 1, H, d)
+
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: list[list[int]],
+                   scaling: float) -> Tensor:
+    """Rows of padding, a prompt and its responses, with as many tokens as `tree` says. The prompt
+    sees itself, a response the prompt and itself: other pairs are not even computed."""
+    rows = []
+    for lengths, *qkv in zip(tree, query.split(1), key.split(1), value.split(1)):
+        (padding, *queries), (_, *keys), (_, *values) = (x.split(lengths, dim=2) for x in qkv)
+        rows.append([padding])
+        for k, q in enumerate(queries):
+            seen = [torch.cat([x[part] for part in sorted({0, k})], dim=2) for x in (keys, values)]
+            mask = torch.ones(q.shape[2], seen[0].shape[2], dtype=torch.bool, device=q.device)
+            rows[-1].append(torch.nn.functional.scaled_dot_product_attention(
+                q, *seen, mask.tril(mask.shape[1] - mask.shape[0]), scale=scaling, enable_gqa=True))
+    return torch.cat([torch.cat(row, dim=2) for row in rows]).transpose(1, 2)
+
+transformers.AttentionInterface.register("shared_prompt", shared_prompt_attention)
+transformers.AttentionMaskInterface.register("shared_prompt", sdpa_mask)
+
+def prefill(model, inputs: dict, n: int) -> dict:
+    """Read each prompt once, up to its last token -> inputs for generate, n rows to a prompt."""
+    per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
+    cache = Cache(layer_class_to_replicate=SharedPromptLayer)
+    model.model(**inputs | {name: inputs[name][:, :-1] for name in per_token},
+                past_key_values=cache, use_cache=True)
+    # By how much a prompt's positions fall short of its tokens; the model needs it a row.
+    model.model.rope_deltas = model.model.rope_deltas.repeat_interleave(n, dim=0)
+    rows = {name: inputs[name].repeat_interleave(n, dim=0) for name in per_token[:2]}
+    return rows | {"past_key_values": cache}
 
 @torch.no_grad()
 def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Config,
              greedy: bool = False) -> list[list[list[int]]]:
-    """n responses to each prompt, in the prompts' order: token ids up to and with the end token."""
+    """n responses to each prompt, in the prompts' order; behind its end token a row is padded."""
     model.eval()  # NOTE: train mode with gradient checkpointing would switch the KV cache off
-    longest_first = sorted(range(len(prompts)), key=lambda k: -len(prompts[k].ids))
-    rows = [k for k in longest_first for _ in range(n)]
-    responses = [[] for _ in prompts]
     sampling = GenerationConfig(  # from the very distribution that the loss scores; or greedy
         max_new_tokens=cfg.max_new_tokens, do_sample=not greedy,
         temperature=1.0 if greedy else cfg.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
@@ -797,60 +855,55 @@ def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Co
     # NOTE: what it leaves None, generate fills from the checkpoint's own; Qwen2.5-VL's say
     # top_k = 1, repetition_penalty = 1.05. So it takes their place meanwhile.
     own, model.generation_config = model.generation_config, sampling
-    starts = range(0, len(rows), cfg.rollout_batch)
-    for start in tqdm(starts, "generate", leave=False, disable=None):
-        batch = rows[start:start + cfg.rollout_batch]
-        chosen = [prompts[k] for k in batch]
+    longest_first = sorted(range(len(prompts)), key=lambda k: -len(prompts[k].ids))
+    size, responses, features = max(cfg.rollout_batch // n, 1), [None] * len(prompts), None
+    for start in tqdm(range(0, len(prompts), size), "generate", leave=False, disable=None):
+        batch = longest_first[start:start + size]
+        chosen = [prompts[k] for k in batch for _ in range(1 if cfg.share else n)]
+        features = encode_images(model, chosen, cfg, known=features)
+        inputs, _ = collate(chosen, [[]] * len(chosen), features, model, processor)
         with autocast(model, cfg):
-            features = encode_images(model, chosen)
-            inputs, _ = collate(chosen, [[]] * len(chosen), features, processor, model.device)
+            if cfg.share and n > 1:
+                inputs = prefill(model, inputs, n)
             output = model.generate(**inputs, generation_config=sampling)           # (B, P + T)
-        for k, tail in zip(batch, output[:, inputs["input_ids"].shape[1]:].tolist()):
-            ends = [t for t, token in enumerate(tail) if token in processor.eos_ids]
-            responses[k].append(tail[:ends[0] + 1] if ends else tail)
+        rows = output[:, inputs["input_ids"].shape[1]:].tolist()
+        for position, k in enumerate(batch):
+            responses[k] = rows[position * n:(position + 1) * n]
     model.generation_config = own  # checkpoints keep it
     return responses
-
 
 def sample_groups(model, processor: Processor, samples: list[Sample], orders: list[list[tuple]],
                   n: int, cfg: Config, greedy: bool = False) -> list[list[Rollout]]:
     """Each sample in each of its orders, n graded responses an order: a list of rollouts a sample.
-
-    Within a list, rollouts stand order by order: the first n answer the identity.
-    """
+    Within a list, rollouts stand order by order: the first n answer the identity."""
     prompts = []
     for sample, its_orders in zip(samples, orders):
         pictures = load_pictures(sample, processor)
         prompts.append([encode_prompt(permute(sample, o), processor, pictures) for o in its_orders])
-    flat = [prompt for group in prompts for prompt in group]
-    responses = iter(generate(model, processor, flat, n, cfg, greedy))
-    groups = []
-    for its_prompts, its_orders in zip(prompts, orders):
-        groups.append([])
-        for prompt, order in zip(its_prompts, its_orders):
-            scored_on = its_prompts[0] if cfg.condition == "clean" else prompt
-            groups[-1] += [grade(scored_on, order, prompt.sample.answer, ids, processor, cfg)
-                           for ids in next(responses)]
-    return groups
+    responses = iter(generate(model, processor, sum(prompts, []), n, cfg, greedy))
+    return [[grade(its_prompts[0] if cfg.condition == "clean" else prompt, order,
+                   prompt.sample.answer, row, processor, cfg)
+             for prompt, order in zip(its_prompts, its_orders) for row in next(responses)]
+            for its_prompts, its_orders in zip(prompts, orders)]
 
-
-def grade(prompt: Prompt, order: tuple[int, ...], gold: str, ids: list[int], processor: Processor,
+def grade(prompt: Prompt, order: tuple[int, ...], gold: str, row: list[int], processor: Processor,
           cfg: Config) -> Rollout:
-    """Response tokens -> Rollout with its rewards."""
+    """A row of tokens from generate -> Rollout with its rewards. The end token stays."""
+    ended = [token in processor.eos_ids for token in row]
+    ids = row[:ended.index(True) + 1] if any(ended) else row
     text = processor.tokenizer.decode(ids, skip_special_tokens=True)
     accuracy, well_formed = float(is_correct(text, gold)), float(has_format(text))
-    return Rollout(prompt, order, gold, ids, text, ids[-1] not in processor.eos_ids, accuracy,
-                   well_formed, cfg.accuracy_weight * accuracy + cfg.format_weight * well_formed)
-
+    reward = cfg.accuracy_weight * accuracy + cfg.format_weight * well_formed
+    return Rollout(prompt, order, gold, ids, text, not any(ended), len(row) - len(ids), accuracy,
+                   well_formed, reward)
 
 # ---- Advantages and filter -----------------------------------------------------------------------
 
-def group_advantages(rewards: torch.Tensor, std_normalization: bool = True) -> torch.Tensor:
+def group_advantages(rewards: Tensor, std_normalization: bool = True) -> Tensor:
     """Rewards (Q, R) -> advantages (Q, R); a row holds ALL rollouts of a question.      (Eq. 4-5)
 
     Rows without variance are zero. Example: [[1, 0, 0, 1], [1, 1, 1, 1]] gives
-    [[1, -1, -1, 1], [0, 0, 0, 0]].
-    """
+    [[1, -1, -1, 1], [0, 0, 0, 0]]."""
     rewards = torch.as_tensor(rewards)
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)                    # r - mean(r)
@@ -859,7 +912,6 @@ def group_advantages(rewards: torch.Tensor, std_normalization: bool = True) -> t
         advantages = advantages / std.clamp_min(torch.finfo(rewards.dtype).tiny)
     varied = (rewards != rewards[:, :1]).any(dim=1, keepdim=True)               # (Q, 1)
     return advantages.where(varied, torch.zeros_like(advantages))
-
 
 def set_advantages(groups: list[list[Rollout]], cfg: Config) -> None:
     """Write each rollout's advantage; --baseline per-order takes each order as its own group."""
@@ -870,16 +922,13 @@ def set_advantages(groups: list[list[Rollout]], cfg: Config) -> None:
         for rollout, advantage in zip(group, advantages.flatten().tolist()):
             rollout.advantage = advantage
 
-
 VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat")
-
 
 def verdict(group: list[Rollout], low: float, high: float) -> str:
     """What becomes of a group. Kept: advantages, and a mean accuracy within [low, high].
 
     Example, bounds .1 and .9, 12 rollouts: 6 right is kept, 11 right too_easy, 12 right all_right.
-    flat: no advantages for another reason, as with the per-order baseline.
-    """
+    flat: no advantages for another reason, as with the per-order baseline."""
     mean = sum(rollout.accuracy for rollout in group) / len(group)
     if low <= mean <= high and any(rollout.advantage != 0 for rollout in group):
         return "kept"
@@ -889,15 +938,13 @@ def verdict(group: list[Rollout], low: float, high: float) -> str:
         return "flat"
     return "too_easy" if mean > high else "too_hard"
 
-
 def resample_by_difficulty(scores: list[float], target: list[float], size: int,
                            rng: random.Random) -> list[int]:
     """Indices of about `size` questions, drawn so that their scores follow the histogram `target`.
 
     Bin k of len(target) bins holds the scores nearest to k / (len(target) - 1). A bin that is short
     of questions gives all it has; none is drawn twice. Example: 100 scores of 1.0 and 10 of 0.5,
-    target half and half, size 40: the ten of 0.5 and twenty of 1.0.
-    """
+    target half and half, size 40: the ten of 0.5 and twenty of 1.0."""
     bins = [[] for _ in target]
     for index, score in enumerate(scores):
         bins[round(score * (len(target) - 1))].append(index)
@@ -906,70 +953,76 @@ def resample_by_difficulty(scores: list[float], target: list[float], size: int,
         kept += rng.sample(members, min(end - start, len(members)))
     return sorted(kept)
 
-
 # ---- Log-probabilities and loss (Eq. 6) ----------------------------------------------------------
 
-def response_logprobs(model, processor: Processor, rollouts: list[Rollout],
-                      cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+def response_logprobs(model, processor: Processor, rollouts: list[Rollout], cfg: Config,
+                      features: Features = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) of the response tokens at the sampling temperature, and their mask.
-
     Logits exist for `logit_chunk` tokens at a time and are made again in the backward pass: 152k
-    floats for each token of a batch would not fit. Behind a response's end stand zeros.
-    """
-    prompts, responses = [r.prompt for r in rollouts], [r.ids for r in rollouts]
+    floats for each token of a batch would not fit. Behind a response's end stand zeros."""
+    rows = pack(rollouts, cfg)
+    prompts, responses = [row[0].prompt for row in rows], [[r.ids for r in row] for row in rows]
+    features = encode_images(model, prompts, cfg, known=features)
+    inputs, owner = collate(prompts, responses, features, model, processor)         # (B, S)
+    row, column = (owner > 0).nonzero(as_tuple=True)                                # (tokens,)
+    goes_on = owner[row, column] == owner[row, column - 1]
+    before = torch.where(goes_on, column - 1, (owner <= 0).sum(dim=1)[row] - 1)     # prompt's end
     with autocast(model, cfg):
-        features = encode_images(model, prompts)
-        inputs, mask = collate(prompts, responses, features, processor, model.device)
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state       # (B, P + T, D)
-        T = mask.shape[1]
-        hidden = hidden[:, -T - 1:-1][mask]  # what comes before each token       (tokens, D)
-        targets = inputs["input_ids"][:, -T:][mask]                             # (tokens,)
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state           # (B, S, D)
+        hidden, targets = hidden[row, before], inputs["input_ids"][row, column]     # (tokens, D)
         chunks = [checkpoint(token_logprobs, model.lm_head, h, t, processor.banned_ids,
                              cfg.temperature, use_reentrant=False)
                   for h, t in zip(hidden.split(cfg.logit_chunk), targets.split(cfg.logit_chunk))]
+    mask = stack([torch.ones(len(r.ids), dtype=torch.bool) for r in rollouts]).to(model.device)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(chunks)), mask
 
-
-def token_logprobs(lm_head, hidden: torch.Tensor, targets: torch.Tensor, banned_ids: list[int],
-                   temperature: float) -> torch.Tensor:
+def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, banned_ids: list[int],
+                   temperature: float) -> Tensor:
     """Hidden states (N, D) and the tokens that followed (N,) -> their log-probabilities (N,)."""
     logits = lm_head(hidden).float()                                            # (N, V)
     logits[:, banned_ids] = -torch.inf  # as in sampling, where they are suppressed
     return torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None]).squeeze(1)
-
 
 @torch.no_grad()
 def store_logprobs(model, processor: Processor, rollouts: list[Rollout], name: str,
                    cfg: Config) -> None:
     """Write the log-probabilities under `model` into the field `name` of each rollout."""
     model.eval()
+    features = encode_images(model, [rollout.prompt for rollout in rollouts], cfg)
     for batch in micro_batches(rollouts, cfg):
-        logprobs, _ = response_logprobs(model, processor, batch, cfg)
+        logprobs, _ = response_logprobs(model, processor, batch, cfg, features)
         for rollout, row in zip(batch, logprobs):
             setattr(rollout, name, row[:len(rollout.ids)].clone())
 
+def row_length(row: list[Rollout]) -> int:
+    return len(row[0].prompt.ids) + sum(len(rollout.ids) for rollout in row)
+
+def pack(rollouts: list[Rollout], cfg: Config) -> list[list[Rollout]]:
+    """Neighbours that answer the same prompt, in rows of at most a micro-batch's tokens.
+
+    Example, at most 9 tokens: responses of 2, 2 and 3 tokens to a prompt of 4 make two rows, of
+    4 + 2 + 2 and 4 + 3 tokens. With --no-share every row has one."""
+    return fill(rollouts, lambda row: cfg.share and row[-1].prompt is row[0].prompt
+                and row_length(row) <= cfg.max_tokens_per_micro_batch)
 
 def micro_batches(rollouts: list[Rollout], cfg: Config) -> list[list[Rollout]]:
-    """Rollouts in batches of like length, longest first: running out of memory shows at once."""
-    rollouts = sorted(rollouts, key=lambda r: -len(r.prompt.ids) - len(r.ids))
-    return [rollouts[k:k + cfg.micro_batch] for k in range(0, len(rollouts), cfg.micro_batch)]
+    """Rollouts in batches of packed rows, longest first: running out of memory shows at once."""
+    rows = sorted(pack(rollouts, cfg), key=row_length, reverse=True)
+    batches = fill(rows, lambda b: len(b) * row_length(b[0]) <= cfg.max_tokens_per_micro_batch)
+    return [[rollout for row in batch for rollout in row] for batch in batches]
 
-
-def stack(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+def stack(rows: list[Tensor | None]) -> Tensor | None:
     """Rows of unequal length -> (B, T), zeros behind; None if the rows are None."""
     return None if rows[0] is None else pad_sequence(rows, batch_first=True)
 
-
-def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
-                ref_logprobs: torch.Tensor | None, advantages: torch.Tensor, mask: torch.Tensor, *,
-                clip_low: float, clip_high: float, beta: float,
-                denominator: float) -> tuple[torch.Tensor, dict[str, float]]:
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None,
+                advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float, beta: float,
+                denominator: float) -> tuple[Tensor, dict[str, float]]:
     """Clipped surrogate less beta * KL, summed over kept tokens, over `denominator`.      (Eq. 6)
 
     logprobs, old_logprobs, ref_logprobs, mask: (B, T); advantages: (B,). Returns a scalar loss and
     two sums over tokens: `kl`, and `clipped`, how many lost their gradient. With the tokens of the
-    whole update, on all processes, as denominator, micro-batches of any size add up to the same.
-    """
+    whole update, on all processes, as denominator, micro-batches of any size add up to the same."""
     mask, advantages = mask.bool(), advantages[:, None]                         # (B, T), (B, 1)
     ratio = (logprobs - old_logprobs).where(mask, 0.0).exp()                    # pi / pi_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -983,29 +1036,20 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
     n_clipped = ((clipped * advantages < ratio * advantages) & mask).sum()
     return loss, {"kl": float((kl.detach() * mask).sum()), "clipped": float(n_clipped)}
 
-
 # ---- Evaluation inside training: does the answer depend on the order of the images? --------------
 
 def evaluate(model, processor: Processor, samples: list[Sample], cfg: Config,
              accelerator: Accelerator) -> dict:
     """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in [0, 1]:
-
     eval_accuracy, the mean over orders; eval_worst, right in every order; eval_bias, best order
-    less worst, the paper's p(x_max) - p(x_min) (A.5); eval_sources, the accuracy by `source`.
-    """
+    less worst, the paper's p(x_max) - p(x_min) (A.5)."""
     mine = samples[accelerator.process_index::accelerator.num_processes]
     orders = [all_orders(sample, cfg.eval_orders) for sample in mine]
     groups = sample_groups(model, processor, mine, orders, 1, cfg, greedy=True)
-    rows = gather_object([(sample.source, [rollout.accuracy for rollout in group])
-                          for sample, group in zip(mine, groups)])
-    by_source = {}
-    for source, right in sorted(rows):
-        by_source.setdefault(source, []).append(sum(right) / len(right))
-    return {"eval_accuracy": sum(map(sum, by_source.values())) / len(rows),
-            "eval_worst": sum(min(right) for _, right in rows) / len(rows),
-            "eval_bias": sum(max(right) - min(right) for _, right in rows) / len(rows),
-            "eval_sources": {s: sum(means) / len(means) for s, means in by_source.items()}}
-
+    rows = gather_object([[rollout.accuracy for rollout in group] for group in groups])
+    return {"eval_accuracy": statistics.mean(sum(row) / len(row) for row in rows),
+            "eval_worst": statistics.mean(min(row) for row in rows),
+            "eval_bias": statistics.mean(max(row) - min(row) for row in rows)}
 
 # ---- Run folder, checkpoint and resume -----------------------------------------------------------
 
@@ -1015,24 +1059,20 @@ def write_atomic(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
-
 def append_line(path: Path, row: dict) -> None:
     """Add a row to a JSONL file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
 
 def read_lines(path: Path) -> list[dict]:
     """Rows of a JSONL file that append_line wrote; a last line torn by a kill is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
-
 def newest(cfg: Config, pattern: str) -> Path | None:
     """What matches in the run folder, with the highest numbers: checkpoint-100, stage1-2/.. ."""
     return max(Path(cfg.out).glob(pattern), default=None, key=lambda path: [
         int(number) for number in re.findall(r"\d+", str(path.relative_to(cfg.out)))])
-
 
 def open_run(cfg: Config, accelerator: Accelerator) -> None:
     """Make the run folder. Its top is the current run: an earlier one in it, of stage 1 say, moves
@@ -1051,76 +1091,29 @@ def open_run(cfg: Config, accelerator: Accelerator) -> None:
         shutil.copy(__file__, out / "perl.py")
         write_atomic(out / "config.json", json.dumps(vars(cfg), indent=1))
     accelerator.wait_for_everyone()
-    world, orders, n = accelerator.num_processes, cfg.n_permutations + 1, cfg.rollouts_per_order
-    rollouts = cfg.questions_per_step * orders * n
+    orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
     accelerator.print(
-        "config: " + " ".join(f"{name}={value!r}" for name, value in vars(cfg).items())
-        + f"\npython {sys.version.split()[0]}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, accelerate {accelerate.__version__}; {world} process(es) on "
+        f"config: {json.dumps(vars(cfg))}\npython {sys.version.split()[0]}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, accelerate "
+        f"{accelerate.__version__}; {accelerator.num_processes} process(es) on "
         f"{accelerator.device}\nrun folder: {out}\nbatch: {cfg.questions_per_step} questions x "
-        f"{orders} orders x {n} = {rollouts} rollouts, {cfg.updates_per_step} update(s), at most "
-        f"{math.ceil(rollouts / world / cfg.micro_batch)} micro-batches a process")
+        f"{orders} orders x {n} = {cfg.questions_per_step * orders * n} rollouts, "
+        f"{cfg.updates_per_step} update(s), {cfg.max_tokens_per_micro_batch} tokens a micro-batch")
 
-
-@dataclass
-class State:
-    """What a run carries over a restart, beside weights and optimizer."""
-    rng: random.Random                             # data order, permutations; same on all processes
-    step: int = 0                                  # steps done
-    pool: list[int] = field(default_factory=list)  # questions left in this epoch
-
-
-def seed_torch(cfg: Config, step: int, accelerator: Accelerator) -> None:
-    """Each step seeds its sampling, so that a resumed run draws what an unbroken one would."""
-    seed = random.Random(f"{cfg.seed}, {step}, {accelerator.process_index}").getrandbits(60)
-    torch.manual_seed(seed)
-
-
-def save_checkpoint(cfg: Config, model, processor: Processor, optimizer, state: State,
+def save_checkpoint(cfg: Config, step: int, model, processor: Processor, state: dict,
                     accelerator: Accelerator) -> None:
     """Write OUT/checkpoint-STEP, which from_pretrained loads; then remove the one before."""
     if accelerator.is_main_process:
         out = Path(cfg.out)
-        temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{state.step}"
+        temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step}"
         shutil.rmtree(temporary, ignore_errors=True)
         for part in (model, processor.tokenizer, processor.image_processor):
             part.save_pretrained(temporary)
-        torch.save({"step": state.step, "pool": state.pool, "rng": state.rng.getstate(),
-                    "optimizer": optimizer.state_dict()}, temporary / "training_state.pt")
+        torch.save(state, temporary / "training_state.pt")
         os.replace(temporary, final)
         for other in set(out.glob("checkpoint-*")) - {final}:
             shutil.rmtree(other)
     accelerator.wait_for_everyone()
-
-
-def load_state(cfg: Config, folder: Path | None, optimizer, state: State,
-               accelerator: Accelerator) -> None:
-    """Restore all that save_checkpoint wrote beside the model; cut the logs back to that step."""
-    if folder:
-        saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(saved["optimizer"])
-        state.step, state.pool = saved["step"], saved["pool"]
-        state.rng.setstate(saved["rng"])
-    if accelerator.is_main_process:
-        for path in (Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "rollouts.jsonl"):
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in read_lines(path)
-                                       if folder and row["step"] <= state.step))
-    accelerator.print(f"resumed {cfg.out} after step {state.step}")
-
-
-def catch_interrupt() -> threading.Event:
-    """First Ctrl-C (or SIGTERM): finish the step, save, stop. Second: stop at once."""
-    stop = threading.Event()
-
-    def handle(number, frame):
-        signal.signal(number, signal.default_int_handler)
-        print("\nstopping after this step (again: at once)", flush=True)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return stop
-
 
 # ---- Stage 0: score the questions with the start model -------------------------------------------
 
@@ -1135,7 +1128,7 @@ def score(cfg: Config, processor: Processor, samples: list[Sample],
         batch = samples[start:start + cfg.questions_per_step]
         if all(sample.id in scores for sample in batch):
             continue
-        seed_torch(cfg, start, accelerator)
+        torch.manual_seed(1009 * (1_000_003 * cfg.seed + start) + rank)  # the same when resumed
         mine = batch[rank::world]
         orders = [all_orders(sample, 1) for sample in mine]  # as given
         groups = sample_groups(model, processor, mine, orders, cfg.score_rollouts, cfg)
@@ -1150,40 +1143,36 @@ def score(cfg: Config, processor: Processor, samples: list[Sample],
         raise SystemExit(f"--score-target {cfg.score_target!r} keeps no question of {path}")
     if accelerator.is_main_process:
         write_atomic(path.with_name("kept.json"), json.dumps([samples[k].id for k in kept]))
-    for title, some in (("scored", values), ("kept", [values[k] for k in kept])):
-        counts = [sum(round(v * (len(target) - 1)) == k for v in some) for k in range(len(target))]
-        accelerator.print(f"{title} {len(some)} questions, mean {sum(some) / len(some):.2f}, "
-                          f"from score 0 to 1: {' '.join(map(str, counts))}")
-
+    accelerator.print(f"kept {len(kept)} of {len(samples)} questions; mean score "
+                      f"{statistics.mean(values):.2f} -> "
+                      f"{statistics.mean(values[k] for k in kept):.2f}")
 
 # ---- Training (Algorithm 1) ----------------------------------------------------------------------
 
-def draw_questions(state: State, n_questions: int, k: int) -> list[int]:
-    """The next k question numbers; every epoch is a fresh shuffle."""
+def draw_questions(pool: list[int], n_questions: int, k: int, rng: random.Random) -> list[int]:
+    """The next k question numbers from the pool; every epoch is a fresh shuffle."""
     drawn = []
     while len(drawn) < k:
-        if not state.pool:
-            state.pool = state.rng.sample(range(n_questions), n_questions)
-        drawn.append(state.pool.pop())
+        if not pool:
+            pool += rng.sample(range(n_questions), n_questions)
+        drawn.append(pool.pop())
     return drawn
 
-
-def collect_groups(model, processor: Processor, questions: list[Sample], alpha: float, cfg: Config,
-                   state: State, accelerator: Accelerator) -> dict[str, list]:
-    """This process's groups of rollouts for a step, by their verdicts.
-
-    With the online filter, questions are drawn on for groups that were dropped, until every process
-    has its share of the batch or cfg.max_rounds is reached. All processes draw the same questions
-    and orders, and take every num_processes-th of them.
-    """
+def collect_groups(model, processor: Processor, questions: list[Sample], pool: list[int],
+                   alpha: float, rng: random.Random, cfg: Config,
+                   accelerator: Accelerator) -> dict[str, list]:
+    """This process's groups of rollouts for a step, by their verdicts. With the online filter,
+    questions are drawn on for groups that were dropped, until every process has its share of the
+    batch or cfg.max_rounds is reached. All processes draw the same questions and orders, and take
+    every num_processes-th of them."""
     world, rank = accelerator.num_processes, accelerator.process_index
     online = cfg.filter == "online"
     low, high = (cfg.filter_low, cfg.filter_high) if online else (0.0, 1.0)
     share = missing = cfg.questions_per_step // world
     groups = {name: [] for name in VERDICTS}
     for _ in range(cfg.max_rounds if online else 1):
-        chosen = [questions[k] for k in draw_questions(state, len(questions), missing * world)]
-        orders = [draw_orders(q, cfg.n_permutations, alpha, state.rng) for q in chosen]
+        chosen = [questions[k] for k in draw_questions(pool, len(questions), missing * world, rng)]
+        orders = [draw_orders(q, cfg.n_permutations, alpha, rng) for q in chosen]
         sampled = sample_groups(model, processor, chosen[rank::world], orders[rank::world],
                                 cfg.rollouts_per_order, cfg)
         set_advantages(sampled, cfg)
@@ -1194,13 +1183,10 @@ def collect_groups(model, processor: Processor, questions: list[Sample], alpha: 
             break
     return groups
 
-
 def update(model, ref_model, optimizer, processor: Processor, kept: list[list[Rollout]],
            cfg: Config, accelerator: Accelerator) -> tuple[dict[str, float], float]:
-    """Train on the kept groups, in cfg.updates_per_step parts.
-
-    Returns sums over this process's tokens (how many, KL, clipped) and the mean gradient norm.
-    """
+    """Train on the kept groups, in cfg.updates_per_step parts. Returns sums over this process's
+    tokens (how many, KL, clipped) and the mean gradient norm."""
     rollouts = [rollout for group in kept for rollout in group]
     if cfg.updates_per_step > 1:  # with one update, the policy trained is the one that sampled
         store_logprobs(model, processor, rollouts, "old_logprobs", cfg)
@@ -1216,8 +1202,12 @@ def update(model, ref_model, optimizer, processor: Processor, kept: list[list[Ro
         tokens = total({"tokens": mine}, accelerator)["tokens"]
         if tokens == 0:  # NOTE: AdamW moves weights on zero gradients too. All processes skip.
             continue
+        features = encode_images(model, [r.prompt for r in some], cfg) or {}
+        # Micro-batches gather their gradients on copies; the vision tower gets the sum, once.
+        copies = {key: feature.detach().float().requires_grad_(feature.requires_grad)
+                  for key, feature in features.items()}
         for batch in micro_batches(some, cfg):
-            logprobs, mask = response_logprobs(model, processor, batch, cfg)
+            logprobs, mask = response_logprobs(model, processor, batch, cfg, copies)
             old = stack([r.old_logprobs for r in batch])
             loss, stats = policy_loss(
                 logprobs, logprobs.detach() if old is None else old,
@@ -1226,6 +1216,9 @@ def update(model, ref_model, optimizer, processor: Processor, kept: list[list[Ro
                 clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta, denominator=tokens)
             loss.backward()
             sums = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
+        if reached := [key for key, copy in copies.items() if copy.grad is not None]:
+            torch.autograd.backward([features[k] for k in reached],
+                                    [copies[k].grad.to(features[k].dtype) for k in reached])
         for weight in weights if accelerator.num_processes > 1 else []:
             grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             weight.grad = accelerator.reduce(grad, "sum")
@@ -1236,56 +1229,40 @@ def update(model, ref_model, optimizer, processor: Processor, kept: list[list[Ro
     model.eval()
     return sums, sum(norms) / max(len(norms), 1)
 
-
 def total(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
     """Each value summed over all processes."""
     rows = gather_object([values])
     return {name: sum(row[name] for row in rows) for name in values}
 
-
 def step_metrics(groups: dict[str, list], sums: dict[str, float],
                  accelerator: Accelerator) -> dict[str, float]:
     """Metrics of one step over all processes. The README says what is healthy."""
     rollouts = [rollout for some in groups.values() for group in some for rollout in group]
-    sums = total(sums | {
-        "rollouts": len(rollouts), "accuracy": sum(r.accuracy for r in rollouts),
-        "format": sum(r.format for r in rollouts), "reward": sum(r.reward for r in rollouts),
-        "length": sum(len(r.ids) for r in rollouts),
-        "truncated": sum(r.truncated for r in rollouts)}, accelerator)
-    counts = total({name: len(some) for name, some in groups.items()}, accelerator)
-    kept, tokens = counts.pop("kept"), max(sums["tokens"], 1)
+    sums = total(sums | {name: len(some) for name, some in groups.items()} | {
+        name: sum(getattr(rollout, name) for rollout in rollouts)
+        for name in ("accuracy", "format", "reward", "truncated", "idle")} | {
+        "rollouts": len(rollouts), "length": sum(len(r.ids) for r in rollouts)}, accelerator)
     means = {name: sums[name] / sums["rollouts"]
              for name in ("accuracy", "format", "reward", "length", "truncated")}
-    return {**means, "kept": kept, "dropped": sum(counts.values()), **counts,
-            "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens}
+    return means | {name: sums[name] for name in VERDICTS} | {
+        "dropped": sum(sums[name] for name in VERDICTS[1:]),
+        "idle": sums["idle"] / (sums["idle"] + sums["length"]),
+        "kl": sums["kl"] / max(sums["tokens"], 1),
+        "clip_fraction": sums["clipped"] / max(sums["tokens"], 1)}
 
-
-def step_line(m: dict, steps: int) -> str:
-    """The metrics of a step for people: one dense line, and one where it was evaluated."""
-    line = f"step {m['step']}/{steps}"
-    if "accuracy" in m:
-        dropped = ", ".join(f"{m[name]} {name.replace('_', ' ')}" for name in VERDICTS[1:]
-                            if m[name])
-        line += (f" | acc {m['accuracy']:.2f} fmt {m['format']:.2f} | kept {m['kept']}/"
-                 f"{m['kept'] + m['dropped']}" + (f" ({dropped})" if dropped else "")
-                 + f" | len {m['length']:.0f} cut {m['truncated']:.0%} | kl {m['kl']:.3f} clip "
-                 f"{m['clip_fraction']:.2f} grad {m['grad_norm']:.2f} | gen "
-                 f"{m['seconds_sample']:.1f}s train {m['seconds_update']:.1f}s | "
-                 f"{m['peak_gb']:.1f} GB")
-    if "eval_accuracy" in m:
-        line += (f"\n  eval | accuracy {m['eval_accuracy']:.3f} worst order {m['eval_worst']:.3f} "
-                 f"bias {m['eval_bias']:.3f} | " + " ".join(
-                     f"{source} {share:.2f}" for source, share in m["eval_sources"].items()))
-    return line
-
+STEP_LINE = (
+    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} (not: {all_right} all "
+    "right, {all_wrong} all wrong, {too_easy} too easy, {too_hard} too hard, {flat} flat) | len "
+    "{length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} clip {clip_fraction:.2f} grad "
+    "{grad_norm:.2f} | gen {seconds_sample:.1f}s train {seconds_update:.1f}s | {peak_gb:.1f} GB")
+EVAL_LINE = "  eval | accuracy {eval_accuracy:.3f} worst {eval_worst:.3f} bias {eval_bias:.3f}"
 
 def peak_gb() -> float:
     """Peak memory in GB: of the GPU, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes on macOS, kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS bytes
+    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)
 
 def log_group(path: Path, step: int, group: list[Rollout]) -> None:
     """Write a group to rollouts.jsonl and print its first rollout."""
@@ -1299,11 +1276,10 @@ def log_group(path: Path, step: int, group: list[Rollout]) -> None:
           f"  gold {r.gold} | accuracy {r.accuracy:.0f} format {r.format:.0f} "
           f"reward {r.reward:.1f} advantage {r.advantage:+.2f}")
 
-
-def pick_up(cfg: Config, questions: list[Sample],
-            accelerator: Accelerator) -> tuple[list[Sample], str]:
-    """What earlier stages left: the questions to train on, and where the policy starts."""
-    start, scored = cfg.model, None
+def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: list[Sample],
+          accelerator: Accelerator) -> None:
+    """Algorithm 1: sample permuted groups, drop what teaches nothing, update the policy."""
+    out, is_main, start = Path(cfg.out), accelerator.is_main_process, cfg.model
     if cfg.filter == "offline" and (scored := newest(cfg, "stage0-*/kept.json")):
         kept = set(json.loads(scored.read_text()))
         if lost := kept - {question.id for question in questions}:
@@ -1312,15 +1288,7 @@ def pick_up(cfg: Config, questions: list[Sample],
         questions = [question for question in questions if question.id in kept]
     if cfg.stage == 2 and (trained := newest(cfg, "stage1-*/checkpoint-*")):
         start = str(trained)
-    accelerator.print(f"training on {len(questions)} questions ({scored or 'all'}), on from {start}")
-    return questions, start
-
-
-def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: list[Sample],
-          accelerator: Accelerator) -> None:
-    """Algorithm 1: sample permuted groups, drop what teaches nothing, update the policy."""
-    out, is_main = Path(cfg.out), accelerator.is_main_process
-    questions, start = pick_up(cfg, questions, accelerator)
+    accelerator.print(f"training on {len(questions)} questions, from {start}")
     held_out = held_out[:cfg.eval_questions or None] if cfg.eval_every else []
     steps = cfg.steps or math.ceil(cfg.epochs * len(questions) / cfg.questions_per_step)
 
@@ -1329,18 +1297,31 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
     ref_model = load_model(start, cfg, accelerator.device) if cfg.beta else None
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad],
                                   lr=cfg.lr, weight_decay=cfg.weight_decay)
-    state = State(random.Random(cfg.seed))
-    if cfg.resume:
-        load_state(cfg, resumed, optimizer, state, accelerator)
-    stop = catch_interrupt()
+    rng, pool, done = random.Random(cfg.seed), [], 0
+    if resumed:
+        saved = torch.load(resumed / "training_state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        rng.setstate(saved["rng"])
+        pool, done = saved["pool"], saved["step"]
+    for log in (out / "metrics.jsonl", out / "rollouts.jsonl") if is_main and cfg.resume else ():
+        rows = [row for row in read_lines(log) if resumed and row["step"] <= done]
+        write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
+    stop = []
 
-    for step in range(0 if held_out and not resumed else state.step + 1, steps + 1):
+    def finish(number, frame):  # Ctrl-C or SIGTERM: finish the step, save, stop; again: at once
+        signal.signal(number, signal.default_int_handler)
+        stop.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, finish)
+    for step in range(0 if held_out and not resumed else done + 1, steps + 1):
         metrics, clock = {"step": step}, time.time()
-        seed_torch(cfg, step, accelerator)
+        # Each step seeds its sampling: a resumed run draws what an unbroken one would.
+        torch.manual_seed(1009 * (1_000_003 * cfg.seed + step) + accelerator.process_index)
         if step > 0:  # step 0 evaluates the start
             progress = (step - 1) / max(steps - 1, 1)
             alpha = cfg.alpha_start + (cfg.alpha_end - cfg.alpha_start) * progress
-            groups = collect_groups(model, processor, questions, alpha, cfg, state, accelerator)
+            groups = collect_groups(model, processor, questions, pool, alpha, rng, cfg, accelerator)
             sampled = time.time()
             sums, grad_norm = update(model, ref_model, optimizer, processor, groups["kept"], cfg,
                                      accelerator)
@@ -1348,32 +1329,134 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
                 "grad_norm": grad_norm, "alpha": alpha, "lr": cfg.lr,
                 "seconds_sample": sampled - clock, "seconds_update": time.time() - sampled,
                 "peak_gb": peak_gb(), "grader_timeouts": MATH_JUDGE.timeouts}
+            accelerator.print(STEP_LINE.format(**metrics, steps=steps))
             if is_main and (step - 1) % cfg.log_every == 0:
                 log_group(out / "rollouts.jsonl", step, sum(groups.values(), [])[0])
         clock = time.time()
         if held_out and (step % cfg.eval_every == 0 or step == steps):
             metrics |= evaluate(model, processor, held_out, cfg, accelerator)
             metrics["seconds_eval"] = time.time() - clock
-        accelerator.print(step_line(metrics, steps))
+            accelerator.print(EVAL_LINE.format(**metrics))
         if is_main:
             append_line(out / "metrics.jsonl", metrics)
-        state.step, last = step, step == steps or any(gather_object([stop.is_set()]))
+        last = step == steps or any(gather_object([bool(stop)]))
         if last or step > 0 and step % cfg.save_every == 0:
-            save_checkpoint(cfg, model, processor, optimizer, state, accelerator)
+            save_checkpoint(cfg, step, model, processor, {
+                "step": step, "pool": pool, "rng": rng.getstate(),
+                "optimizer": optimizer.state_dict()}, accelerator)
         if last:
             break
-    accelerator.print(f"done: {newest(cfg, 'checkpoint-*')}" if state.step == steps else
-                      f"stopped after step {state.step}; go on with --resume {out}")
+    accelerator.print(f"done: {newest(cfg, 'checkpoint-*')}" if step == steps else
+                      f"stopped after step {step}; go on with --resume {out}")
 
+# ---- Benchmark: what sharing saves in a step, on one question ------------------------------------
 
-def dry_run(cfg: Config, processor: Processor, questions: list[Sample]) -> None:
-    """Show what the model would read: a question with the most images, in its orders."""
-    sample = max(questions, key=lambda q: len(q.images))
-    for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
-        permuted = permute(sample, order)
-        print(f"order {order}, {len(encode_prompt(permuted, processor).ids)} tokens, answer "
-              f"{permuted.answer}: {prompt_text(permuted, processor)}")
+QWEN_7B = Qwen2_5_VLConfig(
+    text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+                     num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
+    vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584))
 
+def benchmark_rollouts(cfg: Config, vision, text_id: int, image_id: int) -> list[Rollout]:
+    """Rollouts of a made-up question, of full length."""
+    images, tokens = cfg.benchmark_images, cfg.benchmark_image_tokens
+    side = max(k for k in range(1, math.isqrt(tokens) + 1) if tokens % k == 0)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    grid = torch.tensor([[1, 2 * side, 2 * tokens // side]])
+    pictures = [Picture(torch.randn(4 * tokens, width), grid, tokens) for _ in range(images)]
+    ids = ([text_id] + [image_id] * tokens) * images
+    ids += [text_id] * (cfg.benchmark_text_tokens - images)
+    prompts = [Prompt(None, ids, pictures) for _ in range(cfg.n_permutations + 1)]
+    return [Rollout(prompt, (), "", [text_id] * cfg.max_new_tokens, "", True, advantage=(-1.0) ** k)
+            for prompt in prompts for k in range(cfg.rollouts_per_order)]
+
+def count_flops(config, cfg: Config) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs of a step by part, as torch counts them on a model without weights, and their minimum:
+    each image and prompt once, responses once in sampling, and forward and backward in the loss,
+    attention to visible tokens only. Of decoding, which grows linearly, two steps are counted."""
+    config._attn_implementation = "shared_prompt"
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    text, empty = model.model.language_model, functools.partial(torch.empty, device="meta")
+    rollouts = benchmark_rollouts(cfg, config.vision_config, 0, 1)
+    prompt, P = rollouts[0].prompt, cfg.n_permutations + 1
+    B, L, T, D = len(rollouts), len(prompt.ids), cfg.max_new_tokens, config.text_config.hidden_size
+
+    def count(run, *args) -> float:
+        with FlopCounterMode(display=False) as counter:
+            run(*args)
+        return float(counter.get_total_flops())
+
+    def see():
+        picture = prompt.pictures[0]
+        return model.model.visual(picture.pixels.to("meta"), picture.grid,
+                                  position_ids=empty(4 * picture.tokens, 2)).pooler_output.sum()
+
+    def read(rows: int, S: int, cache=None, mask=None):
+        return text(inputs_embeds=empty(rows, S, D, requires_grad=True), attention_mask=mask,
+                    position_ids=empty(3, rows, S), past_key_values=cache).last_hidden_state
+
+    def learn(batch: list[Rollout]):
+        rows, N = pack(batch, cfg), len(batch) * T
+        S = max(map(row_length, rows))
+        tree = {"full_attention": [[S - row_length(r), L] + [T] * len(r) for r in rows]}
+        hidden = read(len(rows), S, mask=tree if N > T * len(rows) else None).flatten(0, 1)[:N]
+        checkpoint(token_logprobs, model.lm_head, hidden, empty(N, dtype=torch.long), [], 1.0,
+                   use_reentrant=False).sum().backward()
+
+    cache = Cache(layer_class_to_replicate=SharedPromptLayer if cfg.share else DynamicLayer)
+    passes, steps = (1, T) if cfg.share else (B, T - 1)  # plain prefill gives the first token
+    with torch.no_grad():
+        prefill = count(read, *((P, L - 1) if cfg.share else (B, L)), cache)
+        head = count(model.lm_head, empty(B, D))
+        first = count(read, B, 1, cache)
+        for layer in cache.layers:  # as if steps - 2 more had been taken
+            layer.update(*[empty(B, layer.keys.shape[1], steps - 2, layer.keys.shape[3])] * 2)
+        decode = (first + count(read, B, 1, cache)) / 2 * steps + head * T
+    once = len(prompt.pictures) * (count(see) + count(lambda: see().backward()))
+    flops = {"vision": passes * once, "prefill": prefill, "decode": decode,
+             "loss": sum(count(learn, batch) for batch in micro_batches(rollouts, cfg))}
+    token = 2 * sum(w.numel() for w in text.layers.parameters() if w.dim() == 2)  # forward
+    pair = 4 * D * len(text.layers)  # a token that sees another
+    prompts = token * P * L + pair * P * L * (L + 1) / 2
+    responses = token * B * T + pair * B * T * (L + (T + 1) / 2) + head * T
+    return flops, {"vision": once, "prefill": prompts, "decode": responses,
+                   "loss": 3 * (prompts + responses)}
+
+def time_step(cfg: Config) -> dict[str, float]:
+    """Seconds of sampling and update, and the peak memory of this process in MB."""
+    transformers.logging.disable_progress_bar()
+    accelerator, n = Accelerator(), cfg.rollouts_per_order
+    processor = load_processor(cfg.model, cfg)
+    processor.banned_ids += processor.eos_ids  # responses of full length
+    model = load_model(cfg.model, cfg, accelerator.device)
+    text_id = processor.tokenizer("a").input_ids[0]
+    rollouts = benchmark_rollouts(cfg, model.config.vision_config, text_id, processor.image_id)
+    start = time.time()
+    responses = generate(model, processor, [r.prompt for r in rollouts[::n]], n, cfg)
+    for rollout, ids in zip(rollouts, sum(responses, [])):
+        rollout.ids = ids
+    sampled, optimizer = time.time(), torch.optim.SGD(model.parameters(), lr=0.0)
+    update(model, None, optimizer, processor, [rollouts], cfg, accelerator)
+    return {"sample": sampled - start, "update": time.time() - sampled, "peak_mb": 1e3 * peak_gb()}
+
+def benchmark(cfg: Config) -> None:
+    """Print FLOPs at the model's size (tiny: at that of the 7B), and seconds and memory here."""
+    config = QWEN_7B if cfg.model == "tiny" else load_pretrained(AutoConfig, cfg.model)
+    ways = {way: dataclasses.replace(cfg, share=way == "shared") for way in ("shared", "plain")}
+    order, tables, peaks = [*ways] * 3, {}, {}
+    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # a process each: its peak memory
+        runs = list(tqdm(pool.map(time_step, map(ways.get, order)), "time", len(order)))
+    for way, its in ways.items():
+        some = [run for name, run in zip(order, runs) if name == way]
+        peaks[f"peak_mb_{way}"] = statistics.median(run.pop("peak_mb") for run in some)
+        tables[f"seconds_{way}"] = {p: statistics.median(run[p] for run in some) for p in some[0]}
+        tables[f"flops_{way}"], tables["flops_minimum"] = count_flops(config, its)
+    row = {name: sum(parts.values()) for name, parts in tables.items()} | peaks
+    row |= {f"{name}_{part}": x for name, parts in tables.items() for part, x in parts.items()}
+    for name in (name for name in row if "_shared" in name):
+        plain = row[name.replace("shared", "plain")]
+        print(f"{name:24} {row[name]:10.4g}   plain {plain:10.4g}   ratio {row[name] / plain:.3f}")
+    print(f"FLOPs / minimum: {row['flops_shared'] / row['flops_minimum']:.3f}\n{json.dumps(row)}")
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
@@ -1386,11 +1469,18 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.questions_per_step % accelerator.num_processes:
         raise SystemExit(f"--questions-per-step {cfg.questions_per_step} does not divide into "
                          f"{accelerator.num_processes} processes")
+    if cfg.benchmark:
+        return benchmark(cfg)
     processor = load_processor(cfg.model, cfg)
     questions = load_questions(cfg.data, processor, cfg, accelerator)
     held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if cfg.eval_data else []
-    if cfg.dry_run:
-        return dry_run(cfg, processor, questions)
+    if cfg.dry_run:  # show what the model would read: a question with the most images, reordered
+        sample = max(questions, key=lambda q: len(q.images))
+        for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
+            asked = permute(sample, order)
+            print(f"order {order}, {len(encode_prompt(asked, processor).ids)} tokens, "
+                  f"answer {asked.answer}: {prompt_text(asked, processor)}")
+        return
     open_run(cfg, accelerator)
     try:
         if cfg.stage == 0:
@@ -1399,7 +1489,6 @@ def main(argv: list[str] | None = None) -> None:
             train(cfg, processor, questions, held_out, accelerator)
     except KeyboardInterrupt:
         raise SystemExit(f"\ninterrupted; go on with --resume {cfg.out}") from None
-
 
 if __name__ == "__main__":
     main()

@@ -14,12 +14,15 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (AutoImageProcessor, AutoTokenizer, GenerationConfig,
                           Qwen2_5_VLForConditionalGeneration)
 
@@ -31,7 +34,6 @@ HERE, TINY, CPU = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"]), to
 FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
 table = pytest.mark.parametrize
 
-
 @pytest.fixture(autouse=True)
 def signals():
     """signal.alarm(n) fails a test that hangs; the Ctrl-C handlers of perl.train come off again."""
@@ -42,13 +44,11 @@ def signals():
     for number, handler in before.items():
         signal.signal(number, handler)
 
-
 # ---- Samples -------------------------------------------------------------------------------------
 
 GOOD = dict(id="q1", images=["a.png", "b.png", "c.png"], answer="3", order_rule="index",
             question="<image><image><image> Which shows what <image_2> shows?")
 MISSING, IMAGES = None, "<image><image><image>"
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -63,11 +63,9 @@ def folder(tmp_path):
     (data / "link.png").symlink_to(tmp_path / "outside.png")
     return data
 
-
 def write_rows(path, *rows):
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     return path
-
 
 def test_load_samples(folder):
     letter = dict(id="q2", order_rule="letter", movable=[1, 2], answer=" B ", source="toy")
@@ -77,7 +75,6 @@ def test_load_samples(folder):
     assert first.images == tuple(str(folder / name) for name in GOOD["images"])
     assert first.movable == (0, 1, 2), "all may move unless said otherwise"
     assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
-
 
 @table("field, value, others", [(field, value, {}) for field, values in {
     "id": [MISSING, 7, " "], "order_rule": [MISSING, "shuffle"], "source": [5], "ansver": ["3"],
@@ -97,7 +94,6 @@ def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, othe
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field {field}: "):
         perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
 
-
 @table("content, message", [
     (b'{"id": ', "line 1: not valid JSON"), (b"[1]", "line 1: "), (b'\n{"id": "\xff"}', "line 2"),
     (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: .*line 1"),
@@ -108,12 +104,10 @@ def test_bad_files(folder, content, message):
     with pytest.raises(ValueError, match=rf"bad\.jsonl.*{message}"):
         perl.load_samples(folder / "bad.jsonl")
 
-
 # ---- Permutation (Eq. 1) -------------------------------------------------------------------------
 
 def sample(rule="keep", answer="x", n=3, question="?", movable=None):
     return Sample("s", tuple("abcdef"[:n]), question, answer, rule, movable)
-
 
 @table("rule, answer, movable, order, images, expected", [
     # new_images[j] = images[order[j]]: with (2, 0, 1) the third image comes first
@@ -133,12 +127,10 @@ def test_permute(rule, answer, movable, order, images, expected):
     permuted = perl.permute(sample(rule, answer, len(order), movable=movable), order)
     assert (permuted.images, permuted.answer) == (tuple(images), expected)
 
-
 def test_permute_renumbers_mentions():
     asked = sample("index", "2", question=IMAGES + "<image_1> or <image_3>? <image_1>!")
     permuted = perl.permute(asked, (2, 0, 1))
     assert permuted.question == IMAGES + "<image_2> or <image_1>? <image_2>!"
-
 
 @table("rule, movable, order", [
     ("never", None, (1, 0, 2)), ("keep", (1, 2), (1, 0, 2)),
@@ -146,7 +138,6 @@ def test_permute_renumbers_mentions():
 def test_permute_refuses(rule, movable, order):
     with pytest.raises(ValueError, match="s: "):
         perl.permute(sample(rule, movable=movable), order)
-
 
 def test_permute_round_trip():
     rng = random.Random(0)
@@ -164,7 +155,6 @@ def test_permute_round_trip():
         if rule == "index":  # the answer points at the same picture as before
             assert after.images[int(after.answer) - 1] == before.images[int(before.answer) - 1]
 
-
 def test_drawn_orders_are_legal_distinct_and_from_one_generator():
     rng, asked = random.Random(0), sample(n=4, movable=(1, 2, 3))
     for _ in range(50):
@@ -179,7 +169,6 @@ def test_drawn_orders_are_legal_distinct_and_from_one_generator():
              for rng in (random.Random(3), random.Random(3))]
     assert draws[0] == draws[1] and len(set(draws[0])) > 10, "reproducible, never reset"
 
-
 def test_alpha_is_the_probability_that_a_question_is_permuted():
     rng = random.Random(0)
     drawn = {alpha: [perl.draw_orders(sample(), 2, alpha, rng) for _ in range(1000)]
@@ -190,14 +179,12 @@ def test_alpha_is_the_probability_that_a_question_is_permuted():
     counts = Counter(orders[1] for orders in drawn[1.0])
     assert len(counts) == 5 and min(counts.values()) > 140, "the 5 others are equally likely"
 
-
 def test_all_orders():
     assert len(set(perl.all_orders(sample(n=4), 24))) == 24
     assert perl.all_orders(sample("never"), 24) == [(0, 1, 2)]
     capped = perl.all_orders(sample(n=5), 24)
     assert len(set(capped)) == 24 and capped[0] == (0, 1, 2, 3, 4)
     assert capped == perl.all_orders(sample(n=5), 24), "the same in every evaluation"
-
 
 # ---- Reward --------------------------------------------------------------------------------------
 
@@ -223,7 +210,6 @@ def test_extract_answer_and_has_format(response, answer, well_formed):
     assert perl.extract_answer(response) == answer
     assert perl.has_format(response) is well_formed
 
-
 @table("gold, right, wrong", [
     ("B", ["B", "b", "(B)", "B. Both images", "B. a cat and a dog", r"\text{B}", "Option B"],
      ["C", "A or B", "B. cats or C. dogs", "Both"]),
@@ -241,7 +227,6 @@ def test_is_correct(gold, right, wrong):
     unboxed, unclosed = gold, rf"<think>\boxed{{{gold}}}"
     assert not perl.is_correct(unboxed, gold) and not perl.is_correct(unclosed, gold)
 
-
 def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
     monkeypatch.setattr(perl.MathJudge, "SECONDS", 1.0)
     signal.alarm(30)
@@ -250,7 +235,6 @@ def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
     assert perl.MATH_JUDGE.timeouts, "at least one was stopped by the time bound"
     monkeypatch.undo()
     assert perl.is_correct(r"\boxed{\frac{4}{6}}", r"\frac{2}{3}")
-
 
 @table("hostile", [
     r"\boxed{" * 20_000, "the answer is 1" + " " * 100_000 + "2", "answer is" + "\n" * 100_000,
@@ -261,7 +245,6 @@ def test_hostile_text_ends(hostile):
     assert not perl.is_correct(hostile, "3,1,2") and not perl.is_correct(hostile, "7/2")
     assert not perl.has_format(hostile)
 
-
 def test_a_response_is_never_run_as_code(tmp_path):
     flag = tmp_path / "executed"
     for code in (f"__import__('os').system('touch {flag}')", f"open('{flag}', 'w')"):
@@ -270,22 +253,18 @@ def test_a_response_is_never_run_as_code(tmp_path):
             perl.is_correct(r"\boxed{1}", text + "0")
     assert not flag.exists()
 
-
 # ---- The tiny model, and groups of rollouts for it -----------------------------------------------
 
 def tiny_config(**changes):
     """Small numbers, and gradients that are not scaled, so that they can be compared."""
-    base = dict(max_new_tokens=40, micro_batch=64, updates_per_step=1, beta=0.0, filter="none",
-                max_grad_norm=1e9, gradient_checkpointing=False)
+    base = dict(max_new_tokens=40, updates_per_step=1, beta=0.0, filter="none", max_grad_norm=1e9,
+                gradient_checkpointing=False)
     return dataclasses.replace(perl.parse_config([]), **base | changes)
-
 
 def load_tiny(**changes):
     return perl.load_model("tiny", tiny_config(**changes), CPU)
 
-
 PROCESSOR, ACCELERATOR = perl.load_processor("tiny", tiny_config()), perl.Accelerator()
-
 
 @pytest.fixture
 def questions(folder):
@@ -295,11 +274,9 @@ def questions(folder):
     single = dict(id="q3", images=["c.png"], question="<image>?", order_rule="keep", answer="7")
     return perl.load_samples(write_rows(folder / "three.jsonl", GOOD, pair, single))
 
-
 def tokens_of(text):
     ids = PROCESSOR.tokenizer(text, add_special_tokens=False).input_ids
     return ids + PROCESSOR.eos_ids[-1:]
-
 
 def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
     """Four rollouts a question, in given words: two on the identity, two on the reversed order."""
@@ -314,7 +291,6 @@ def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
     perl.set_advantages(groups, tiny_config())
     return groups
 
-
 def gradient_of_update(model, groups, cfg, ref_model=None):
     """The gradient that perl.update hands to the optimizer, flat; and what it returns."""
     class Recorder:
@@ -328,7 +304,6 @@ def gradient_of_update(model, groups, cfg, ref_model=None):
     returned = perl.update(model, ref_model, recorder, PROCESSOR, groups, cfg, ACCELERATOR)
     return recorder.gradient, *returned
 
-
 def adamw_updates(model, steps, cfg):
     """What perl.update returns for the groups of each step."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -336,10 +311,8 @@ def adamw_updates(model, steps, cfg):
     return [perl.update(model, None, optimizer, PROCESSOR, groups, cfg, ACCELERATOR)
             for groups in steps]
 
-
 def flat_weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-
 
 # ---- Prompts -------------------------------------------------------------------------------------
 
@@ -356,19 +329,17 @@ def test_prompt(questions, order, tokens, mention):
     text = PROCESSOR.tokenizer.decode(prompt.ids)
     assert f"what image {mention} shows" in text and tiny_config().instruction in text
 
-
-def test_collate_pads_prompts_left_and_responses_right(questions):
+def test_collate(questions):
     prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
-    features = perl.encode_images(load_tiny(), prompts)
-    inputs, mask = perl.collate(prompts, [[9, 9], [9], [9, 9, 9]], features, PROCESSOR, CPU)
-    width = max(len(prompt.ids) for prompt in prompts)
-    for prompt, ids, attention in zip(prompts, inputs["input_ids"], inputs["attention_mask"]):
-        padding = width - len(prompt.ids)
-        assert ids[padding:width].tolist() == prompt.ids
-        assert not attention[:padding].any() and attention[padding:width].all()
-    assert mask.int().tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    model, responses = load_tiny(), [[[9, 8], [9]], [[7]], [[9, 9, 9]]]
+    features = perl.encode_images(model, prompts, tiny_config())
+    inputs, owner = perl.collate(prompts, responses, features, model, PROCESSOR)
+    for prompt, some, ids, whose in zip(prompts, responses, inputs["input_ids"], owner):
+        row = [*prompt.ids, *sum(some, [])]
+        assert ids.tolist()[-len(row):] == row and (ids[:-len(row)] == PROCESSOR.pad_id).all()
+        expected = [0] * len(prompt.ids) + [k for k, part in enumerate(some, 1) for _ in part]
+        assert whose.tolist() == [-1] * (len(ids) - len(row)) + expected
     assert inputs["mm_token_type_ids"].sum(1).tolist() == [17, 7, 10]
-
 
 @table("max_pixels, most_tokens", [(262144, 10), (4 * 28 * 28, 4)])
 def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pixels, most_tokens):
@@ -382,13 +353,11 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
         assert left == [asked for asked, n in zip(questions, lengths) if n <= limit]
         assert len(left) == kept and f"{3 - kept} dropped" in capsys.readouterr().out
 
-
 def test_an_image_that_the_processor_refuses_is_named(folder):
     Image.new("RGB", (1, 300)).save(folder / "thin.png")
     path = write_rows(folder / "d.jsonl", GOOD | dict(images=["a.png", "thin.png", "c.png"]))
     with pytest.raises(SystemExit, match="thin.png"):
         perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
-
 
 # ---- Rollouts ------------------------------------------------------------------------------------
 
@@ -406,7 +375,6 @@ def sample_and_record(model, questions, n, cfg):
     rollouts = sum(perl.sample_groups(model, PROCESSOR, questions, orders, n, cfg), [])
     return sorted(rollouts, key=lambda r: -len(r.prompt.ids)), outputs[0]  # longest prompt first
 
-
 @table("temperature", [1.0, 0.7])
 def test_logprobs_of_the_loss_are_those_of_sampling(questions, temperature):
     model, cfg = load_tiny(), tiny_config(temperature=temperature)
@@ -420,13 +388,11 @@ def test_logprobs_of_the_loss_are_those_of_sampling(questions, temperature):
         assert torch.allclose(row[:n], expected, atol=1e-4) and not row[n:].any()
     assert mask.sum(1).tolist() == [len(r.ids) for r in rollouts]
 
-
 def test_greedy_is_not_random(questions):
     model, prompts = load_tiny(), [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
     for greedy in (True, False):
         responses = perl.generate(model, PROCESSOR, prompts, 30, tiny_config(), greedy)[0]
         assert (len(set(map(tuple, responses))) == 1) is greedy  # two samples are often equal
-
 
 @table("hostile", [
     dict(do_sample=True, top_k=1, top_p=0.001, temperature=1e-6, repetition_penalty=1.05),
@@ -444,7 +410,6 @@ def test_the_checkpoints_own_sampling_settings_do_not_leak_in(questions, tmp_pat
         expected[:, PROCESSOR.banned_ids] = -torch.inf
         assert torch.allclose(scores, expected, atol=1e-5)
 
-
 def test_image_tokens_are_never_sampled(questions):
     names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     banned = PROCESSOR.tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
@@ -457,11 +422,9 @@ def test_image_tokens_are_never_sampled(questions):
     logprobs, _ = perl.response_logprobs(model, PROCESSOR, group[:1], tiny_config())
     assert logprobs.tolist() == [[-math.inf]], "probability zero in the loss, too"
 
-
 def test_logprobs_equal_a_plain_forward_pass_of_transformers(questions):
     """One sequence at a time, without padding or shared features: neither has an influence."""
     model, rollouts = load_tiny(), sum(written_groups(questions), [])
-    assert len(perl.encode_images(model, [r.prompt for r in rollouts[:4]])) == 3, "each image once"
     logprobs, _ = perl.response_logprobs(model, PROCESSOR, rollouts, tiny_config())
     for rollout, row in zip(rollouts, logprobs):
         ids, n = torch.tensor([rollout.prompt.ids + rollout.ids]), len(rollout.ids)
@@ -472,7 +435,6 @@ def test_logprobs_equal_a_plain_forward_pass_of_transformers(questions):
         logits[..., PROCESSOR.banned_ids] = -torch.inf
         expected = logits[0, -n - 1:-1].log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0]
         assert torch.allclose(row[:n], expected, atol=1e-5) and not row[n:].any()
-
 
 def test_the_end_token_is_kept_and_trained_on(questions):
     model = load_tiny()
@@ -488,7 +450,6 @@ def test_the_end_token_is_kept_and_trained_on(questions):
     logprobs.sum().backward()
     assert mask.tolist() == [[True]] and model.model.language_model.norm.weight.grad.any()
 
-
 def answer_always(text, monkeypatch):
     """Put this answer in the place of perl.generate; returns whether its calls were greedy."""
     greedy_calls = []
@@ -498,7 +459,6 @@ def answer_always(text, monkeypatch):
         return [[tokens_of(text)] * n for _ in prompts]
     monkeypatch.setattr(perl, "generate", generate)
     return greedy_calls
-
 
 def test_a_rollout_is_graded_against_the_answer_of_its_order(questions, monkeypatch):
     answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
@@ -513,11 +473,9 @@ def test_a_rollout_is_graded_against_the_answer_of_its_order(questions, monkeypa
     assert [r.reward for r in clean] == [r.reward for r in group]
     assert all(r.prompt.sample == questions[0] for r in clean), "the loss sees the given order"
 
-
 # ---- Advantages and filter -----------------------------------------------------------------------
 
 ROOT = 3 ** 0.5  # rewards 1, 0, 0, 0: mean 1/4, population std ROOT/4, advantages ROOT, -1/ROOT ..
-
 
 def test_group_advantages():
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [1, 0, 1, 0]])
@@ -526,11 +484,9 @@ def test_group_advantages():
     assert torch.allclose(advantages, expected, atol=1e-6)
     assert not advantages[1:3].any(), "exactly zero without variance"
 
-
 def scored_group(accuracies, rewards=None):
     return [Rollout(None, (), "", [5], "", False, accuracy=float(accuracy), reward=float(reward))
             for accuracy, reward in zip(accuracies, rewards or accuracies)]
-
 
 @table("changes, expected", [
     (dict(baseline="pooled"), [ROOT, -1 / ROOT, -1 / ROOT, -1 / ROOT]),
@@ -542,7 +498,6 @@ def test_set_advantages(changes, expected):
     perl.set_advantages([group], tiny_config(**changes))
     assert [r.advantage for r in group] == pytest.approx(expected)
     assert [r.reward for r in group] == [1, 0, 0, 0], "the reward stays the reward"
-
 
 @table("accuracies, rewards, bounds, expected", [
     ([1, 0, 0, 1], None, (0.1, 0.9), "kept"), ([1] * 9 + [0], None, (0.1, 0.9), "kept"),
@@ -557,7 +512,6 @@ def test_verdict(accuracies, rewards, bounds, expected):
     perl.set_advantages([group], tiny_config(baseline=baseline))
     assert perl.verdict(group, *bounds) == expected
 
-
 def test_resample_by_difficulty():
     rng, scores = random.Random(0), [1.0] * 100 + [0.5] * 10
     kept = perl.resample_by_difficulty(scores, [0] * 5 + [50] + [0] * 4 + [50], 40, rng)
@@ -569,14 +523,12 @@ def test_resample_by_difficulty():
         120, 110, 110, 120, 150, 170, 60, 50, 40, 30, 30]
     assert 4 <= len(perl.resample_by_difficulty(scores, [1] * 11, 5, rng)) <= 6, "few of many bins"
 
-
 # ---- Loss (Eq. 6) --------------------------------------------------------------------------------
 
 def loss_of(logprobs, old, ref=None, advantages=(1.0,), mask=None, beta=0.0, denominator=4.0):
     mask = torch.ones(logprobs.shape) if mask is None else torch.tensor(mask)
     return perl.policy_loss(logprobs, old, ref, torch.tensor(advantages), mask, clip_low=0.2,
                             clip_high=0.3, beta=beta, denominator=denominator)
-
 
 @table("denominator", [4, 8])
 def test_clipped_surrogate_by_hand(denominator):
@@ -589,7 +541,6 @@ def test_clipped_surrogate_by_hand(denominator):
     loss.backward()  # d(-ratio * A) / d log pi = -A * ratio where not clipped
     assert torch.allclose(logprobs.grad * denominator, torch.tensor([[0, -1.0], [1.5, 0]]))
 
-
 def test_kl_by_hand():
     # k3 = q - log q - 1, q = pi_ref / pi: 1/2 gives 0.19315, 2 gives 0.30685. d/d log pi = 1 - q
     logprobs = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
@@ -599,7 +550,6 @@ def test_kl_by_hand():
     assert loss.item() == pytest.approx(0.1 * 0.5 / 4, abs=1e-6)
     loss.backward()
     assert torch.allclose(logprobs.grad, 0.1 / 4 * torch.tensor([[0.5, -1.0]]))
-
 
 @table("garbage", [1e4, -1e4])
 @table("where", [0, 1, 2])  # in the policy, the old policy or the reference
@@ -615,7 +565,6 @@ def test_masked_tokens_do_not_matter(garbage, where):
         results.append([loss.item(), float(stats["kl"]), logprobs.grad[0, 0].item()])
     assert results[1:] == results[:1] * 2
 
-
 # ---- Updates -------------------------------------------------------------------------------------
 
 def test_on_policy_gradient_is_minus_advantage_times_that_of_the_logprobs(questions):
@@ -629,18 +578,16 @@ def test_on_policy_gradient_is_minus_advantage_times_that_of_the_logprobs(questi
     assert torch.allclose(gradient, expected, atol=1e-6) and sums["tokens"] == tokens
     assert norm == pytest.approx(expected.norm().item(), rel=1e-4) and norm > 1e-3
 
-
 def test_memory_settings_do_not_change_the_gradient(questions):
     groups, reference, gradients = written_groups(questions), load_tiny(), []
     with torch.no_grad():
         reference.model.language_model.norm.weight.mul_(1.1)  # so that the KL term counts
-    for changes in (dict(micro_batch=1), dict(micro_batch=4), dict(micro_batch=12),
-                    dict(logit_chunk=3), dict(gradient_checkpointing=True)):
+    for changes in (dict(max_tokens_per_micro_batch=1), dict(max_tokens_per_micro_batch=200), {},
+                    dict(share=False), dict(logit_chunk=3), dict(gradient_checkpointing=True)):
         cfg = tiny_config(beta=0.1, **changes)
         gradient, sums, _ = gradient_of_update(load_tiny(**changes), groups, cfg, reference)
         gradients.append(gradient)
     assert sums["kl"] > 0 and all(torch.allclose(gradients[0], g, atol=1e-6) for g in gradients)
-
 
 def test_nothing_to_learn_from_leaves_the_weights_bit_identical(questions):
     weights, cfg = [], tiny_config(updates_per_step=2)
@@ -649,7 +596,6 @@ def test_nothing_to_learn_from_leaves_the_weights_bit_identical(questions):
         adamw_updates(model, steps, cfg)
         weights.append(flat_weights(model))
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
-
 
 @table("updates, forward_passes", [(1, 1), (2, 3)])
 def test_old_logprobs_are_stored_and_used_only_for_several_updates(
@@ -661,7 +607,6 @@ def test_old_logprobs_are_stored_and_used_only_for_several_updates(
     assert all((r.old_logprobs is None) == (updates == 1) for r in sum(groups, []))
     assert (sums["clipped"] > 0) == (updates == 2), "the first update moved the second's ratio"
 
-
 @table("frozen", [True, False])
 def test_freeze_vision(questions, frozen):
     model, before = load_tiny(freeze_vision=frozen), load_tiny()
@@ -670,9 +615,7 @@ def test_freeze_vision(questions, frozen):
             for part in ("visual", "language_model")]
     assert same == [frozen, False]
 
-
 MIXED, RIGHT, WRONG, EASY = [1, 0, 0, 0], [1] * 4, [0] * 4, [1] * 11 + [0]
-
 
 def collect(monkeypatch, script, **changes):
     """perl.collect_groups, the groups' accuracies scripted; and the ids it asked for, by round."""
@@ -682,10 +625,20 @@ def collect(monkeypatch, script, **changes):
         rounds.append([s.id for s in samples])
         return [scored_group(next(script)) for _ in samples]
     monkeypatch.setattr(perl, "sample_groups", sample_groups)
-    pool = [dataclasses.replace(sample(), id=str(k)) for k in range(20)]
-    return perl.collect_groups(None, None, pool, 1.0, tiny_config(questions_per_step=4, **changes),
-                               perl.State(random.Random(0)), ACCELERATOR), rounds
+    asked = [dataclasses.replace(sample(), id=str(k)) for k in range(20)]
+    cfg, rng = tiny_config(questions_per_step=4, **changes), random.Random(0)
+    return perl.collect_groups(None, None, asked, [], 1.0, rng, cfg, ACCELERATOR), rounds
 
+def test_idle_decode_slots_are_reported():
+    text = PROCESSOR.tokenizer("5").input_ids
+    end, pad = PROCESSOR.eos_ids[-1], PROCESSOR.pad_id
+    rows = [text + [end, pad, pad], text * 3 + [end], text * 4]  # as one call of generate has them
+    rollouts = [perl.grade(None, (), "5", row, PROCESSOR, tiny_config()) for row in rows]
+    assert [(len(r.ids), r.idle, r.truncated) for r in rollouts] == [
+        (2, 2, False), (4, 0, False), (4, 0, True)]
+    groups = {name: [] for name in perl.VERDICTS} | {"kept": [rollouts]}
+    sums = {"tokens": 10.0, "kl": 0.0, "clipped": 0.0}
+    assert perl.step_metrics(groups, sums, ACCELERATOR)["idle"] == pytest.approx(2 / 12)
 
 def test_groups_without_variance_are_dropped_and_not_counted(monkeypatch):
     groups, rounds = collect(monkeypatch, [MIXED, RIGHT, WRONG, MIXED])
@@ -694,7 +647,6 @@ def test_groups_without_variance_are_dropped_and_not_counted(monkeypatch):
     counts = [metrics[name] for name in ("kept", "dropped", "all_right", "all_wrong")]
     assert counts == [2, 2, 1, 1] and metrics["accuracy"] == 6 / 16, "of all that were sampled"
     assert (metrics["kl"], metrics["clip_fraction"]) == (0.25, 0.5), "of the tokens kept"
-
 
 def test_online_filter_samples_until_the_batch_is_full(monkeypatch):
     online = dict(filter="online", filter_low=0.1, filter_high=0.9, max_rounds=3)
@@ -705,12 +657,177 @@ def test_online_filter_samples_until_the_batch_is_full(monkeypatch):
     groups, rounds = collect(monkeypatch, [RIGHT] * 99, **online)
     assert not groups["kept"] and len(rounds) == 3, "the round limit"
 
-
 def test_every_epoch_is_a_fresh_shuffle_of_all_questions():
-    state = perl.State(random.Random(0))
-    drawn = sum((perl.draw_questions(state, 10, 4) for _ in range(5)), [])
+    pool, rng = [], random.Random(0)
+    drawn = sum((perl.draw_questions(pool, 10, 4, rng) for _ in range(5)), [])
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
 
+# ---- Sharing: it changes the cost of a step and nothing else -------------------------------------
+
+PLAIN = dict(share=False)
+
+def all_groups(questions, n_permutations, n=3):
+    """Made-up rollouts: n of unequal length in each order, with advantages that do not cancel."""
+    generator, groups = torch.Generator().manual_seed(n_permutations), []
+    for asked in questions:
+        pictures, orders = perl.load_pictures(asked, PROCESSOR), perl.all_orders(asked, 24)
+        groups.append([])
+        for k in range(n_permutations + 1):
+            order = orders[k % len(orders)]
+            prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
+            for _ in range(n):
+                length = int(torch.randint(1, 9, (), generator=generator))
+                ids = torch.randint(20, 500, (length,), generator=generator).tolist()
+                groups[-1].append(perl.Rollout(prompt, order, "", ids, "", False))
+                groups[-1][-1].advantage = float(torch.randn((), generator=generator))
+    return groups
+
+def pictures_encoded(model, monkeypatch):
+    """Counts of the vision tower's pictures, by their pixels; grows as the tower runs."""
+    real, seen = model.model.visual.forward, Counter()
+
+    def forward(pixels, grid_thw, **others):
+        sizes = grid_thw.prod(1).tolist()
+        seen.update(float(p.double().sum()) for p in pixels.split(sizes))
+        return real(pixels, grid_thw=grid_thw, **others)
+    monkeypatch.setattr(model.model.visual, "forward", forward)
+    return seen
+
+@table("greedy", [True, False])
+@table("n, rollout_batch", [(3, 96), (3, 6), (3, 1), (3, 2), (1, 96), (2, 5)])
+def test_the_prompts_keys_and_values_kept_once_give_the_same_tokens(
+        questions, greedy, n, rollout_batch):
+    """Prompts of three lengths, so rows are padded; images of several sizes; n = 1 to 3."""
+    model, answers = load_tiny(), []
+    for share in (True, False):
+        cfg = tiny_config(share=share, rollout_batch=rollout_batch, max_new_tokens=20)
+        orders = [perl.all_orders(asked, 2) for asked in questions]
+        torch.manual_seed(0)
+        groups = perl.sample_groups(model, PROCESSOR, questions, orders, n, cfg, greedy)
+        answers.append([[r.ids for r in group] for group in groups])
+    assert answers[0] == answers[1] and [len(group) for group in answers[0]] == [2 * n, 2 * n, n]
+
+def test_logits_of_sampling_agree(questions):
+    (_, shared), (_, plain) = (
+        sample_and_record(load_tiny(), questions, 3, tiny_config(share=share))
+        for share in (True, False))
+    assert torch.equal(shared.sequences, plain.sequences) and len(shared.sequences) == 15
+    for ours, theirs in zip(shared.logits, plain.logits):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+def test_the_cache_holds_each_prompt_once(questions):
+    model, cfg, caches = load_tiny(), tiny_config(max_new_tokens=5), []
+    real = model.generate
+    model.generate = lambda **inputs: caches.append(inputs["past_key_values"]) or real(**inputs)
+    prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
+    perl.generate(model, PROCESSOR, prompts, 4, cfg, greedy=True)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    for layer in caches[0].layers:
+        assert layer.prompts[0].shape[:3] == (3, 2, longest - 1)    # its last token is each row's
+        assert layer.keys.shape[0] == 12 and layer.keys.shape[2] <= 5
+        assert layer.get_seq_length() == longest - 1 + layer.keys.shape[2]
+
+@table("changes, sampling, training", [
+    ({}, 1, 1), (dict(rollout_batch=4, max_tokens_per_micro_batch=100), 1, 1),
+    (dict(gradient_checkpointing=True), 1, 2),  # again for the backward pass
+    (dict(freeze_vision=True), 1, 0), (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
+def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
+    model, cfg, orders = load_tiny(**changes), tiny_config(**changes), [(0, 1, 2), (2, 1, 0)]
+    seen = pictures_encoded(model, monkeypatch)
+    groups = perl.sample_groups(model, PROCESSOR, questions[:1], [orders], 2, cfg)
+    assert list(seen.values()) == [sampling] * 3
+    seen.clear()
+    for rollout, advantage in zip(groups[0], (1.0, 0.5, -0.5, -1.0)):
+        rollout.advantage = advantage
+    update_at_lr_0(model, groups, cfg)
+    assert list(seen.values()) == [training] * 3 * bool(training)
+
+def update_at_lr_0(model, groups, cfg):
+    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.0)
+    perl.update(model, None, optimizer, PROCESSOR, groups, cfg, ACCELERATOR)
+
+def test_pack_example(questions):
+    prompt = dataclasses.replace(perl.encode_prompt(questions[2], PROCESSOR), ids=[1, 1, 1, 1])
+    other = dataclasses.replace(prompt)
+    a, b, c, d = [perl.Rollout(p, (), "", [5] * length, "", False)
+                  for p, length in ((prompt, 2), (prompt, 2), (prompt, 3), (other, 9))]
+    nine = tiny_config(max_tokens_per_micro_batch=9)
+    assert perl.pack([a, b, c, d], nine) == [[a, b], [c], [d]]
+    assert perl.pack([a, d, b], nine) == [[a], [d], [b]], "neighbours only"
+    assert perl.pack([a, b], tiny_config(share=False)) == [[a], [b]]
+    assert perl.micro_batches([a, b, c, d], nine) == [[d], [a, b], [c]], "longest first"
+    assert perl.micro_batches([a, b, c, d], tiny_config(max_tokens_per_micro_batch=26)) == [
+        [d, a, b, c]]
+
+def test_the_tree(questions):
+    """The figure above encode_images: who sees whom, and where positions begin again."""
+    pictures = perl.load_pictures(questions[2], PROCESSOR)
+    prompt = perl.encode_prompt(questions[2], PROCESSOR, pictures)
+    model, L = load_tiny(), len(prompt.ids)
+    features = perl.encode_images(model, [prompt], tiny_config())
+    inputs, _ = perl.collate([prompt], [[[7, 8], [9, 9]]], features, model, PROCESSOR)
+    assert inputs["attention_mask"] == {"full_attention": [[0, L, 2, 2]]}
+    first = inputs["position_ids"][:, 0, L]
+    assert torch.equal(inputs["position_ids"][:, 0, L:] - first[:, None],
+                       torch.tensor([[0, 1, 0, 1]] * 3))
+
+def test_tree_attention_is_attention_under_the_mask_of_the_tree():
+    """Rows of 1 token of padding, a prompt of 3, responses of 2 and 2; and of 4, 1 and 3."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
+    out = perl.tree_attention(query, key, value, [[1, 3, 2, 2], [0, 4, 1, 3]], scaling=0.3)
+    owners = torch.tensor([[-1, 0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 2, 2, 2]])
+    sees = (owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])
+    assert sees[0].tril()[7].tolist() == [False] + [True] * 3 + [False] * 2 + [True] * 2
+    mask = sees.tril()[:, None] | (owners < 0)[:, None, :, None]  # padding sees anything
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), mask, scale=0.3)
+    kept = owners >= 0
+    assert torch.allclose(out[kept], expected.transpose(1, 2)[kept], atol=1e-6)
+
+def test_responses_in_a_row_do_not_see_each_other(questions):
+    model, rollouts = load_tiny(), all_groups(questions[:1], 0)[0]
+    logprobs, mask = perl.response_logprobs(model, PROCESSOR, rollouts, tiny_config())
+    changed = [dataclasses.replace(r, ids=r.ids if k == 1 else r.ids[::-1] + [9])
+               for k, r in enumerate(rollouts)][::-1]
+    others, _ = perl.response_logprobs(model, PROCESSOR, changed, tiny_config())
+    T = len(rollouts[1].ids)
+    assert torch.allclose(logprobs[1, :T], others[1, :T], atol=1e-6)
+
+@table("n_permutations", [0, 1, 2, 3])
+def test_logprobs_and_every_gradient_equal_those_of_the_plain_path(questions, n_permutations):
+    groups, gradients, logprobs = all_groups(questions, n_permutations), [], []
+    for changes in ({}, PLAIN, dict(max_tokens_per_micro_batch=90),
+                    dict(gradient_checkpointing=True, max_tokens_per_micro_batch=150)):
+        model, cfg = load_tiny(**changes), tiny_config(beta=0.0, **changes)
+        logprobs.append(perl.response_logprobs(model, PROCESSOR, sum(groups, []), cfg)[0])
+        gradients.append(gradient_of_update(model, groups, cfg)[0])
+    names = [name for name, w in load_tiny().named_parameters() for _ in range(w.numel())]
+    vision = torch.tensor(["visual" in name for name in names])
+    assert gradients[1][vision].abs().max() > 1e-4, "the vision tower is trained"
+    for ours, gradient in zip(logprobs, gradients):
+        assert torch.allclose(ours, logprobs[1], atol=1e-5)
+        assert torch.allclose(gradient, gradients[1], atol=1e-6, rtol=1e-4)
+
+@table("changes", [dict(beta=0.1), dict(beta=0.1, updates_per_step=2), dict(freeze_vision=True)])
+def test_updates_equal_those_of_the_plain_path(questions, changes):
+    """With a reference model, old log-probabilities, or a frozen tower."""
+    weights, sums = [], []
+    for share in (True, False):
+        cfg = tiny_config(share=share, **changes)
+        model, reference = load_tiny(**changes), load_tiny() if cfg.beta else None
+        optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.01)
+        sums.append(perl.update(model, reference, optimizer, PROCESSOR, all_groups(questions, 1),
+                                cfg, ACCELERATOR))
+        weights.append(flat_weights(model))
+    assert torch.allclose(*weights, atol=1e-6) and (weights[0] - flat_weights(load_tiny())).any()
+    assert sums[0][0] == pytest.approx(sums[1][0], abs=1e-4)
+
+def test_clean_conditioned_rollouts_share_one_row(questions):
+    cfg = tiny_config(condition="clean", max_new_tokens=4)
+    groups = perl.sample_groups(load_tiny(), PROCESSOR, questions[:1], [[(0, 1, 2), (1, 0, 2)]], 3,
+                                cfg)
+    assert [len(row) for row in perl.pack(groups[0], cfg)] == [6]
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
@@ -725,17 +842,14 @@ def test_evaluate_by_hand(folder, monkeypatch):
     scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(), ACCELERATOR)
     assert scores["eval_accuracy"] == pytest.approx((1 / 2 + 1 + 0 + 2 / 6) / 4)
     assert (scores["eval_worst"], scores["eval_bias"]) == ((0 + 1 + 0 + 0) / 4, (1 + 0 + 0 + 1) / 4)
-    assert scores["eval_sources"] == pytest.approx({"x": 5 / 12, "y": 1 / 2})
     scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(eval_orders=1), ACCELERATOR)
     assert (scores["eval_accuracy"], scores["eval_bias"]) == (2 / 4, 0), "only the given order"
     assert greedy_calls == [True, True]
-
 
 # ---- Whole runs ----------------------------------------------------------------------------------
 
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -748,30 +862,25 @@ def data(tmp_path_factory):
         shutil.copy(source / name, target / name)
     return write_rows(target / "train.jsonl", *rows)
 
-
 def arguments(data, out, *more, **changes):
     flags = dict(data=data, eval_data=data, out=out, steps=4, questions_per_step=5,
                  rollouts_per_order=3, max_new_tokens=48, updates_per_step=2, beta=0.01,
                  eval_every=2, eval_questions=2, eval_orders=2, save_every=2, log_every=2,
-                 micro_batch=8, lr=5e-4) | changes
+                 max_tokens_per_micro_batch=500, lr=5e-4) | changes
     return [text for name, value in flags.items()
             for text in ("--" + name.replace("_", "-"), str(value))] + list(more)
-
 
 def metrics_of(out):
     """metrics.jsonl without what may differ between equal runs: time and memory."""
     return [{name: value for name, value in row.items() if not name.startswith(("seconds", "peak"))}
             for row in read_rows(out / "metrics.jsonl")]
 
-
 def weights_of(checkpoint):
     return flat_weights(Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint))
-
 
 def files_of(folder, but="nothing"):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
             if path.is_file() and not path.relative_to(folder).parts[0].startswith(but)}
-
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory):
@@ -779,7 +888,6 @@ def straight(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "straight"
     perl.main(arguments(data, out))
     return out
-
 
 def test_run_folder(straight, data):
     names = {"config.json", "perl.py", "metrics.jsonl", "rollouts.jsonl", "checkpoint-4"}
@@ -789,7 +897,6 @@ def test_run_folder(straight, data):
     rollouts = read_rows(straight / "rollouts.jsonl")
     assert [row["step"] for row in rollouts] == [1] * 6 + [3] * 6, "groups: 2 orders of 3 rollouts"
     assert rollouts[0].keys() >= {"id", "order", "question", "response", "gold", "reward"}
-
 
 def test_metrics(straight):
     rows = metrics_of(straight)
@@ -808,7 +915,6 @@ def test_metrics(straight):
         assert row["kl"] >= 0 and row["grad_norm"] >= 0
     assert any(row["kept"] for row in rows[1:]) and rows[-1]["kl"] > 0, "something was learned"
 
-
 def test_checkpoint_is_a_whole_hugging_face_folder(straight):
     checkpoint, text = straight / "checkpoint-4", "<think> 1 is 5 </think> \\boxed{2}"
     assert not torch.equal(weights_of(checkpoint), weights_of(TINY))
@@ -818,14 +924,14 @@ def test_checkpoint_is_a_whole_hugging_face_folder(straight):
     new, old = (GenerationConfig.from_pretrained(path) for path in (checkpoint, TINY))
     assert new.eos_token_id == old.eos_token_id
 
-
 class Killed(Exception):
     pass
 
+def last_checkpoint(out):
+    return perl.newest(perl.parse_config(["--out", str(out)]), "checkpoint-*")
 
 def die(*_):
     raise Killed
-
 
 def run_with(monkeypatch, name, call, event, argv):
     """perl.main(argv), with `event` happening before the call-th call of perl.`name`."""
@@ -835,12 +941,10 @@ def run_with(monkeypatch, name, call, event, argv):
             calls.append(args) or len(calls) == call and event() or real(*args)))
         perl.main(argv)
 
-
 def assert_equal_runs(one, other):
     assert metrics_of(one) == metrics_of(other)
     assert (one / "rollouts.jsonl").read_text() == (other / "rollouts.jsonl").read_text()
     assert torch.equal(weights_of(one / "checkpoint-4"), weights_of(other / "checkpoint-4"))
-
 
 @table("kill, saved", [(4, 2), (2, None)])
 def test_resume_after_a_kill_equals_no_kill(data, straight, tmp_path, monkeypatch, kill, saved):
@@ -849,22 +953,20 @@ def test_resume_after_a_kill_equals_no_kill(data, straight, tmp_path, monkeypatc
     with pytest.raises(Killed):
         run_with(monkeypatch, "update", kill, die, arguments(data, out))
     assert metrics_of(out)[-1]["step"] == kill - 1
-    assert perl.newest(perl.parse_config(["--out", str(out)]), "checkpoint-*") == (out / f"checkpoint-{saved}" if saved else None)
+    assert last_checkpoint(out) == (out / f"checkpoint-{saved}" if saved else None)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "accu')  # a line torn by the kill
     perl.main(["--resume", str(out)])
     assert_equal_runs(out, straight)
 
-
 def test_ctrl_c_finishes_the_step_and_saves(data, straight, tmp_path, monkeypatch):
     out = tmp_path / "stopped"
     run_with(monkeypatch, "update", 3, lambda: signal.raise_signal(signal.SIGINT),
              arguments(data, out))
-    assert perl.newest(perl.parse_config(["--out", str(out)]), "checkpoint-*") == out / "checkpoint-3"
+    assert last_checkpoint(out) == out / "checkpoint-3"
     assert metrics_of(out) == metrics_of(straight)[:4]
     perl.main(["--resume", str(out)])
     assert_equal_runs(out, straight)
-
 
 def test_resume_refuses_a_changed_setting(straight, tmp_path, capsys):
     for folder, message in ((straight, "max_new_tokens was 48"), (tmp_path, "config.json")):
@@ -872,7 +974,6 @@ def test_resume_refuses_a_changed_setting(straight, tmp_path, capsys):
             perl.main(["--resume", str(folder), "--steps", "4", "--max-new-tokens", "9"])
         assert message in capsys.readouterr().err
     assert perl.parse_config(["--resume", str(straight), "--steps", "4"]).max_new_tokens == 48
-
 
 def test_stages_share_a_run_folder(data, tmp_path, capsys):
     out, short = tmp_path / "run", dict(steps=1, eval_every=0)
@@ -883,18 +984,18 @@ def test_stages_share_a_run_folder(data, tmp_path, capsys):
     assert all(score * 10 == pytest.approx(round(score * 10)) for score in scores.values())
     before = {"stage0-1": files_of(out)}
     perl.main(arguments(data, out, stage=1, **short))
-    assert f"training on {len(kept)} questions ({out / 'stage0-1'}" in capsys.readouterr().out
+    assert f"training on {len(kept)} questions" in capsys.readouterr().out
     assert {row["id"] for row in read_rows(out / "rollouts.jsonl")} <= set(kept)
     before["stage1-1"] = files_of(out, but="stage")
     perl.main(arguments(data, out, stage=2, lr=0, **short))
-    assert f"on from {out / 'stage1-1'}" in capsys.readouterr().out and metrics_of(out)[0]["alpha"] == 0
+    assert f"from {out / 'stage1-1'}" in capsys.readouterr().out
+    assert metrics_of(out)[0]["alpha"] == 0
     trained = weights_of(out / "stage1-1" / "checkpoint-1")
     assert not torch.equal(trained, weights_of(TINY))
     assert torch.equal(weights_of(out / "checkpoint-1"), trained), "stage 1's policy, at lr 0"
     before["stage2-1"] = files_of(out, but="stage")
     perl.main(arguments(data, out, stage=2, lr=0, **short))  # once more
     assert {name: files_of(out / name) for name in before} == before, "moved aside, nothing lost"
-
 
 def test_stage_0_resumes(data, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "killed"
@@ -908,13 +1009,11 @@ def test_stage_0_resumes(data, tmp_path, monkeypatch):
     for name in ("scores.json", "kept.json"):
         assert (out / name).read_text() == (whole / name).read_text()
 
-
 def test_stage_0_that_would_keep_nothing_says_so(data, tmp_path, monkeypatch):
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: False)
     with pytest.raises(SystemExit, match="score-target"):
         perl.main(arguments(data, tmp_path / "run", stage=0, score_target="0 1"))
     assert len(json.loads((tmp_path / "run" / "scores.json").read_text())) == 8
-
 
 @table("beta, models", [(0.0, 1), (0.1, 2)])
 def test_without_kl_no_reference_model_is_loaded(data, tmp_path, monkeypatch, beta, models):
@@ -927,12 +1026,10 @@ def test_without_kl_no_reference_model_is_loaded(data, tmp_path, monkeypatch, be
     assert [row["dropped"] for row in metrics_of(tmp_path / "run")] == [5, 5]
     assert torch.equal(weights_of(tmp_path / "run" / "checkpoint-2"), weights_of(TINY))
 
-
 def test_dry_run_loads_no_model_and_writes_nothing(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(perl, "load_model", die)
     perl.main(arguments(data, tmp_path / "run", "--dry-run"))
     assert "order (0, 1, 2, 3" in capsys.readouterr().out and not (tmp_path / "run").exists()
-
 
 TWO_PROCESSES = """
 import sys, torch
@@ -946,13 +1043,12 @@ one = groups[:1][rank::2]  # a group on one process only; then a step without an
 for model, steps in zip(models, ([one], [one, []])):
     t.adamw_updates(model, steps, cfg)
 assert torch.equal(*map(t.flat_weights, models))
-def save_checkpoint(cfg, model, *rest):
+def save_checkpoint(cfg, step, model, *rest):
     torch.save(t.flat_weights(model), f"weights{{rank}}.pt")
-    real(cfg, model, *rest)
+    real(cfg, step, model, *rest)
 perl.save_checkpoint = save_checkpoint
 perl.main({argv!r})
 """
-
 
 def test_two_processes(data, questions, straight, tmp_path):
     out, script = tmp_path / "two", tmp_path / "two.py"
@@ -971,6 +1067,47 @@ def test_two_processes(data, questions, straight, tmp_path):
     assert [row.keys() for row in rows] == [row.keys() for row in metrics_of(straight)[:3]]
     assert [row["kept"] + row["dropped"] for row in rows[1:]] == [4, 4]
 
+# ---- Benchmark -----------------------------------------------------------------------------------
+
+def bench_flags(images, image_tokens, text_tokens, new_tokens):
+    return ["--benchmark", f"--benchmark-images={images}", f"--max-new-tokens={new_tokens}",
+            f"--benchmark-image-tokens={image_tokens}", f"--benchmark-text-tokens={text_tokens}"]
+
+def bench_config(**changes):
+    return dataclasses.replace(perl.parse_config(bench_flags(3, 6, 10, 5)), **changes)
+
+@table("changes", [{}, PLAIN, dict(n_permutations=2, rollouts_per_order=2),
+                   dict(max_tokens_per_micro_batch=50)])
+def test_flops_without_weights_are_those_of_a_whole_step(changes, monkeypatch):
+    """The parts that --benchmark counts add up to what sampling and an update really take."""
+    cfg, model = bench_config(**changes), load_tiny()
+    endless = dataclasses.replace(PROCESSOR, banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids)
+    rollouts = perl.benchmark_rollouts(cfg, model.config.vision_config, 40, PROCESSOR.image_id)
+    prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
+        update_at_lr_0(model, [rollouts], cfg)
+    flops, _ = perl.count_flops(model.config, cfg)
+    assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+def test_flops_at_the_size_of_the_7b():
+    def count(**changes):
+        return perl.count_flops(perl.QWEN_7B, dataclasses.replace(cfg, **changes))
+    cfg = perl.parse_config(["--benchmark"])
+    (shared, minimum), (plain, _) = count(), count(share=False)
+    total = sum(shared.values())
+    assert total <= 0.30 * sum(plain.values()) and total <= 1.15 * sum(minimum.values())
+    fewer, permuted = count(rollouts_per_order=2)[0], count(n_permutations=3)[0]
+    assert fewer["prefill"] == shared["prefill"] and permuted["prefill"] == 2 * shared["prefill"]
+    assert fewer["vision"] == permuted["vision"] == shared["vision"]
+
+def test_benchmark_prints_an_object(capfd, monkeypatch):
+    monkeypatch.setattr(perl, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    perl.main(bench_flags(2, 4, 9, 4))
+    row = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert {"flops_shared", "flops_plain", "flops_minimum", "seconds_shared", "seconds_plain",
+            "peak_mb_shared", "peak_mb_plain", "flops_minimum_vision", "seconds_plain_update",
+            "flops_shared_decode"} <= set(row) and min(row.values()) > 0
 
 # ---- Config --------------------------------------------------------------------------------------
 
@@ -981,7 +1118,6 @@ def test_every_field_is_read():
             and getattr(node.value, "id", "") == "cfg"}
     assert not FIELDS.keys() - read
 
-
 def test_help_lists_every_field_with_its_prose(capsys):
     with pytest.raises(SystemExit):
         perl.parse_config(["--help"])
@@ -990,7 +1126,6 @@ def test_help_lists_every_field_with_its_prose(capsys):
         assert "--" + name.replace("_", "-") in text and len(field.metadata["help"]) > 10
         assert "".join(field.metadata["help"].split()) in text
 
-
 def test_presets_and_their_precedence():
     assert all(preset.keys() <= FIELDS.keys() for preset in perl.PRESETS.values())
     assert perl.parse_config(["--model", "Qwen2.5-VL-7B"]).lr == 1e-6, "the paper's"
@@ -998,13 +1133,11 @@ def test_presets_and_their_precedence():
     cfg = perl.parse_config(["--stage", "2", "--filter", "none", "--lr", "0.5", "--no-bf16"])
     assert (cfg.filter, cfg.lr, cfg.bf16, cfg.alpha_start) == ("none", 0.5, False, 0.0)
 
-
 @table("n_permutations, n", [(0, 12), (1, 6), (2, 4), (3, 3)])
 def test_the_number_of_permutations_keeps_the_number_of_rollouts(n_permutations, n):
     typed = ["--n-permutations", str(n_permutations)]
     assert perl.parse_config(typed).rollouts_per_order == n
     assert perl.parse_config(typed + ["--rollouts-per-order", "2"]).rollouts_per_order == 2
-
 
 @table("argv, message", [
     ("--nonsense 1", "--nonsense"), ("--step 3", "--step"), ("--stage 3", "--stage"),
@@ -1020,7 +1153,6 @@ def test_bad_flags_end_the_program(argv, message, capsys):
         perl.parse_config(argv.split())
     assert end.value.code == 2 and message in capsys.readouterr().err
 
-
 @table("flag, value, message", [
     ("--model", "/no/such/model", "/no/such/model.*local folder"),
     ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
@@ -1033,13 +1165,11 @@ def test_a_run_that_cannot_start_ends_with_one_sentence(
         perl.main(arguments(data, tmp_path / "run") + [flag, str(value)])
     assert "\n" not in str(end.value) and not (tmp_path / "run").exists()
 
-
 # ---- Option extraction and eval.py --------------------------------------------------------------
 
 OPTION_TEXTS = ["Left image", "Right image", "Both images", "Neither image"]
 LATTER = ["the second image", "the third image"]
 POINTS = ["Point A", "Point B", "Point C", "Point D"]
-
 
 # ---- extraction ----------------------------------------------------------------------------------
 
@@ -1069,7 +1199,6 @@ POINTS = ["Point A", "Point B", "Point C", "Point D"]
 def test_choice_forms(response, letter):
     assert perl.extract_choice(response, OPTION_TEXTS) == letter
 
-
 @pytest.mark.parametrize("response, options, letter", [
     ("The second image", LATTER, "A"), ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
     ("(B) the second image", LATTER, "B"),  # a letter counts more than words
@@ -1088,7 +1217,6 @@ def test_choice_forms(response, letter):
 def test_choice_by_option_text(response, options, letter):
     assert perl.extract_choice(response, options) == letter
 
-
 @pytest.mark.parametrize("response, answer", [
     (r"<think>\boxed{1}</think> \boxed{2} \boxed{\frac{1}{3}} \boxed{4", r"\frac{1}{3}"),
     (r"<answer>2</answer> \boxed{3}", "3"), ("<answer>1</answer> <answer>2", "2"),
@@ -1097,7 +1225,6 @@ def test_choice_by_option_text(response, options, letter):
 ])
 def test_extract_answer(response, answer):
     assert perl.extract_answer(response) == answer
-
 
 @pytest.mark.parametrize("answer, gold, same", [
     ("14 cm", "14", True), (r"14\text{ cm}", "14", True), ("5 km/h", "5", True),
@@ -1113,12 +1240,10 @@ def test_extract_answer(response, answer):
 def test_number_forms(answer, gold, same):
     assert perl.same_answer(answer, gold) == same
 
-
 # ---- adapters ------------------------------------------------------------------------------------
 
 def place(image):
     return f"{image}.png"
-
 
 def test_mantis_rows():
     row = {"id": "m1", "question": "Which is <image> brighter?", "images": [0, 1], "answer": "(B)",
@@ -1134,7 +1259,6 @@ def test_mantis_rows():
                        place)
     assert (q.rule, q.sample.answer, q.options) == ("text", "Yes", ())
 
-
 def test_blink_rows():
     row = {"idx": "val_Jigsaw_1", "question": "", "sub_task": "Jigsaw", "image_1": 1, "image_2": 2,
            "image_3": 3, "image_4": None, "choices": LATTER, "answer": "(B)", "explanation": "",
@@ -1148,7 +1272,6 @@ def test_blink_rows():
     q = ev.from_blink(row | {"choices": ["left", "right"]}, 0, place)
     assert q.sample.order_rule == "never"
 
-
 def test_mmiu_rows():
     options = "A: the first image\nB: the second image"
     row = {"task": "forensic_detection_blink", "question": "Which is real?", "output": "B",
@@ -1160,14 +1283,12 @@ def test_mmiu_rows():
     for missing in (None, "", "G"):
         assert ev.from_mmiu(row | {"output": missing}, 7, place).sample.answer == ""
 
-
 def test_remi_rows():
     row = {"task": "Clocks", "question": "At <image2> and <image1>, not <image2>?", "label": "35"} \
         | {f"image_{k}": k if k < 4 else None for k in range(1, 7)}
     q = ev.from_remi(row, 3, place)
     assert q.sample.question == "<image>At <image> and <image>, not <image_2>?"
     assert q.sample.images == ("3.png", "2.png", "1.png") and q.rule == "remi Clocks"
-
 
 @pytest.mark.parametrize("task, answer, label, right", [
     ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
@@ -1180,7 +1301,6 @@ def test_remi_rows():
 ])
 def test_remi_rules(task, answer, label, right):
     assert ev.remi_right(task, answer, label) == right
-
 
 def test_mv_math_rows():
     row = {"problem_id": 3, "answer": "D", "answer_type": "choice", "input_image": list("abcde"),
@@ -1195,14 +1315,12 @@ def test_mv_math_rows():
                         place)
     assert q.rule == "parts"
 
-
 def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
     row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
            "options": list(options), "order_rule": "never", "movable": [0], "response": response,
            "truncated": False, "error": ""} | more
     row["answer"], row["right"] = ev.grade_row(row)
     return row
-
 
 def test_mathvista_rows_and_rules():
     row = {"pid": "1", "question": "", "decoded_image": 0, "choices": ["10", "12", "10"],
@@ -1223,7 +1341,6 @@ def test_mathvista_rows_and_rules():
     assert graded("The answer is 2007 and 2008.", "list", "[2007, 2008]")["right"]
     assert graded("none", "list", "[1]")["answer"] is None
 
-
 def test_mathverse_and_mathvision_rows():
     row = {"sample_index": "5", "problem_version": "Vision Only", "question": "", "image": 0,
            "question_type": "multi-choice", "answer": "C", "question_for_eval":
@@ -1239,14 +1356,12 @@ def test_mathverse_and_mathvision_rows():
     assert q.sample.images == ("0.png",)
     assert graded(r"\boxed{E}", options=list("ABCDE"), gold="E")["right"]
 
-
 def test_multi_step_is_right_only_if_all_parts_are():
     gold = "(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5."
     assert graded(r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", "parts", gold)["right"]
     assert graded(r"So \boxed{0.5}, then \boxed{(3,4)}, last \boxed{7.5}", "parts", gold)["right"]
     assert not graded(r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", "parts", gold)["right"]
     assert not graded(r"\boxed{7.5}", "parts", gold)["right"]
-
 
 def test_place_tags_and_mojibake():
     text = "a <image_2> b <image_1> <image_2> <image_9>"
@@ -1257,11 +1372,9 @@ def test_place_tags_and_mojibake():
     assert ev.place_tags("[1, 2] <image1>", r"<image(\d+)>", ["x"])[0] == "[1, 2] <image>"
     assert ev.make_question("q", ["x"], "?", [1, 2], "text").sample.answer == "1, 2"
 
-
 def encoded(picture, kind):
     picture.save(buffer := io.BytesIO(), kind)
     return {"bytes": buffer.getvalue(), "path": None}
-
 
 def test_odd_images_are_placed_or_counted_wrong(tmp_path):
     clear, red = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (30, 30), "red")
@@ -1279,7 +1392,6 @@ def test_odd_images_are_placed_or_counted_wrong(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "2D-spatial" / "a" / "0.jpg")
     for name in ("./2D-spatial/a/0.jpg", "a/0.jpg"):
         assert Path(ev.place_image(name, tmp_path, tmp_path)).exists()
-
 
 def test_rows_come_from_a_local_copy_of_the_hub_files(tmp_path):
     datasets = pytest.importorskip("datasets")
@@ -1300,7 +1412,6 @@ def test_rows_come_from_a_local_copy_of_the_hub_files(tmp_path):
     with pytest.raises(SystemExit, match="BLINK"):
         ev.load_benchmark("blink", args)
 
-
 # ---- measures ------------------------------------------------------------------------------------
 
 def test_average_and_bootstrap():
@@ -1311,7 +1422,6 @@ def test_average_and_bootstrap():
     assert abs(low - 0.402) < 0.02 and abs(high - 0.598) < 0.02
     assert ev.bootstrap({"a": [0, 0], "b": [1, 1]}, "macro") == [0.5, 0.5]  # tasks are not redrawn
 
-
 def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
     rows = []
     for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
@@ -1320,7 +1430,6 @@ def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
                      movable=movable or [*range(len(order))])
         rows.append(row)
     return rows
-
 
 def test_order_measures():
     swaps = [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)]
@@ -1338,7 +1447,6 @@ def test_order_measures():
     unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
     assert unfinished["mean"]["value"] == 0.5 and unfinished["consistency"]["value"] == 0
 
-
 def test_order_measures_of_letters_with_a_reference_image():
     orders = [(0, 1, 2), (0, 2, 1)]
     m = ev.order_measures([group("AB", "AB", orders, "letter", movable=[1, 2])])
@@ -1348,13 +1456,11 @@ def test_order_measures_of_letters_with_a_reference_image():
     m = ev.order_measures([group(["7", "7"], ["8", "8"], orders, "keep")])
     assert (m["consistency"]["value"], m["by_position"]) == (1, {})
 
-
 # ---- runs ----------------------------------------------------------------------------------------
 
 def run(out, *flags):
     ev.main(["--out", str(out), "--limit", "12", "--orders", "3", "--batch", "10", *flags])
     return (out / "tiny" / "digits" / "results.json").read_bytes()
-
 
 def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys):
     whole = run(tmp_path / "a")
@@ -1385,7 +1491,6 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
         with pytest.raises(SystemExit, match=f"{field} was .* is 7 now"):
             run(tmp_path / "b", flag, "7")
 
-
 def test_failures_count_as_wrong_in_fixed_denominators(tmp_path):
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
     Image.new("RGB", (3, 900)).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
@@ -1396,7 +1501,6 @@ def test_failures_count_as_wrong_in_fixed_denominators(tmp_path):
     ev.main(["--benchmarks", str(path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"])
     r = json.loads((tmp_path / "out" / "tiny" / "mine" / "results.json").read_text())
     assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (2, 1, 1, 1, 0)
-
 
 def test_compare_is_paired(tmp_path):
     for run_name, answers in (("A", "1100"), ("B", "1010")):
@@ -1409,7 +1513,6 @@ def test_compare_is_paired(tmp_path):
     line = ev.compare(tmp_path / "A", tmp_path / "B").splitlines()[-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:4] == ["digits", "3", "66.7", "66.7"] and cells[4].startswith("0.0 [-")
-
 
 def test_report_and_chart_stand_beside_the_paper(tmp_path):
     result = {"score": 0.5, "interval": [0.4, 0.6], "n": 100, "expected": 1901, "no_gold": 0,
