@@ -1251,8 +1251,7 @@ def step_metrics(groups: dict[str, list], sums: dict[str, float],
         "clip_fraction": sums["clipped"] / max(sums["tokens"], 1)}
 
 STEP_LINE = (
-    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} (not: {all_right} all "
-    "right, {all_wrong} all wrong, {too_easy} too easy, {too_hard} too hard, {flat} flat) | len "
+    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} ({others}) | len "
     "{length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} clip {clip_fraction:.2f} grad "
     "{grad_norm:.2f} | gen {seconds_sample:.1f}s train {seconds_update:.1f}s | {peak_gb:.1f} GB")
 EVAL_LINE = "  eval | accuracy {eval_accuracy:.3f} worst {eval_worst:.3f} bias {eval_bias:.3f}"
@@ -1329,7 +1328,9 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
                 "grad_norm": grad_norm, "alpha": alpha, "lr": cfg.lr,
                 "seconds_sample": sampled - clock, "seconds_update": time.time() - sampled,
                 "peak_gb": peak_gb(), "grader_timeouts": MATH_JUDGE.timeouts}
-            accelerator.print(STEP_LINE.format(**metrics, steps=steps))
+            others = ", ".join(f"{metrics[name]} {name.replace('_', ' ')}" for name in VERDICTS[1:]
+                               if metrics[name]) or "all"
+            accelerator.print(STEP_LINE.format(**metrics, steps=steps, others=others))
             if is_main and (step - 1) % cfg.log_every == 0:
                 log_group(out / "rollouts.jsonl", step, sum(groups.values(), [])[0])
         clock = time.time()
