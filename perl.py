@@ -35,8 +35,8 @@ Where this departs from the paper or from its released code:
     accelerate launch perl.py --model Qwen2.5-VL-3B      # several GPUs, one copy of the model each
     python perl.py --help                                # every setting
 
-Shapes: Q questions, R = (n_s + 1) * n rollouts of a question; B rows of a batch, P prompt tokens,
-T response tokens, D hidden width, V vocabulary.
+Shapes: Q questions, R = (n_s + 1) * n rollouts of a question; B rows of a batch, P prompts;
+L tokens of a prompt, T of a response, S of a packed row; H heads, D hidden width, V vocabulary.
 """
 import argparse
 import dataclasses
@@ -140,10 +140,10 @@ class Config:
     temperature: float = setting(1.0, "of sampling, and of the log-probabilities in the loss")
     # memory and speed: the method stays the same, random draws and rounding aside
     share: bool = setting(True, "compute once what rollouts have in common; --no-share: plain way")
-    rollout_batch: int = setting(96, "sequences in one call of generate")
+    rollout_batch: int = setting(96, "sequences in one call of generate, at least n")
     max_tokens_per_micro_batch: int = setting(16384, "tokens, padding too, in a forward and "
                                               "backward pass; a longer rollout goes alone")
-    logit_chunk: int = setting(4096, "response tokens whose logits exist at one time")
+    logit_chunk: int = setting(1024, "response tokens whose logits exist at one time")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
     cpu_threads: int = setting(0, "torch's threads on a CPU; 0: as many as torch chooses", 0)
     bf16: bool = setting(True, "bfloat16 autocast on a GPU; weights and AdamW stay float32")
@@ -161,8 +161,7 @@ PRESETS = {  # over the defaults: the model's, over it the stage's, over both th
     "benchmark": dict(max_new_tokens=256, max_tokens_per_micro_batch=16384, updates_per_step=1,
                       beta=0.0, gradient_checkpointing=False),
     1: dict(alpha_start=1.0, alpha_end=0.0, filter="offline"),
-    2: dict(alpha_start=0.0, alpha_end=0.0, filter="online"),
-}
+    2: dict(alpha_start=0.0, alpha_end=0.0, filter="online")}
 CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
            "baseline": ("pooled", "per-order"), "condition": ("permuted", "clean")}
 SHORT_NAMES = {"tiny": str(SAMPLES / "tiny")} | {
@@ -506,11 +505,10 @@ def same_answer(answer: str, gold: str) -> bool:
     return MATH_JUDGE.same(*(UNIT.sub("", formula) for formula in formulas))
 
 class MathJudge:
-    """math-verify in a process of its own, which ends itself when a question takes too long.
-
+    """math-verify in a process of its own, which ends itself when a question takes too long, and
+    in a session of its own, where a terminal's Ctrl-C does not reach it.
     NOTE: a signal would not do. 9^{9^{9^9}} hangs in one C call; only a watchdog thread outside of
-    Python, which faulthandler has, gets a word in. The next question starts a new process.
-    """
+    Python, which faulthandler has, gets a word in. The next question starts a new process."""
     SECONDS, MAX_CHARS = 5.0, 500
     PROGRAM = """
 import faulthandler, json, sys
@@ -529,7 +527,7 @@ for line in sys.stdin:
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", self.PROGRAM], stdin=subprocess.PIPE, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
             if self.process.stdout.readline() != "ready\n":
                 raise RuntimeError("math-verify does not start; pip install -r requirements.txt")
         print(json.dumps([answer, gold, self.SECONDS]), file=self.process.stdin, flush=True)
@@ -548,7 +546,7 @@ class Picture:
     """An image as the vision tower reads it; one object for all orders and rollouts."""
     pixels: Tensor  # (patches, channels * 2 * 14 * 14)
     grid: Tensor    # (1, 3): time, height and width in patches
-    tokens: int           # places it takes in the prompt, one for 2 x 2 patches
+    tokens: int     # places it takes in the prompt, one for 2 x 2 patches
     features: Tensor | None = None  # (tokens, D), kept if the vision tower is frozen
 
 @dataclass
@@ -601,7 +599,7 @@ def load_processor(name: str, cfg: Config) -> Processor:
 def load_model(name: str, cfg: Config, device: torch.device) -> transformers.PreTrainedModel:
     """The checkpoint in float32: an update of 1e-6 vanishes in bfloat16. Safetensors only."""
     model = load_pretrained(Qwen2_5_VLForConditionalGeneration, name, dtype=torch.float32,
-                            use_safetensors=True, attn_implementation="shared_prompt")
+                            use_safetensors=True, attn_implementation="shared_prompt")  # see below
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.model.visual.requires_grad_(not cfg.freeze_vision)
@@ -715,8 +713,9 @@ def encode_images(model, prompts: list[Prompt], cfg: Config,
     limit = cfg.max_tokens_per_micro_batch
     for some in fill(missing, lambda group: sum(p.tokens for p in group) <= limit):
         for picture, feature in zip(some, encode(some)):
+            if cfg.freeze_vision:
+                picture.features = feature = feature.detach()
             features[id(picture)] = feature
-            picture.features = feature if cfg.freeze_vision else None
     return features
 
 def collate(prompts: list[Prompt], responses: list[list[list[int]]], features: Features, model,
@@ -739,7 +738,7 @@ def collate(prompts: list[Prompt], responses: list[list[list[int]]], features: F
               "image_grid_thw": torch.cat([picture.grid for picture in in_order])}
     is_tree = max(map(len, responses)) > 1
     if is_tree:  # a response's positions lack the columns of those before it
-        begin, first = (torch.searchsorted(owner, who) for who in (owner, torch.ones_like(owner)))
+        begin, first = torch.searchsorted(owner, owner), (owner < 1).sum(dim=1, keepdim=True)
         positions, _ = model.model.get_rope_index(**inputs)                         # (3, B, S)
         inputs["position_ids"] = positions - (begin - first).clamp(min=0)
     if features is None:
@@ -792,40 +791,40 @@ class SharedPromptLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return (0 if self.prompts is None else self.prompts[0].shape[2]) + super().get_seq_length()
 
-def shared_prompt_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def shared_prompt_attention(module, query, key, value, attention_mask, **kwargs):
     """Where the cache gives pairs: one new token in each of P * n rows against the one copy of its
     prompt (L tokens) and its own response (t), one softmax over both. Else: a tree, or sdpa."""
     if isinstance(attention_mask, list):
-        return tree_attention(query, key, value, attention_mask, scaling), None     # (B, S, H, d)
+        return tree_attention(query, key, value, attention_mask, kwargs["scaling"]), None
     if not isinstance(key, tuple):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                      **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     (keys, own_keys), (values, own_values) = key, value
     (P, h, L, d), B = keys.shape, len(query)  # g query heads share one of h heads of keys
-    query = query.view(P, B // P, h, -1, d) * scaling                           # (P, n, h, g, d)
+    query = query.view(P, B // P, h, -1, d).float() * kwargs["scaling"]         # (P, n, h, g, d)
     own_keys, own_values = (own.view(P, B // P, h, -1, d) for own in (own_keys, own_values))
-    scores = torch.einsum("pnhgd,phld->pnhgl", query, keys)
+    with torch.autocast("cuda", enabled=False):  # bfloat16 would round the scores too far
+        scores = torch.cat([torch.einsum("pnhgd,phld->pnhgl", query, keys.float()),
+                            torch.einsum("pnhgd,pnhtd->pnhgt", query, own_keys.float())], dim=-1)
     if attention_mask is not None:  # (B, 1, 1, L + t); false at padding only
-        scores = scores.masked_fill(~attention_mask[..., :L].view(P, -1, 1, 1, L), -torch.inf)
-    scores = torch.cat([scores, torch.einsum("pnhgd,pnhtd->pnhgt", query, own_keys)], dim=-1)
+        scores = scores.masked_fill(~attention_mask.view(P, -1, 1, 1, scores.shape[-1]), -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
     mixed = (torch.einsum("pnhgl,phld->pnhgd", weights[..., :L], values)
              + torch.einsum("pnhgt,pnhtd->pnhgd", weights[..., L:], own_values))
     return mixed.reshape(B, 1, -1, d), None                                     # (B, 1, H, d)
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: list[list[int]],
-                   scaling: float) -> Tensor:
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: list, scaling: float) -> Tensor:
     """Rows of padding, a prompt and its responses, with as many tokens as `tree` says. The prompt
-    sees itself, a response the prompt and itself: other pairs are not even computed."""
-    rows = []
+    sees itself, a response the prompt and itself: other pairs are not computed. -> (B, S, H, d)"""
+    rows, g = [], query.shape[1] // key.shape[1]  # g query heads share a head of keys
     for lengths, *qkv in zip(tree, query.split(1), key.split(1), value.split(1)):
         (padding, *queries), (_, *keys), (_, *values) = (x.split(lengths, dim=2) for x in qkv)
-        rows.append([padding])
+        rows.append([padding.to(value.dtype)])
         for k, q in enumerate(queries):
             seen = [torch.cat([x[part] for part in sorted({0, k})], dim=2) for x in (keys, values)]
             mask = torch.ones(q.shape[2], seen[0].shape[2], dtype=torch.bool, device=q.device)
             rows[-1].append(torch.nn.functional.scaled_dot_product_attention(
-                q, *seen, mask.tril(mask.shape[1] - mask.shape[0]), scale=scaling, enable_gqa=True))
+                q, *(x.repeat_interleave(g, dim=1) for x in seen), is_causal=k == 0, scale=scaling,
+                attn_mask=mask.tril(lengths[1]) if k else None))
     return torch.cat([torch.cat(row, dim=2) for row in rows]).transpose(1, 2)
 
 transformers.AttentionInterface.register("shared_prompt", shared_prompt_attention)
@@ -833,14 +832,14 @@ transformers.AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
 def prefill(model, inputs: dict, n: int) -> dict:
     """Read each prompt once, up to its last token -> inputs for generate, n rows to a prompt."""
-    per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
     cache = Cache(layer_class_to_replicate=SharedPromptLayer)
+    per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
     model.model(**inputs | {name: inputs[name][:, :-1] for name in per_token},
                 past_key_values=cache, use_cache=True)
     # By how much a prompt's positions fall short of its tokens; the model needs it a row.
     model.model.rope_deltas = model.model.rope_deltas.repeat_interleave(n, dim=0)
-    rows = {name: inputs[name].repeat_interleave(n, dim=0) for name in per_token[:2]}
-    return rows | {"past_key_values": cache}
+    return {"past_key_values": cache, "input_ids": inputs["input_ids"].repeat_interleave(n, 0),
+            "attention_mask": inputs["attention_mask"].repeat_interleave(n, 0)}
 
 @torch.no_grad()
 def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Config,
@@ -863,9 +862,9 @@ def generate(model, processor: Processor, prompts: list[Prompt], n: int, cfg: Co
         features = encode_images(model, chosen, cfg, known=features)
         inputs, _ = collate(chosen, [[]] * len(chosen), features, model, processor)
         with autocast(model, cfg):
-            if cfg.share and n > 1:
+            if cfg.share:
                 inputs = prefill(model, inputs, n)
-            output = model.generate(**inputs, generation_config=sampling)           # (B, P + T)
+            output = model.generate(**inputs, generation_config=sampling)           # (B, L + T)
         rows = output[:, inputs["input_ids"].shape[1]:].tolist()
         for position, k in enumerate(batch):
             responses[k] = rows[position * n:(position + 1) * n]
@@ -879,7 +878,8 @@ def sample_groups(model, processor: Processor, samples: list[Sample], orders: li
     prompts = []
     for sample, its_orders in zip(samples, orders):
         pictures = load_pictures(sample, processor)
-        prompts.append([encode_prompt(permute(sample, o), processor, pictures) for o in its_orders])
+        by_order = {o: encode_prompt(permute(sample, o), processor, pictures) for o in its_orders}
+        prompts.append([by_order[order] for order in its_orders])
     responses = iter(generate(model, processor, sum(prompts, []), n, cfg, greedy))
     return [[grade(its_prompts[0] if cfg.condition == "clean" else prompt, order,
                    prompt.sample.answer, row, processor, cfg)
@@ -984,8 +984,7 @@ def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, banned_ids: list[in
     return torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 @torch.no_grad()
-def store_logprobs(model, processor: Processor, rollouts: list[Rollout], name: str,
-                   cfg: Config) -> None:
+def store_logprobs(model, processor: Processor, rollouts: list[Rollout], name: str, cfg: Config):
     """Write the log-probabilities under `model` into the field `name` of each rollout."""
     model.eval()
     features = encode_images(model, [rollout.prompt for rollout in rollouts], cfg)
@@ -1035,21 +1034,6 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | N
     loss = -((objective - beta * kl) * mask).sum() / denominator
     n_clipped = ((clipped * advantages < ratio * advantages) & mask).sum()
     return loss, {"kl": float((kl.detach() * mask).sum()), "clipped": float(n_clipped)}
-
-# ---- Evaluation inside training: does the answer depend on the order of the images? --------------
-
-def evaluate(model, processor: Processor, samples: list[Sample], cfg: Config,
-             accelerator: Accelerator) -> dict:
-    """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in [0, 1]:
-    eval_accuracy, the mean over orders; eval_worst, right in every order; eval_bias, best order
-    less worst, the paper's p(x_max) - p(x_min) (A.5)."""
-    mine = samples[accelerator.process_index::accelerator.num_processes]
-    orders = [all_orders(sample, cfg.eval_orders) for sample in mine]
-    groups = sample_groups(model, processor, mine, orders, 1, cfg, greedy=True)
-    rows = gather_object([[rollout.accuracy for rollout in group] for group in groups])
-    return {"eval_accuracy": statistics.mean(sum(row) / len(row) for row in rows),
-            "eval_worst": statistics.mean(min(row) for row in rows),
-            "eval_bias": statistics.mean(max(row) - min(row) for row in rows)}
 
 # ---- Run folder, checkpoint and resume -----------------------------------------------------------
 
@@ -1147,7 +1131,7 @@ def score(cfg: Config, processor: Processor, samples: list[Sample],
                       f"{statistics.mean(values):.2f} -> "
                       f"{statistics.mean(values[k] for k in kept):.2f}")
 
-# ---- Training (Algorithm 1) ----------------------------------------------------------------------
+# ---- Training (Algorithm 1), with evaluation over image orders -----------------------------------
 
 def draw_questions(pool: list[int], n_questions: int, k: int, rng: random.Random) -> list[int]:
     """The next k question numbers from the pool; every epoch is a fresh shuffle."""
@@ -1275,6 +1259,22 @@ def log_group(path: Path, step: int, group: list[Rollout]) -> None:
           f"  gold {r.gold} | accuracy {r.accuracy:.0f} format {r.format:.0f} "
           f"reward {r.reward:.1f} advantage {r.advantage:+.2f}")
 
+def evaluate(model, processor: Processor, samples: list[Sample], cfg: Config,
+             accelerator: Accelerator) -> dict:
+    """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in [0, 1]:
+    eval_accuracy, the mean over orders; eval_worst, right in every order; eval_bias, best order
+    less worst, the paper's p(x_max) - p(x_min) (A.5)."""
+    mine, rows = samples[accelerator.process_index::accelerator.num_processes], []
+    for start in range(0, len(mine), cfg.questions_per_step):  # their images fit in memory
+        some = mine[start:start + cfg.questions_per_step]
+        orders = [all_orders(sample, cfg.eval_orders) for sample in some]
+        groups = sample_groups(model, processor, some, orders, 1, cfg, greedy=True)
+        rows += [[rollout.accuracy for rollout in group] for group in groups]
+    rows = gather_object(rows)
+    return {"eval_accuracy": statistics.mean(sum(row) / len(row) for row in rows),
+            "eval_worst": statistics.mean(min(row) for row in rows),
+            "eval_bias": statistics.mean(max(row) - min(row) for row in rows)}
+
 def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: list[Sample],
           accelerator: Accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update the policy."""
@@ -1296,14 +1296,14 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
     ref_model = load_model(start, cfg, accelerator.device) if cfg.beta else None
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad],
                                   lr=cfg.lr, weight_decay=cfg.weight_decay)
-    rng, pool, done = random.Random(cfg.seed), [], 0
+    rng, pool, step = random.Random(cfg.seed), [], 0
     if resumed:
         saved = torch.load(resumed / "training_state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         rng.setstate(saved["rng"])
-        pool, done = saved["pool"], saved["step"]
+        pool, step = saved["pool"], saved["step"]
     for log in (out / "metrics.jsonl", out / "rollouts.jsonl") if is_main and cfg.resume else ():
-        rows = [row for row in read_lines(log) if resumed and row["step"] <= done]
+        rows = [row for row in read_lines(log) if resumed and row["step"] <= step]
         write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
     stop = []
 
@@ -1313,7 +1313,7 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, finish)
-    for step in range(0 if held_out and not resumed else done + 1, steps + 1):
+    for step in range(0 if held_out and not resumed else step + 1, steps + 1):
         metrics, clock = {"step": step}, time.time()
         # Each step seeds its sampling: a resumed run draws what an unbroken one would.
         torch.manual_seed(1009 * (1_000_003 * cfg.seed + step) + accelerator.process_index)
@@ -1371,9 +1371,9 @@ def benchmark_rollouts(cfg: Config, vision, text_id: int, image_id: int) -> list
             for prompt in prompts for k in range(cfg.rollouts_per_order)]
 
 def count_flops(config, cfg: Config) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOPs of a step by part, as torch counts them on a model without weights, and their minimum:
-    each image and prompt once, responses once in sampling, and forward and backward in the loss,
-    attention to visible tokens only. Of decoding, which grows linearly, two steps are counted."""
+    """FLOPs of a step by part, as torch counts them on a model without weights. Of decoding, which
+    grows linearly, two steps are counted. And their minimum: each image and prompt once, each
+    response token once in sampling, forward and backward in the loss, only pairs that are seen."""
     config._attn_implementation = "shared_prompt"
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
@@ -1407,14 +1407,14 @@ def count_flops(config, cfg: Config) -> tuple[dict[str, float], dict[str, float]
     cache = Cache(layer_class_to_replicate=SharedPromptLayer if cfg.share else DynamicLayer)
     passes, steps = (1, T) if cfg.share else (B, T - 1)  # plain prefill gives the first token
     with torch.no_grad():
-        prefill = count(read, *((P, L - 1) if cfg.share else (B, L)), cache)
+        before = count(read, *((P, L - 1) if cfg.share else (B, L)), cache)
         head = count(model.lm_head, empty(B, D))
         first = count(read, B, 1, cache)
         for layer in cache.layers:  # as if steps - 2 more had been taken
             layer.update(*[empty(B, layer.keys.shape[1], steps - 2, layer.keys.shape[3])] * 2)
         decode = (first + count(read, B, 1, cache)) / 2 * steps + head * T
     once = len(prompt.pictures) * (count(see) + count(lambda: see().backward()))
-    flops = {"vision": passes * once, "prefill": prefill, "decode": decode,
+    flops = {"vision": passes * once, "prefill": before, "decode": decode,
              "loss": sum(count(learn, batch) for batch in micro_batches(rollouts, cfg))}
     token = 2 * sum(w.numel() for w in text.layers.parameters() if w.dim() == 2)  # forward
     pair = 4 * D * len(text.layers)  # a token that sees another
@@ -1445,7 +1445,8 @@ def benchmark(cfg: Config) -> None:
     config = QWEN_7B if cfg.model == "tiny" else load_pretrained(AutoConfig, cfg.model)
     ways = {way: dataclasses.replace(cfg, share=way == "shared") for way in ("shared", "plain")}
     order, tables, peaks = [*ways] * 3, {}, {}
-    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # a process each: its peak memory
+    with ProcessPoolExecutor(1, max_tasks_per_child=1, initializer=torch.set_num_threads,
+                             initargs=[torch.get_num_threads()]) as pool:  # each its peak memory
         runs = list(tqdm(pool.map(time_step, map(ways.get, order)), "time", len(order)))
     for way, its in ways.items():
         some = [run for name, run in zip(order, runs) if name == way]
@@ -1471,6 +1472,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--questions-per-step {cfg.questions_per_step} does not divide into "
                          f"{accelerator.num_processes} processes")
     if cfg.benchmark:
+        if accelerator.num_processes > 1:
+            raise SystemExit("--benchmark measures one process; start it without a launcher")
         return benchmark(cfg)
     processor = load_processor(cfg.model, cfg)
     questions = load_questions(cfg.data, processor, cfg, accelerator)

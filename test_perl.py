@@ -245,6 +245,10 @@ def test_hostile_text_ends(hostile):
     assert not perl.is_correct(hostile, "3,1,2") and not perl.is_correct(hostile, "7/2")
     assert not perl.has_format(hostile)
 
+def test_the_judge_is_out_of_reach_of_a_terminals_ctrl_c():
+    assert perl.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
+    assert os.getsid(perl.MATH_JUDGE.process.pid) != os.getsid(0)
+
 def test_a_response_is_never_run_as_code(tmp_path):
     flag = tmp_path / "executed"
     for code in (f"__import__('os').system('touch {flag}')", f"open('{flag}', 'w')"):
@@ -823,6 +827,11 @@ def test_updates_equal_those_of_the_plain_path(questions, changes):
     assert torch.allclose(*weights, atol=1e-6) and (weights[0] - flat_weights(load_tiny())).any()
     assert sums[0][0] == pytest.approx(sums[1][0], abs=1e-4)
 
+def test_equal_orders_share_one_row(questions):
+    orders = perl.draw_orders(questions[0], 1, 0.0, random.Random(0))  # alpha 0: not permuted
+    groups = perl.sample_groups(load_tiny(), PROCESSOR, questions[:1], [orders], 3, tiny_config())
+    assert [len(row) for row in perl.pack(groups[0], tiny_config())] == [6]
+
 def test_clean_conditioned_rollouts_share_one_row(questions):
     cfg = tiny_config(condition="clean", max_new_tokens=4)
     groups = perl.sample_groups(load_tiny(), PROCESSOR, questions[:1], [[(0, 1, 2), (1, 0, 2)]], 3,
@@ -845,6 +854,9 @@ def test_evaluate_by_hand(folder, monkeypatch):
     scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(eval_orders=1), ACCELERATOR)
     assert (scores["eval_accuracy"], scores["eval_bias"]) == (2 / 4, 0), "only the given order"
     assert greedy_calls == [True, True]
+    few = perl.evaluate(None, PROCESSOR, held_out, tiny_config(questions_per_step=3, eval_orders=1),
+                        ACCELERATOR)
+    assert few == scores and greedy_calls == [True] * 4, "a batch of questions at a time"
 
 # ---- Whole runs ----------------------------------------------------------------------------------
 
@@ -967,6 +979,12 @@ def test_ctrl_c_finishes_the_step_and_saves(data, straight, tmp_path, monkeypatc
     assert metrics_of(out) == metrics_of(straight)[:4]
     perl.main(["--resume", str(out)])
     assert_equal_runs(out, straight)
+
+def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "again")
+    perl.main(["--resume", str(tmp_path / "again")])
+    assert "done: " in capsys.readouterr().out
+    assert_equal_runs(tmp_path / "again", straight)
 
 def test_resume_refuses_a_changed_setting(straight, tmp_path, capsys):
     for folder, message in ((straight, "max_new_tokens was 48"), (tmp_path, "config.json")):
