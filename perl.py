@@ -95,9 +95,9 @@ class Config:
     seed: int = setting(0, "seeds data order, permutations and sampling", 0)
     dry_run: bool = setting(False, "check data and settings, show a question in its orders, stop")
     benchmark: bool = setting(False, "FLOPs, seconds, memory of a step with and without sharing")
-    benchmark_images: int = setting(4, "images of its question")
-    benchmark_image_tokens: int = setting(256, "tokens of each image; --max-new-tokens: response")
-    benchmark_text_tokens: int = setting(64, "other tokens of its prompt")
+    benchmark_images: int = setting(4, "benchmark: images of its question")
+    benchmark_image_tokens: int = setting(256, "benchmark: tokens of each image")
+    benchmark_text_tokens: int = setting(64, "benchmark: other tokens of its prompt")
     # permutation (Eq. 1)
     n_permutations: int = setting(1, "n_s: permuted orders beside the given one; 0: plain GRPO", 0)
     rollouts_per_order: int = setting(6, "n; follows --n-permutations so that (n_s + 1) * n stays")
@@ -195,7 +195,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     for f in dataclasses.fields(Config):
         value, least, most = getattr(cfg, f.name), f.metadata["least"], f.metadata["most"]
         if type(value) in (int, float) and not least <= value <= most:
-            parser.error(f"--{f.name.replace('_', '-')} {value} is not between {least} and {most}")
+            problem = "small" if value < least else "large"
+            parser.error(f"--{f.name.replace('_', '-')} {value} is too {problem}")
     if "n_permutations" in typed and "rollouts_per_order" not in typed:
         budget = (Config.n_permutations + 1) * Config.rollouts_per_order
         cfg.rollouts_per_order, rest = divmod(budget, cfg.n_permutations + 1)
@@ -215,7 +216,7 @@ ORDER_RULES = {  # what an answer must look like, and what becomes of it when im
     "keep": ("", ""),  # it stays as it is (the paper's S = 1)
     "index": (r"[1-9]\d*", "an image number"),  # is renumbered
     "letter": (r"[A-Z]", "the letter of a movable image"),  # k-th letter: k-th of them; is renamed
-    "sequence": (r"[1-9]\d*(\s*,\s*[1-9]\d*)*", "different image numbers, as in '2,1,3'"),
+    "sequence": (r"[1-9]\d*(\s*,\s*[1-9]\d*)*", "different image numbers, as in '2,1,3'"),  # so are
     "never": ("", "")}  # it depends on the order: the images may not change places
 MENTION = re.compile(r"<image_(\d+)>")  # mentions image k; a bare <image> is where one stands
 CONTROL = re.compile(r"<\|\w+\|>")      # tokens of the chat format have no place in a question
@@ -692,8 +693,7 @@ def fill(items: list, fits) -> list[list]:
             groups.append([item])
     return groups
 
-def encode_images(model, prompts: list[Prompt], cfg: Config,
-                  known: Features = None) -> Features:
+def encode_images(model, prompts: list[Prompt], cfg: Config, known: Features = None) -> Features:
     """Each distinct picture through the vision tower, unless `known` has it. With gradient
     checkpointing only the features stay in memory: the backward pass runs the tower again, for a
     micro-batch of pictures at a time."""
