@@ -732,7 +732,7 @@ def test_the_cache_holds_each_prompt_once(questions):
         assert layer.get_seq_length() == longest - 1 + layer.keys.shape[2]
 
 @table("changes, sampling, training", [
-    ({}, 1, 1), (dict(rollout_batch=4, max_tokens_per_micro_batch=100), 1, 1),
+    ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 1, 1),
     (dict(gradient_checkpointing=True), 1, 2),  # again for the backward pass
     (dict(freeze_vision=True), 1, 0), (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
 def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
