@@ -31,8 +31,8 @@ Where this departs from the paper or from its released code:
   - The number of updates per rollout batch does not depend on n_s. No dual clip, no KL clamp.
 
     python perl.py                                       # tiny model, real digits, CPU, minutes
-    python perl.py --model Qwen2.5-VL-3B --stage 1       # one GPU
-    accelerate launch perl.py --model Qwen2.5-VL-3B      # several GPUs, one copy of the model each
+    python perl.py --model Qwen2.5-VL-3B --beta 0        # one GPU
+    accelerate launch perl.py --model Qwen2.5-VL-3B --beta 0    # several, a copy of the model each
     python perl.py --help                                # every setting
 
 Shapes: Q questions, R = (n_s + 1) * n rollouts of a question; B rows of a batch, P prompts;
@@ -80,7 +80,7 @@ SAMPLES = Path(__file__).resolve().parent / "data_samples"
 
 # ---- Config: every setting with one line of prose. Defaults are the paper's, where it gives them.
 
-def setting(default, prose: str, least: float = 1e-9, most: float = math.inf):
+def setting(default, prose: str, least: float = 1e-9, most: float = 1e9):
     return field(default=default, metadata={"help": prose, "least": least, "most": most})
 
 @dataclass
@@ -191,12 +191,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
     presets = PRESETS.get(typed.get("model", Config.model), {})
     presets = presets | PRESETS.get(typed.get("stage", Config.stage), {})
     presets = presets | (PRESETS["benchmark"] if typed.get("benchmark") else {})
-    cfg = Config(**(presets | typed))
+    cfg = Config(**(presets | ({"steps": 0} if "epochs" in typed else {}) | typed))
     for f in dataclasses.fields(Config):
         value, least, most = getattr(cfg, f.name), f.metadata["least"], f.metadata["most"]
         if type(value) in (int, float) and not least <= value <= most:
-            problem = "small" if value < least else "large"
-            parser.error(f"--{f.name.replace('_', '-')} {value} is too {problem}")
+            parser.error(f"--{f.name.replace('_', '-')} {value} is not in {least:g} .. {most:g}")
     if "n_permutations" in typed and "rollouts_per_order" not in typed:
         budget = (Config.n_permutations + 1) * Config.rollouts_per_order
         cfg.rollouts_per_order, rest = divmod(budget, cfg.n_permutations + 1)
@@ -241,7 +240,7 @@ def load_samples(path: str | Path) -> list[Sample]:
     """Read a JSONL file of samples. ValueError names file, line and field of what is wrong."""
     path, lines, samples = Path(path), {}, []
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; name a JSONL file of samples")
+        raise ValueError(f"{path} is no file; name a JSONL file of samples")
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -291,10 +290,10 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     pattern, wanted = ORDER_RULES[sample.order_rule]
     n = len(sample.movable) if sample.order_rule == "letter" else len(images)
     named = [ord(name) - 64 if name.isalpha() else int(name)
-             for name in re.findall(r"\d+|[A-Z]", sample.answer)]
+             for name in re.findall(r"\d+|[A-Z]", sample.answer) if pattern]
     require(not pattern or re.fullmatch(pattern, sample.answer) and max(named) <= n
-            and len(set(named)) == len(named),
-            "answer", f"{sample.answer!r} is not {wanted}, of {n} (order_rule {sample.order_rule})")
+            and len(set(named)) == len(named), "answer",
+            f"{sample.answer!r} is not {wanted} of the {n} (order_rule {sample.order_rule})")
     return sample
 
 @functools.lru_cache(maxsize=65536)
@@ -575,8 +574,8 @@ def load_pretrained(kind, name: str, **options):
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"Could not load {path!r} ({reason}). Without a network, pass a local "
-                         "folder that holds the checkpoint: --model FOLDER") from None
+        raise SystemExit(f"Could not load {path!r} ({reason}). --model takes a Hub id, one of "
+                         f"{', '.join(SHORT_NAMES)}, or without a network a local folder") from None
 
 def load_processor(name: str, cfg: Config) -> Processor:
     """Tokenizer and image processor of a checkpoint.
@@ -1124,7 +1123,7 @@ def score(cfg: Config, processor: Processor, samples: list[Sample],
     size = round(cfg.score_keep * len(samples))
     kept = resample_by_difficulty(values, target, size, random.Random(cfg.seed))
     if not kept:
-        raise SystemExit(f"--score-target {cfg.score_target!r} keeps no question of {path}")
+        raise SystemExit(f"{path}: none kept; raise --score-keep or change --score-target")
     if accelerator.is_main_process:
         write_atomic(path.with_name("kept.json"), json.dumps([samples[k].id for k in kept]))
     accelerator.print(f"kept {len(kept)} of {len(samples)} questions; mean score "
@@ -1279,7 +1278,7 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
           accelerator: Accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update the policy."""
     out, is_main, start = Path(cfg.out), accelerator.is_main_process, cfg.model
-    if cfg.filter == "offline" and (scored := newest(cfg, "stage0-*/kept.json")):
+    if scored := cfg.filter == "offline" and newest(cfg, "stage0-*/kept.json"):
         kept = set(json.loads(scored.read_text()))
         if lost := kept - {question.id for question in questions}:
             raise SystemExit(f"{scored} names {len(lost)} questions that {cfg.data} has not, such "
@@ -1287,7 +1286,7 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
         questions = [question for question in questions if question.id in kept]
     if cfg.stage == 2 and (trained := newest(cfg, "stage1-*/checkpoint-*")):
         start = str(trained)
-    accelerator.print(f"training on {len(questions)} questions, from {start}")
+    accelerator.print(f"training on {len(questions)} questions ({scored or 'all'}), from {start}")
     held_out = held_out[:cfg.eval_questions or None] if cfg.eval_every else []
     steps = cfg.steps or math.ceil(cfg.epochs * len(questions) / cfg.questions_per_step)
 
@@ -1309,6 +1308,7 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
 
     def finish(number, frame):  # Ctrl-C or SIGTERM: finish the step, save, stop; again: at once
         signal.signal(number, signal.default_int_handler)
+        print("\nstopping after this step, and saving (again: at once, unsaved)", flush=True)
         stop.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1478,8 +1478,8 @@ def main(argv: list[str] | None = None) -> None:
     processor = load_processor(cfg.model, cfg)
     questions = load_questions(cfg.data, processor, cfg, accelerator)
     held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if cfg.eval_data else []
-    if cfg.dry_run:  # show what the model would read: a question with the most images, reordered
-        sample = max(questions, key=lambda q: len(q.images))
+    if cfg.dry_run:  # show what the model would read: a question with many images, in its orders
+        sample = min(questions, key=lambda q: (q.order_rule in ("keep", "never"), -len(q.images)))
         for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
             asked = permute(sample, order)
             print(f"order {order}, {len(encode_prompt(asked, processor).ids)} tokens, "

@@ -97,7 +97,7 @@ def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, othe
 @table("content, message", [
     (b'{"id": ', "line 1: not valid JSON"), (b"[1]", "line 1: "), (b'\n{"id": "\xff"}', "line 2"),
     (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: .*line 1"),
-    (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "no such file")])
+    (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "is no file")])
 def test_bad_files(folder, content, message):
     if content is not MISSING:
         (folder / "bad.jsonl").write_bytes(content)
@@ -731,6 +731,18 @@ def test_the_cache_holds_each_prompt_once(questions):
         assert layer.keys.shape[0] == 12 and layer.keys.shape[2] <= 5
         assert layer.get_seq_length() == longest - 1 + layer.keys.shape[2]
 
+def test_the_cache_stays_in_bfloat16_under_autocast(questions, monkeypatch):
+    """The rotary positions make keys float32, and a cache of them twice as large."""
+    monkeypatch.setattr(perl, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    model, caches = load_tiny(), []
+    real = model.generate
+    model.generate = lambda **inputs: caches.append(inputs["past_key_values"]) or real(**inputs)
+    prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
+    perl.generate(model, PROCESSOR, prompts, 1, tiny_config(max_new_tokens=3))
+    for layer in caches[0].layers:
+        kept = (*layer.prompts, layer.keys, layer.values)
+        assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
+
 @table("changes, sampling, training", [
     ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 1, 1),
     (dict(gradient_checkpointing=True), 1, 2),  # again for the backward pass
@@ -1115,6 +1127,7 @@ def test_flops_at_the_size_of_the_7b():
     (shared, minimum), (plain, _) = count(), count(share=False)
     total = sum(shared.values())
     assert total <= 0.30 * sum(plain.values()) and total <= 1.15 * sum(minimum.values())
+    assert all(0.95 < minimum[part] / shared[part] < 1.001 for part in minimum)
     fewer, permuted = count(rollouts_per_order=2)[0], count(n_permutations=3)[0]
     assert fewer["prefill"] == shared["prefill"] and permuted["prefill"] == 2 * shared["prefill"]
     assert fewer["vision"] == permuted["vision"] == shared["vision"]
@@ -1143,6 +1156,10 @@ def test_help_lists_every_field_with_its_prose(capsys):
     for name, field in FIELDS.items():
         assert "--" + name.replace("_", "-") in text and len(field.metadata["help"]) > 10
         assert "".join(field.metadata["help"].split()) in text
+
+def test_epochs_as_typed_count_for_the_tiny_model_too():
+    assert perl.parse_config(["--epochs", "1"]).steps == 0 and perl.parse_config([]).steps == 40
+    assert perl.parse_config(["--epochs", "1", "--steps", "7"]).steps == 7
 
 def test_presets_and_their_precedence():
     assert all(preset.keys() <= FIELDS.keys() for preset in perl.PRESETS.values())
