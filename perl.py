@@ -820,7 +820,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: list, scalin
         rows.append([padding.to(value.dtype)])
         for k, q in enumerate(queries):
             seen = [torch.cat([x[part] for part in sorted({0, k})], dim=2) for x in (keys, values)]
-            mask = torch.ones(q.shape[2], seen[0].shape[2], dtype=torch.bool, device=q.device)
+            mask = q.new_ones(q.shape[2], seen[0].shape[2], dtype=torch.bool) if k else None
             rows[-1].append(torch.nn.functional.scaled_dot_product_attention(
                 q, *(x.repeat_interleave(g, dim=1) for x in seen), is_causal=k == 0, scale=scaling,
                 attn_mask=mask.tril(lengths[1]) if k else None))
@@ -1477,7 +1477,8 @@ def main(argv: list[str] | None = None) -> None:
         return benchmark(cfg)
     processor = load_processor(cfg.model, cfg)
     questions = load_questions(cfg.data, processor, cfg, accelerator)
-    held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if cfg.eval_data else []
+    wanted = cfg.eval_data and (cfg.stage or cfg.dry_run)  # stage 0 does not evaluate
+    held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if wanted else []
     if cfg.dry_run:  # show what the model would read: a question with many images, in its orders
         sample = min(questions, key=lambda q: (q.order_rule in ("keep", "never"), -len(q.images)))
         for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
