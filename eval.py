@@ -6,6 +6,7 @@
     accelerate launch eval.py --model runs/mine/checkpoint-100 --benchmarks blink --orders 6
     python eval.py --model Qwen2.5-VL-7B --score-only         # grade saved responses again
     python eval.py --compare eval_runs/Qwen2.5-VL-7B eval_runs/mine-checkpoint-100
+    python eval.py --step-cost                                # what a training step costs
 
 Greedy, with the prompt and the grader of training. Accuracy is that of questions as given. --orders
 K asks each question whose images may be permuted in up to K orders: mean, worst and best order,
@@ -17,15 +18,19 @@ eval_runs/MODEL/BENCHMARK/ holds config.json, samples.jsonl (a line a response, 
 and results.json. A killed run loses a batch at most; the same command goes on, to the same results.
 """
 import argparse
+import dataclasses
 import functools
 import hashlib
 import io
 import json
-import operator
+import math
 import os
 import re
 import shutil
-from importlib.metadata import version
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,44 +39,41 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageFile
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from perl import (ORDINALS, PRESETS, SAMPLES, Config, Sample, all_orders, canonical, extract_answer,
-                  extract_choice, last_boxed, load_model, load_processor, load_samples, permute,
-                  plain, prompt_length, read_lines, same_answer, sample_groups, write_atomic)
+import perl
+from perl import (PRESETS, SAMPLES, Config, Sample, all_orders, extract_answer, last_boxed,
+                  load_model, load_processor, load_samples, permute, plain, prompt_length,
+                  read_lines, same_answer, sample_groups, write_atomic)
 
 class Benchmark(NamedTuple):
     """Where a benchmark's rows come from, how many there are, and how its score is made."""
-    hub: str                  # data set on the Hub; --data-dir holds it under the name behind "/"
-    configs: tuple[str, ...]
-    split: str
-    files: str                # the same rows in a local copy; {} stands for the config
-    rows: int                 # 0: any number
-    mean: str                 # micro: over questions; macro: over tasks
+    hub: str      # data set on the Hub; --data-dir holds it under the name behind "/"
+    files: str    # its rows
+    rows: int     # 0: any number
+    mean: str     # micro: over questions; macro: over tasks
     scoring: str
 
-LOWER = "rules only: lies below the published score, which a language model judged"
-BLINK_TASKS = (
-    "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw",
-    "Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance",
-    "Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity")
+LOWER = "below judged scores: rules only, where the published score had a language model's help"
 BENCHMARKS = {
-    "digits": Benchmark("", (), "test", "test.jsonl", 0, "micro", "as in training"),
-    "mantis-eval": Benchmark("TIGER-Lab/Mantis-Eval", ("mantis_eval",), "test",
-                             "{}/test-*.parquet", 217, "micro", "letter, or equal text"),
-    "blink": Benchmark("BLINK-Benchmark/BLINK", BLINK_TASKS, "val", "{}/val-*.parquet", 1901,
-                       "macro", "letter; mean over 14 tasks"),
-    "mmiu": Benchmark("FanqingM/MMIU-Benchmark", ("",), "test", "all.parquet", 11698, "macro",
+    "digits": Benchmark("", "test.jsonl", 0, "micro", "as in training"),
+    "mantis-eval": Benchmark("TIGER-Lab/Mantis-Eval", "mantis_eval/test-*.parquet", 217, "micro",
+                             "letter, or equal text"),
+    "blink": Benchmark("BLINK-Benchmark/BLINK", "*/val-*.parquet", 1901, "macro",
+                       "letter; mean over 14 tasks"),
+    "mmiu": Benchmark("FanqingM/MMIU-Benchmark", "all.parquet", 11698, "macro",
                       "letter; mean over tasks"),
-    "mathvista": Benchmark("AI4Math/MathVista", ("",), "testmini", "data/testmini-*.parquet", 1000,
-                           "micro", "option, or number at the row's precision; " + LOWER),
-    "mathverse": Benchmark("AI4Math/MathVerse", ("testmini",), "testmini", "testmini.parquet", 3940,
-                           "micro", "letter, LaTeX equality; " + LOWER),
-    "mathvision": Benchmark("MathLLMs/MathVision", ("",), "test", "data/test-*.parquet", 3040,
-                            "micro", "letter or option text, LaTeX equality"),
-    "remi": Benchmark("mehrankazemi/ReMI", ("",), "test", "test.parquet", 2600, "macro",
+    "mathvista": Benchmark("AI4Math/MathVista", "data/testmini-*.parquet", 1000, "micro",
+                           "option, or number at the row's precision; " + LOWER),
+    "mathverse": Benchmark("AI4Math/MathVerse", "testmini.parquet", 3940, "micro",
+                           "letter, LaTeX equality; " + LOWER),
+    "mathvision": Benchmark("MathLLMs/MathVision", "data/test-*.parquet", 3040, "micro",
+                            "letter or option text, LaTeX equality"),
+    "remi": Benchmark("mehrankazemi/ReMI", "test.parquet", 2600, "macro",
                       "value within its task's tolerance; mean over 13 tasks"),
-    "mv-math": Benchmark("PeijieWang/MV-MATH", ("",), "all", "*MV-MATH.json", 2009, "micro",
+    "mv-math": Benchmark("PeijieWang/MV-MATH", "**/MV-MATH.json", 2009, "micro",
                          "letter, LaTeX equality, all parts; " + LOWER),
 }
 PAPER_COLUMNS = tuple(BENCHMARKS)[1:]
@@ -86,115 +88,255 @@ PAPER = {
     "ablation n_s = 3": (74.07, 57.02, 52.17, 70.9, 46.39, 27.00, 38.62, 23.25),
 }
 
+# ---- Choices: the letter that a free text settles on ---------------------------------------------
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth".split()
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?!But\b|However\b)|\n+")  # not behind "B."
+# What names an option: a label in front, "(B)", "or C. dogs", "option b".
+LABEL = r"\(?([A-Za-z])(?=[).:]|$|,? (?:because|since)\b)"
+MARKED = re.compile(
+    rf"^{LABEL}|\(([A-Z])\)|(?<=\s)([A-Z])(?=[).:]\s)|"
+    r"\b(?i:option|choice|answer)\s*:?\s*\(?([A-Za-z])(?![\w'’])")
+# Less surely a bare "B", unless it is the word "a".
+BARE = re.compile(
+    r"(?<![\w'’$\\^(])"
+    r"(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|fits|looks|seems|appears|shows|"
+    r"matches|would)\b)[a-z])"
+    r"([A-HJ-Z])(?![\w'’(^*+-]|/\d)")
+# What takes it back: "not A", "closer than A"; "A is not", "A can be ruled out".
+NOT_BEFORE = re.compile(
+    r"(?:\b(?:not|than|neither|nor|unlike|except|instead of|compared to)|n't)"
+    r"(?:\s+(?:the|in|of|option|choice|point|image|box))*\s+\(?$", re.IGNORECASE)
+NOT_AFTER = re.compile(
+    r"\)?(?:\s+(?!because|since|as|while|and)\w+){0,4}?\s+"
+    r"(?:(?:is|are|was|does|do|did|can)\s?n[o']t|cannot|incorrect|wrong|ruled out)\b",
+    re.IGNORECASE)
+
+def extract_choice(response: str, options: list[str] | tuple[str, ...] = ("",) * 26) -> str | None:
+    """The letter of the option that a response settles on; None if it names none, or two.
+
+    Behind </think>, in this order: what it states as its answer; a first sentence that is labeled
+    ("B. Both images"); the one letter marked as in "(B)"; the last sentence that speaks for one.
+    """
+    text = re.sub(r"[*`\"]+|\\[()]", "", response.rpartition("</think>")[2]).strip()
+    if not text or "<think>" in text:
+        return None
+    texts = {LETTERS[k]: unlabeled(option, k) for k, option in enumerate(options[:26])}
+    stated = extract_answer(text) or ""
+    named = spoken_for(stated, texts)
+    if named or re.search(r"\\boxed|<answer>", text):
+        sentences = [stated]
+    else:
+        sentences = SENTENCE_END.split(without_list(text).strip())
+        if re.match(LABEL, sentences[0]):
+            sentences = sentences[:1]
+    marked = [sentence for sentence in sentences if re.search(r"\([A-Z]\)", sentence)]
+    named = set().union(*(spoken_for(sentence, texts) for sentence in marked))
+    if len(named) != 1:
+        named = set()
+        for sentence in reversed(sentences):
+            named = named or spoken_for(sentence, texts)
+    if not named and len(sentences) == 1:
+        named = {letter for letter in texts if same_answer(sentences[0], texts[letter])}
+    return named.pop() if len(named) == 1 else None
+
+def unlabeled(option: str, k: int) -> str:
+    """The text of option k without its label: "(B) red", 1 -> "red"."""
+    return re.sub(rf"^\s*\(?{LETTERS[k]}\s*[).:]\s*", "", option)
+
+def without_list(text: str) -> str:
+    """A text less the options that it lists one a line, perhaps with comments: that is no choice."""
+    lines = {}
+    for letter, line in re.findall(r"(?m)^[^\w\n]*([A-Z])([).:].*)$", text):
+        lines.setdefault(letter, line)
+    if len(lines) > 1:
+        for letter, line in lines.items():
+            text = text.replace(letter + line, "", 1)
+    return text
+
+def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
+    """Letters of the options that a sentence speaks for: by marked letters, else by option texts,
+    else by bare letters. Negated ones do not count; what follows a "but" counts more."""
+    wordings = []
+    for letter, option in sorted(options.items(), key=lambda item: -len(item[1])):
+        if canonical(option):
+            words = re.escape(canonical(option))
+            wordings.append(rf"(?P<{letter}>(?<![\w./{{]){words}(?![\w/]|\.\d))")
+    worded = re.compile("|".join(wordings) or r"\b\B")
+    for clause in reversed(re.split(r"(?i)\b(?:but|however)\b", plain(sentence))):
+        for pattern, text in ((MARKED, clause), (worded, canonical(clause)), (BARE, clause)):
+            named = set()
+            for match in pattern.finditer(text):
+                before = text[max(0, match.start() - 60):match.start()]
+                after = text[match.end():match.end() + 100]
+                if not NOT_BEFORE.search(before) and not NOT_AFTER.match(after):
+                    named.add((match.lastgroup or match[match.lastindex]).upper())
+            if named & options.keys():
+                return named & options.keys()
+    return set()
+
+@functools.lru_cache(maxsize=65536)
+def canonical(text: str) -> str:
+    """Text to look for option texts in: "the 2nd picture" -> "second image", "three" -> "3"."""
+    text = plain(text).casefold()
+    for k, (number, ordinal) in enumerate(zip(NUMBERS, ORDINALS)):
+        text = re.sub(rf"\b{number}\b", str(k), text)
+        text = re.sub(
+            rf"\b(?:image #?{k}|(?:{ordinal}|{k}(?:st|nd|rd|th)) (?:1|image|picture|photo|option))"
+            r"\b", f"{ordinal} image", text)
+    return re.sub(r"^(?:the|an?) (?=\w)", "", text)
+
 # ---- Adapters: a row of a data set -> a question -------------------------------------------------
 
 class Question(NamedTuple):
-    """A Sample of perl.py (no answer: the row has none), and what scoring needs beside it."""
+    """A Sample of perl.py, and what scoring needs beside it. Without an answer: always wrong."""
     sample: Sample
     rule: str                      # how an answer is scored, see grade_row
     options: tuple[str, ...] = ()  # texts of options A, B, ..
 
-def make_question(id, images: list[str], text: str, answer, rule: str, options=(), task="",
-                  movable: tuple[int, ...] | None = None, show_options=False) -> Question:
+def make_question(id, images: list[str], text: str, answer, rule: str, *, options=(), task="",
+                  movable: tuple[int, ...] | None = None) -> Question:
     """One <image> an image, missing ones in front. `movable`: images that are the options."""
-    if show_options:  # they are not in the text yet
-        text += "".join(f"\n({chr(65 + k)}) {option}" for k, option in enumerate(options))
     text = re.sub(r"<\|\w+\|>", "", text).strip()
-    surplus = text.count("<image>") - len(images)
-    text = "<image>" * -surplus + text.replace("<image>", "", max(surplus, 0))
-    answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer or "").strip()
-    return Question(Sample(str(id), tuple(images), text, answer, "letter" if movable else "never",
-                           movable, str(task)), rule, tuple(map(str, options)))
+    missing = len(images) - text.count("<image>")
+    if missing >= 0:
+        text = "<image>" * missing + text
+    else:
+        text = text.replace("<image>", "", -missing)
+    if isinstance(answer, list):
+        answer = ", ".join(map(str, answer))
+    answer = str(answer or "").strip()
+    order_rule = "letter" if movable else "never"
+    sample = Sample(str(id), tuple(images), text, answer, order_rule, movable, str(task))
+    return Question(sample, rule, tuple(map(str, options)))
+
+def show_options(options: list[str]) -> str:
+    """A line for each option, for a question whose text does not list them."""
+    return "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options))
 
 def listed_options(text: str) -> list[str]:
     """The options in a question's text: "A. 9,14", "(B) red" or "C:2", a line each."""
     label = r"^\s*\(?([A-Z])\s*[).:、．]"
-    found = re.findall(rf"(?ms){label}\s*(.*?)\s*(?={label}|\Z)", text)
-    return [option for k, (letter, option, _) in enumerate(found) if letter == chr(65 + k)]
+    options = []
+    for letter, option, _ in re.findall(rf"(?ms){label}\s*(.*?)\s*(?={label}|\Z)", text):
+        if letter == LETTERS[len(options)]:
+            options.append(option)
+    return options
+
+def image_positions(ordinals: list[str]) -> list[int]:
+    """["second", "blue", "third"] -> [1, 2]."""
+    return [ORDINALS.index(word) - 1 for word in ordinals if word in ORDINALS]
 
 def option_images(options: list[str], n_images: int, text: str) -> tuple[int, ...] | None:
     """Positions of the images that options name: "the second image", "the third image" -> (1, 2).
     None unless they are the last ones, in order, and the question names none or all of them."""
-    def positions(names):
-        return [ORDINALS.index(name) - 1 for name in names if name in ORDINALS]
-    named = positions(re.sub(r" image$", "", canonical(option)) for option in options)
-    mentioned = {*positions(re.findall(r"(\w+) image\b", canonical(text)))} & {*named}
-    as_last = len(named) > 1 and named == list(range(n_images - len(options), n_images))
-    return tuple(named) if as_last and mentioned in (set(), {*named}) else None
+    named = image_positions([canonical(option).removesuffix(" image") for option in options])
+    if len(named) < 2 or named != list(range(n_images - len(options), n_images)):
+        return None
+    spoken_of = set(image_positions(re.findall(r"(\w+) image\b", canonical(text))))
+    if spoken_of & set(named) not in (set(), set(named)):
+        return None
+    return tuple(named)
 
-def place_tags(text: str, tag: str, images: list[str]) -> tuple[str, list[str]]:
-    """Numbered tags -> <image> where an image first stands, <image_k> where it is spoken of.
-    Returns the images in the order of their tags, those without one in front."""
-    tagged = [k for k in dict.fromkeys(map(int, re.findall(tag, text))) if 0 < k <= len(images)]
-    order = [k for k in range(1, len(images) + 1) if k not in tagged] + tagged
-    left = dict.fromkeys(tagged, "<image>")
-    text = re.sub(tag, lambda m: left.pop(k := int(m[1]), f"<image_{order.index(k) + 1}>"
-                                          if k in order else ""), text)
-    return text, [images[k - 1] for k in order]
+def place_tags(text: str, images: list[str]) -> tuple[str, list[str]]:
+    """Numbered tags, <image_2> or <image2> -> <image> where an image first stands, <image_k>
+    where it is spoken of; images without a tag stand in front. Returns the images in their new
+    order."""
+    tags = re.findall(r"<image_?(\d+)>", text)
+    for k in range(len(images), 0, -1):
+        if str(k) not in tags:
+            text = f"<image_{k}>{text}"
+    order = []  # numbers of the images that have their place
+
+    def new_tag(match) -> str:
+        k = int(match[1])
+        if k in order:
+            return f"<image_{order.index(k) + 1}>"
+        if not 1 <= k <= len(images):
+            return ""
+        order.append(k)
+        return "<image>"
+
+    return re.sub(r"<image_?(\d+)>", new_tag, text), [images[k - 1] for k in order]
 
 def from_mantis(row: dict, number: int, place) -> Question:
+    """Mantis-Eval: options with or without labels, not in the question's text."""
     images, text, gold = [*map(place, row["images"])], row["question"], row["answer"]
     if row["question_type"] != "multi-choice":
-        return make_question(row["id"], images, text, gold, "text", (), "short-answer")
-    options = [re.sub(rf"^\s*\(?{chr(65 + k)}\s*[).:]\s*", "", option)  # some have labels
-               for k, option in enumerate(row["options"])]
+        return make_question(row["id"], images, text, gold, "text", task="short-answer")
+    options = [unlabeled(option, k) for k, option in enumerate(row["options"])]
     gold = extract_choice(gold) or re.sub(r"[^A-Za-z]", "", gold)[:1].upper()
-    return make_question(row["id"], images, text, gold, "choice", options, "multi-choice",
-                         option_images(options, len(images), text), show_options=True)
+    return make_question(
+        row["id"], images, text + show_options(options), gold, "choice", options=options,
+        task="multi-choice", movable=option_images(options, len(images), text))
 
 def from_blink(row: dict, number: int, place) -> Question:
+    """BLINK: up to four images, the prompt lists the options."""
     images = [place(row[f"image_{k}"]) for k in range(1, 5) if row.get(f"image_{k}")]
     asked, choices = row["prompt"].split("Select from the following")[0], row["choices"]
-    return make_question(row["idx"], images, row["prompt"], row["answer"].strip("() "), "choice",
-                         choices, row["sub_task"], option_images(choices, len(images), asked))
+    return make_question(
+        row["idx"], images, row["prompt"], row["answer"].strip("() "), "choice", options=choices,
+        task=row["sub_task"], movable=option_images(choices, len(images), asked))
 
 def from_mmiu(row: dict, number: int, place) -> Question:
+    """MMIU: images are paths; the context repeats the options."""
     images, options = [*map(place, row["input_image_path"])], listed_options(row["options"])
     text, gold = row["question"] + "\n" + row["context"], (row["output"] or "").strip("() ")
-    gold = gold if re.fullmatch("[A-Z]", gold) and ord(gold) - 65 < len(options) else ""
-    movable = option_images(options, len(images), text.replace(row["options"].strip(), ""))
-    return make_question(f"{row['task']}-{number}", images, text, gold, "choice", options,
-                         row["task"], movable)
+    movable = None
+    if gold in list(LETTERS[:len(options)]):  # beyond them: no answer is right
+        movable = option_images(options, len(images), text.replace(row["options"].strip(), ""))
+    return make_question(f"{row['task']}-{number}", images, text, gold, "choice", options=options,
+                         task=row["task"], movable=movable)
 
 def from_remi(row: dict, number: int, place) -> Question:
+    """ReMI: up to six images, with tags <image1> in the text."""
     images = [place(row[f"image_{k}"]) for k in range(1, 7) if row.get(f"image_{k}")]
-    text, images = place_tags(row["question"], r"<image(\d+)>", images)
+    text, images = place_tags(row["question"], images)
     if row["task"] in ("Collisions", "Isomorphism"):
         text += " If it is a yes or no question, answer 0 for no and 1 for yes."
     return make_question(f"{row['task']}-{number}", images, text, row["label"],
-                         "remi " + row["task"], (), row["task"])
+                         "remi " + row["task"], task=row["task"])
 
 def from_mv_math(row: dict, number: int, place) -> Question:
-    text, images = place_tags(row["question"], r"<image_(\d+)>", [*map(place, row["input_image"])])
+    """MV-MATH: tags <image_1>; options in the text, often as images."""
+    text, images = place_tags(row["question"], [*map(place, row["input_image"])])
     kind, gold, movable, options = row["answer_type"], row["answer"], None, ()
     if kind == "choice":
         options, gold = listed_options(text) or [""] * 4, extract_choice(gold) or gold
         if {*options} == {"<image>"}:  # the options are images: the last ones
             movable = tuple(range(len(images) - len(options), len(images)))
     rule = {"choice": "choice", "multi-step": "parts"}.get(kind, "text")
-    return make_question(row["problem_id"], images, text, gold, rule, options, kind, movable)
+    return make_question(row["problem_id"], images, text, gold, rule, options=options, task=kind,
+                         movable=movable)
 
 def from_mathvista(row: dict, number: int, place) -> Question:
-    choices, gold, kind = list(row["choices"] or ()), row["answer"], row["answer_type"]
-    rule = {"integer": "number 0", "float": f"number {int(row['precision'] or 0)}"}.get(kind, kind)
-    if row["question_type"] == "multi_choice":  # the gold answer is the option's text
-        rule, gold = "choice", chr(65 + choices.index(gold)) if gold in choices else ""
+    """MathVista: the gold of a choice is the option's text, a number has its precision."""
+    choices, gold, rule = list(row["choices"] or ()), row["answer"], row["answer_type"]
+    if row["question_type"] == "multi_choice":
+        rule, gold = "choice", LETTERS[choices.index(gold)] if gold in choices else ""
+    elif rule in ("integer", "float"):
+        digits = int(row["precision"] or 0) if rule == "float" else 0
+        rule = f"number {digits}"
     return make_question(row["pid"], [place(row["decoded_image"])], row["query"], gold, rule,
-                         choices, row["metadata"]["task"])
+                         options=choices, task=row["metadata"]["task"])
 
 def from_mathverse(row: dict, number: int, place) -> Question:
+    """MathVerse: five versions of a question; in "Vision Only" its text is in the image."""
     text, options, rule = row["question"], (), "text"
     if row["question_type"] == "multi-choice":
         options, rule = listed_options(row.get("question_for_eval") or text) or [""] * 4, "choice"
-    return make_question(row["sample_index"], [place(row["image"])],
-                         text or "Answer the question in the image.",  # version Vision Only
-                         row["answer"], rule, options, row["problem_version"])
+    return make_question(
+        row["sample_index"], [place(row["image"])], text or "Answer the question in the image.",
+        row["answer"], rule, options=options, task=row["problem_version"])
 
 def from_mathvision(row: dict, number: int, place) -> Question:
+    """MathVision: one image; options, where there are any, not in the question's text."""
     options = list(row["options"] or ())
-    return make_question(row["id"], [place(row["decoded_image"])], row["question"], row["answer"],
-                         "choice" if options else "text", options, row["subject"],
-                         show_options=True)
+    return make_question(
+        row["id"], [place(row["decoded_image"])], row["question"] + show_options(options),
+        row["answer"], "choice" if options else "text", options=options, task=row["subject"])
 
 ADAPTERS = {"mantis-eval": from_mantis, "blink": from_blink, "mmiu": from_mmiu, "remi": from_remi,
             "mv-math": from_mv_math, "mathvista": from_mathvista, "mathverse": from_mathverse,
@@ -205,47 +347,51 @@ ADAPTERS = {"mantis-eval": from_mantis, "blink": from_blink, "mmiu": from_mmiu, 
 def load_benchmark(name: str, args) -> list[Question]:
     """The questions of a benchmark or of a JSONL file of samples; --limit spreads evenly."""
     if name in ADAPTERS:
-        rows, folder = read_rows(name, args.data_dir)
-        place = functools.partial(place_image, folder=folder, cache=Path(args.out) / ".images")
+        folder = find_data(BENCHMARKS[name], args.data_dir)
+        rows = read_rows(folder, BENCHMARKS[name].files)
+        place = functools.partial(place_image, folder=folder, cache=Path(args.out, ".images"))
     else:
         rows = load_samples(SAMPLES / BENCHMARKS[name].files if name in BENCHMARKS else name)
     n = min(args.limit or len(rows), len(rows))
-    return [ADAPTERS[name](rows[k], k, place) if name in ADAPTERS else Question(rows[k], "text")
-            for k in (j * len(rows) // n for j in range(n))]
-
-def read_rows(name: str, data_dir: str) -> tuple[list[dict], Path | None]:
-    """All rows, images as bytes or paths, and the folder that the paths start from."""
-    import datasets  # needed here only
-    b, rows, folder = BENCHMARKS[name], [], None
-    for config in b.configs:
-        if data_dir:
-            folder = Path(data_dir, b.hub.split("/")[1])
-            files = sorted(map(str, folder.glob(b.files.format(config))))
-            if not files:
-                raise SystemExit(f"--data-dir: no {folder / b.files.format(config)}; copy the "
-                                 f"files of {b.hub} there as the Hub has them")
-            kind = "json" if files[0].endswith("json") else "parquet"
-            part = datasets.load_dataset(kind, data_files=files, split="train")
+    questions = []
+    for k in (j * len(rows) // n for j in range(n)):
+        if name in ADAPTERS:
+            questions.append(ADAPTERS[name](rows[k], k, place))
         else:
-            try:
-                part = datasets.load_dataset(b.hub, config or None, split=b.split)
-            except (ConnectionError, FileNotFoundError) as error:
-                raise SystemExit(f"Could not load {b.hub} ({error}). Without a network, pass a "
-                                 "folder of local copies: --data-dir FOLDER") from None
-        rows += part.data.to_pylist()  # images not decoded: a broken one must not end the run
-    if not data_dir and rows[0].keys() & {"input_image_path", "input_image"}:
-        folder = unpack_images(b.hub)
-    return rows, folder
+            questions.append(Question(rows[k], "text"))
+    return questions
 
-def unpack_images(hub: str) -> Path:
-    """Download the zips of a data set whose rows hold paths; unpack each into its own folder."""
-    from huggingface_hub import snapshot_download
-    folder = Path(snapshot_download(hub, repo_type="dataset", allow_patterns="*.zip"))
+def find_data(benchmark: Benchmark, data_dir: str) -> Path:
+    """The folder of a data set: in --data-dir, or downloaded. Zips in it are unpacked once."""
+    folder = Path(data_dir, benchmark.hub.split("/")[1])
+    if not data_dir:
+        from huggingface_hub import snapshot_download  # needed here only
+        wanted = [benchmark.files.removeprefix("**/"), "*.zip"]
+        try:
+            folder = Path(snapshot_download(benchmark.hub, repo_type="dataset",
+                                            allow_patterns=wanted))
+        except OSError as error:
+            raise SystemExit(f"Could not load {benchmark.hub} ({error}). Without a network, pass "
+                             "a folder of local copies: --data-dir FOLDER") from None
     for archive in folder.glob("*.zip"):
-        if not (done := folder / archive.stem / ".unpacked").exists():
+        done = folder / archive.stem / ".unpacked"
+        if not done.exists():
             shutil.unpack_archive(archive, done.parent)
             done.touch()
     return folder
+
+def read_rows(folder: Path, files: str) -> list[dict]:
+    """Rows of parquet or JSON files. Images stay encoded: a broken one must not end the run."""
+    from pyarrow import parquet  # needed here only
+    rows = []
+    for path in sorted(folder.glob(files)):
+        if path.suffix == ".json":
+            rows += json.loads(path.read_text(encoding="utf-8"))
+        else:
+            rows += parquet.read_table(path).to_pylist()
+    if not rows:
+        raise SystemExit(f"no {folder / files}; --data-dir takes the files as the Hub has them")
+    return rows
 
 def place_image(image, folder: Path | None, cache: Path) -> str:
     """An image of a row -> a file to open: a path in `folder`, else an RGB copy in `cache`, with
@@ -253,9 +399,11 @@ def place_image(image, folder: Path | None, cache: Path) -> str:
     if not image:
         return "missing image"
     if isinstance(image, str):
-        names, places = (image, Path(image).name), (folder, *folder.glob("*/"))
-        found = (place / name for place in places for name in names if (place / name).is_file())
-        return str(next(found, folder / image))
+        for place in (folder, *folder.glob("*/")):
+            for name in (image, Path(image).name):
+                if (place / name).is_file():
+                    return str(place / name)
+        return str(folder / image)
     content = image["bytes"] or Path(image["path"]).read_bytes()
     target = cache / f"{hashlib.sha1(content).hexdigest()}.png"
     if not target.exists():
@@ -265,7 +413,8 @@ def place_image(image, folder: Path | None, cache: Path) -> str:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             cache.mkdir(parents=True, exist_ok=True)
-            picture.convert("RGB").save(temporary := cache / f"{target.stem}-{os.getpid()}.png")
+            temporary = cache / f"{target.stem}-{os.getpid()}.png"
+            picture.convert("RGB").save(temporary)
             os.replace(temporary, target)
         except (OSError, SyntaxError, ValueError):
             pass
@@ -278,63 +427,82 @@ def grade_row(row: dict) -> tuple[str | None, bool]:
     rule, gold, response = row["rule"], row["gold"], row["response"]
     if rule == "choice":
         letter = extract_choice(response, row["options"])
-        texts = {chr(65 + k): text or k for k, text in enumerate(row["options"])}
+        texts = {}
+        for label, option in zip(LETTERS, row["options"]):
+            texts[label] = option or label
         return letter, letter is not None and texts[letter] == texts.get(gold)  # or a duplicate
     answer = extract_answer(response)
     if answer is None:
         return None, False
     if rule.startswith("remi"):
         return answer, remi_right(rule.split()[1], answer, gold)
-    if rule.startswith("number") and (value := to_number(answer)) is not None:
-        digits = int(rule.split()[1])
-        return answer, (round(value, digits) if digits else int(value)) == float(gold)
+    if rule.startswith("number"):
+        value, digits = to_number(answer), int(rule.split()[1])
+        if value is not None:
+            rounded = round(value, digits) if digits else int(value)
+            return answer, rounded == float(gold)
     if rule == "list":
-        mine, wanted = (re.findall(r"-?\d+(?:\.\d+)?", plain(text)) for text in (answer, gold))
-        return answer, [*map(float, mine)] == [*map(float, wanted)]
-    return answer, all_parts_right(response, gold) if rule == "parts" else same_answer(answer, gold)
+        return answer, numbers_in(answer) == numbers_in(gold)
+    if rule == "parts":
+        return answer, all_parts_right(response, gold)
+    return answer, same_answer(answer, gold)
+
+def numbers_in(text: str) -> list[float]:
+    """"[2007, 2008.5]" -> [2007.0, 2008.5]."""
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", plain(text))]
 
 def to_number(text: str) -> float | None:
     r"""The number that an answer is: "$1,234.5", "14 cm", "3/4", "\frac{3}{4}", "50%", "x = 14"."""
     text = re.sub(r"\\[dt]?frac\s*\{?(-?\d+)\}?\s*\{?(\d+)\}?", r"\1/\2", plain(text))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[\s$\\{}]", "", text)
     match = re.fullmatch(r"(?:[A-Za-z]\w*[=≈])?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(\d*[1-9]\d*))?"
-                         r"(?:[%°]|\^circ|[a-zA-Z²³][\w/^²³.]*)?",
-                         re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[\s$\\{}]", "", text))
+                         r"(?:[%°]|\^circ|[a-zA-Z²³][\w/^²³.]*)?", text)
     return float(match[1]) / int(match[2] or 1) if match else None
 
 def remi_right(task: str, answer: str, label: str) -> bool:
     """ReMI's own rules: lower case, nothing behind a %, a tolerance for each task."""
-    answer, label = (plain(text).lower().split("%")[0].replace("\\", "").strip()
-                     for text in (answer, label))
-    answer = {"yes": "1", "no": "0"}.get(answer, answer) if label in ("0", "1") else answer
+    def clean(text: str) -> str:
+        return plain(text).lower().split("%")[0].replace("\\", "").strip()
+
+    def bare(text: str) -> str:  # "f(x)" is the function f
+        return re.sub(r"^([fgh])x$", r"\1", re.sub(r"[\s()]", "", text))
+
+    answer, label = clean(answer), clean(label)
+    if label in ("0", "1"):
+        answer = {"yes": "1", "no": "0"}.get(answer, answer)
     if task == "RefCoco":
         return answer in [text.strip() for text in label.split(",")]
     mine, gold = to_number(answer), to_number(label)
-    if mine is not None and gold is not None:
-        bounds = {"Clocks": 10, "GeomShape": 0.03 * abs(gold), "GeomCost": 0.03 * abs(gold)}
-        return abs(mine - gold) <= bounds.get(task, 0.01 * abs(gold)) + 1e-9
-    bare = [re.sub(r"^([fgh])x$", r"\1", re.sub(r"[\s()]", "", text)) for text in (answer, label)]
-    return bare[0] == bare[1]
+    if mine is None or gold is None:
+        return bare(answer) == bare(label)
+    bounds = {"Clocks": 10, "GeomShape": 0.03 * abs(gold), "GeomCost": 0.03 * abs(gold)}
+    return abs(mine - gold) <= bounds.get(task, 0.01 * abs(gold)) + 1e-9
+
+def answer_parts(text: str) -> list[str]:
+    """"(1) a; (2) b" -> ["a", "b"]; a text without labels is one part."""
+    pieces = re.split(r"[（(]\s*[1-9]\s*[)）]", text)
+    return [piece.strip(" ;；,，.。\n") for piece in pieces[1:] or pieces]
 
 def all_parts_right(response: str, gold: str) -> bool:
     """A multi-step question: all its parts, labeled "(1)", "(2)" in the answer or boxed singly."""
-    def parts(text: str) -> list[str]:
-        pieces = re.split(r"[（(]\s*[1-9]\s*[)）]", text)
-        return [piece.strip(" ;；,，.。\n") for piece in pieces[1:] or pieces]
-    wanted, given = parts(gold), parts(extract_answer(response))
+    wanted, given = answer_parts(gold), answer_parts(extract_answer(response))
     if len(given) != len(wanted):
-        given = [*filter(None, map(last_boxed, re.split(r"(?=\\boxed)", response)))]
+        boxes = map(last_boxed, re.split(r"(?=\\boxed)", response))
+        given = [box for box in boxes if box]
     return len(given) == len(wanted) and all(map(same_answer, given, wanted))
 
 def picked(row: dict) -> tuple | None:
     """What an answer picks, as positions in the given order: the same whatever order was asked."""
     answer, order, movable = row["answer"] or "", row["order"], row["movable"]
     if row["order_rule"] == "letter":
-        k = ord(extract_choice(answer) or "@") - 65
-        return (order[movable[k]],) if 0 <= k < len(movable) else None
+        letter = extract_choice(answer)
+        options = LETTERS[:len(movable)]
+        return (order[movable[options.index(letter)]],) if letter and letter in options else None
     if row["order_rule"] in ("index", "sequence"):
-        numbers = [int(k) for k in re.findall(r"\d+", answer)]
-        inside = {*numbers} <= {*range(1, len(order) + 1)}
-        return tuple(order[k - 1] for k in numbers) if numbers and inside else None
+        positions = [int(number) - 1 for number in re.findall(r"\d+", answer)]
+        if not positions or min(positions) < 0 or max(positions) >= len(order):
+            return None
+        return tuple(order[position] for position in positions)
     return (plain(answer).casefold(),) if answer else None
 
 # ---- Measures ------------------------------------------------------------------------------------
@@ -343,38 +511,46 @@ def average(values: dict[str, list[float]], mean: str = "micro") -> float:
     """{task: a value a question} -> mean over questions, or (macro) over the tasks' means."""
     if mean == "micro":
         values = {"": sum(values.values(), [])}
-    return round(sum(sum(column) / len(column) for column in values.values()) / len(values), 6)
+    return round(statistics.fmean(map(statistics.fmean, values.values())), 6)
 
 def bootstrap(values: dict[str, list[float]], mean: str = "micro", draws=1000) -> list[float]:
     """95 % percentile interval of `average`, questions drawn anew within each task."""
     generator, total = torch.Generator().manual_seed(0), torch.zeros(draws)
     n = sum(map(len, values.values()))
     for task in sorted(values):
-        column = torch.tensor([float(value) for value in values[task]])
+        column = torch.tensor(values[task], dtype=torch.float32)
         drawn = torch.randint(len(column), (draws, len(column)), generator=generator)
         total += column[drawn].mean(1) * (1 / len(values) if mean == "macro" else len(column) / n)
     return [round(q, 6) for q in torch.quantile(total, torch.tensor([0.025, 0.975])).tolist()]
 
 def summary(column: list[float]) -> dict:
+    """Mean, interval and number of a column of values."""
     return {"value": average({"": column}), "interval": bootstrap({"": column}), "n": len(column)}
 
 def order_measures(groups: list[list[dict]]) -> dict:
     """How answers depend on image order: shares of the questions, given their graded rows, one an
     order; orders without a row are wrong. Example: right in 3 of 4 orders -> mean .75, worst 0,
     best 1, bias 1; the same wrong picture picked in all orders -> 0, 0, 0, 0, consistency 1."""
-    columns, positions = {n: [] for n in ("mean", "worst", "best", "bias", "consistency")}, {}
+    columns = {name: [] for name in ("mean", "worst", "best", "bias", "consistency")}
+    by_place = {}
     for rows in groups:
-        right = [row["right"] for row in rows] + [False] * (rows[0]["orders"] - len(rows))
+        n_orders = rows[0]["orders"]
+        right = [row["right"] for row in rows] + [False] * (n_orders - len(rows))
         picks = {picked(row) for row in rows}
-        same = len(rows) == rows[0]["orders"] and len(picks) == 1 and None not in picks
-        shares = (sum(right) / len(right), min(right), max(right), max(right) - min(right), same)
-        for column, share in zip(columns.values(), shares):
-            column.append(share)
-        for row in rows if rows[0]["order_rule"] in ("letter", "index") else ():
-            place = row["order"].index(*picked(row | {"answer": row["gold"]})) + 1
-            positions.setdefault(place, []).append(row["right"])
-    return {name: summary(column) for name, column in columns.items()} | {
-        "by_position": {str(place): summary(positions[place]) for place in sorted(positions)}}
+        columns["mean"].append(sum(right) / n_orders)
+        columns["worst"].append(min(right))
+        columns["best"].append(max(right))
+        columns["bias"].append(max(right) - min(right))
+        columns["consistency"].append(
+            len(rows) == n_orders and len(picks) == 1 and None not in picks)
+        for row in rows:
+            if row["order_rule"] in ("letter", "index"):
+                right_image, = picked(row | {"answer": row["gold"]})
+                place = row["order"].index(right_image) + 1
+                by_place.setdefault(place, []).append(row["right"])
+    measures = {name: summary(column) for name, column in columns.items()}
+    measures["by_position"] = {str(place): summary(by_place[place]) for place in sorted(by_place)}
+    return measures
 
 def graded_groups(folder: Path) -> list[list[dict]]:
     """samples.jsonl, graded: the rows of each question in the order of asking; questions by id."""
@@ -382,44 +558,58 @@ def graded_groups(folder: Path) -> list[list[dict]]:
     for row in read_lines(folder / "samples.jsonl"):
         row["answer"], row["right"] = (None, False) if row["error"] else grade_row(row)
         groups.setdefault(row["id"], {})[row["k"]] = row
-    return [[groups[id][k] for k in sorted(groups[id])] for id in sorted(groups)]
+    ordered = []
+    for _, by_order in sorted(groups.items()):
+        ordered.append([by_order[k] for k in sorted(by_order)])
+    return ordered
 
 def score(folder: Path) -> dict:
     """Grade a run folder and write results.json, a function of config.json and samples.jsonl."""
     config = json.loads((folder / "config.json").read_text())
-    b = BENCHMARKS.get(config["benchmark"], BENCHMARKS["digits"])
-    groups, given = graded_groups(folder), {task: [] for task in config["tasks"]}
-    rows = [row for group in groups for row in group]
+    benchmark = BENCHMARKS.get(config["benchmark"], BENCHMARKS["digits"])
+    groups = graded_groups(folder)
+    rows = sum(groups, [])
+    as_given = {task: [] for task in config["tasks"]}
     for first, *_ in groups:
-        given[first["task"]].append(first["k"] == 0 and first["right"])
+        as_given[first["task"]].append(first["k"] == 0 and first["right"])
     for task, n in config["tasks"].items():
-        given[task] += [False] * (n - len(given[task]))  # without a row: wrong
+        as_given[task] += [False] * (n - len(as_given[task]))  # without a row: wrong
     permuted = [group for group in groups if group[0]["orders"] > 1]
     result = {
-        "score": average(given, b.mean), "interval": bootstrap(given, b.mean), "mean": b.mean,
-        "micro": average(given), "n": config["n"], "expected": b.rows or config["n"],
-        "no_gold": config["no_gold"], "missing": config["n"] - len(groups), "responses": len(rows),
+        "score": average(as_given, benchmark.mean),
+        "interval": bootstrap(as_given, benchmark.mean),
+        "mean": benchmark.mean,
+        "micro": average(as_given),
+        "n": config["n"],
+        "expected": benchmark.rows or config["n"],
+        "missing": config["n"] - len(groups),
+        "responses": len(rows),
         "errors": sum(bool(row["error"]) for row in rows),
         "unparsed": sum(row["answer"] is None and not row["error"] for row in rows),
         "truncated": sum(row["truncated"] for row in rows),
-        "tasks": {task: summary(given[task]) for task in sorted(given)},
+        "tasks": {task: summary(as_given[task]) for task in sorted(as_given)},
         "orders": order_measures(permuted) if permuted else None,
-        "never_permuted": config["never"], "scoring": b.scoring, "config": config,
-        "versions": {p: version(p) for p in ("torch", "transformers", "accelerate", "math-verify")}}
+        "never_permuted": config["never"],
+        "scoring": benchmark.scoring,
+        "config": config,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     write_atomic(folder / "results.json", json.dumps(result, indent=1))
     return result
 
 # ---- Asking the model ----------------------------------------------------------------------------
 
+KEPT_SETTINGS = "instruction max_pixels max_new_tokens rollout_batch bf16 cpu_threads".split()
+
 def settings(args) -> Config:
     """Config of perl.py for evaluation. A checkpoint of a run keeps that run's prompt and sizes."""
-    chosen, run = dict(PRESETS.get(args.model, {})), Path(args.model).parent / "config.json"
+    chosen = dict(PRESETS.get(args.model, {}))
+    run = Path(args.model).parent / "config.json"
     if Path(args.model).name.startswith("checkpoint-") and run.exists():
         saved = json.loads(run.read_text())
-        chosen = {name: saved[name] for name in ("instruction", "max_pixels", "max_new_tokens",
-                                                 "rollout_batch", "bf16", "cpu_threads")}
+        chosen = {name: saved[name] for name in KEPT_SETTINGS}
     typed = {"max_new_tokens": args.max_new_tokens, "rollout_batch": args.batch}
-    return Config(**chosen | {name: value for name, value in typed.items() if value} | {
+    chosen |= {name: value for name, value in typed.items() if value}
+    return Config(**chosen | {
         "model": args.model, "max_prompt_tokens": 16384, "gradient_checkpointing": False})
 
 def fixed_chunks(samples: list[Sample], orders: list[list], processor,
@@ -430,18 +620,20 @@ def fixed_chunks(samples: list[Sample], orders: list[list], processor,
     images once. At most cfg.rollout_batch sequences and 400,000 tokens, padded, or one sample.
     """
     chunks, problems, size, longest = [], [], 0, 0
-    for k, (sample, its_orders) in enumerate(zip(samples, orders)):
+    for k, sample in enumerate(samples):
+        length, problem = 0, ""
         try:
             length = prompt_length(sample, processor)
-            problems.append(f"{length} tokens" if length > cfg.max_prompt_tokens else "")
         except (OSError, SyntaxError, ValueError) as error:
-            problems.append(f"image: {error}")
-        length = 0 if problems[k] else length
-        size, longest = size + len(its_orders), max(longest, length)
+            problem = f"image: {error}"
+        if length > cfg.max_prompt_tokens:
+            length, problem = 0, f"{length} tokens"
+        problems.append(problem)
+        size, longest = size + len(orders[k]), max(longest, length)
         tokens = size * (longest + cfg.max_new_tokens)
         if not chunks or size > cfg.rollout_batch or tokens > 400_000:
             chunks.append([])
-            size, longest = len(its_orders), length
+            size, longest = len(orders[k]), length
         chunks[-1].append(k)
     return chunks, problems
 
@@ -449,18 +641,22 @@ def answer_chunk(model, processor, chunk: list[int], questions: list[Question], 
                  problems: list[str], cfg: Config) -> list[dict]:
     """Ask the questions of a chunk in all their orders: lines of samples.jsonl."""
     able = [k for k in chunk if not problems[k]]
-    groups = sample_groups(model, processor, [questions[k].sample for k in able],
-                           [orders[k] for k in able], 1, cfg, greedy=True) if able else []
-    answered, rows = dict(zip(able, groups)), []
+    groups = []
+    if able:
+        groups = sample_groups(model, processor, [questions[k].sample for k in able],
+                               [orders[k] for k in able], 1, cfg, greedy=True)
+    answered = dict(zip(able, groups))
+    rows = []
     for k in chunk:
-        sample, rule, options = questions[k].sample, questions[k].rule, questions[k].options
+        sample, rule, options = questions[k]
         for j, order in enumerate(orders[k]):
             rollout = answered[k][j] if k in answered else None
-            rows.append({"id": sample.id, "k": j, "order": order, "orders": len(orders[k]),
-                         "task": sample.source, "rule": rule, "options": options,
-                         "gold": permute(sample, order).answer, "order_rule": sample.order_rule,
-                         "movable": sample.movable, "response": rollout.text if rollout else "",
-                         "truncated": bool(rollout and rollout.truncated), "error": problems[k]})
+            rows.append({
+                "id": sample.id, "k": j, "order": order, "orders": len(orders[k]),
+                "task": sample.source, "rule": rule, "options": options,
+                "gold": permute(sample, order).answer, "order_rule": sample.order_rule,
+                "movable": sample.movable, "response": rollout.text if rollout else "",
+                "truncated": bool(rollout and rollout.truncated), "error": problems[k]})
     return rows
 
 def open_folder(folder: Path, config: dict, accelerator: Accelerator) -> set[tuple[str, int]]:
@@ -480,30 +676,39 @@ def open_folder(folder: Path, config: dict, accelerator: Accelerator) -> set[tup
                              "remove the folder or choose another --out")
     return {(row["id"], row["k"]) for row in read_lines(samples)}
 
+def describe_run(name: str, samples: list[Sample], cap: int, weights: str, cfg: Config,
+                 args) -> dict:
+    """config.json: everything that an answer depends on, and the sizes that scores are shares of."""
+    content = json.dumps([[s.id, s.question, s.answer] for s in samples])
+    tasks = [sample.source for sample in samples]
+    config = {
+        "model": args.model, "weights": weights, "benchmark": name, "n": len(samples),
+        "limit": args.limit, "orders": cap,
+        "never": sum(sample.order_rule == "never" for sample in samples),
+        "tasks": {task: tasks.count(task) for task in sorted(set(tasks))},
+        "questions": hashlib.sha1(content.encode()).hexdigest()}
+    for key in KEPT_SETTINGS[:4]:
+        config[key] = getattr(cfg, key)
+    return config
+
 def run_benchmark(name: str, model, processor, weights: str, cfg: Config, args, folder: Path,
                   accelerator: Accelerator) -> None:
     """Ask all questions of a benchmark to which the folder has no answers yet."""
     with accelerator.main_process_first():
-        loaded = load_benchmark(name, args)
-    questions = [question for question in loaded if question.sample.answer]
+        questions = load_benchmark(name, args)
     samples = [question.sample for question in questions]
-    cap = args.orders or (24 if name == "digits" else 1)
-    orders = [all_orders(sample, cap) for sample in samples]
-    tasks = [sample.source for sample in samples]
-    content = json.dumps([[s.id, s.question, s.answer] for s in samples])
     if len({sample.id for sample in samples}) < len(samples):
         raise SystemExit(f"{name}: two questions have the same id")
-    config = {"model": args.model, "weights": weights, "benchmark": name, "n": len(samples),
-              "no_gold": len(loaded) - len(samples), "limit": args.limit, "orders": cap,
-              "never": sum(sample.order_rule == "never" for sample in samples),
-              "tasks": {task: tasks.count(task) for task in sorted({*tasks})},
-              "questions": hashlib.sha1(content.encode()).hexdigest()} | {
-        key: getattr(cfg, key) for key in ("max_new_tokens", "max_pixels", "max_prompt_tokens",
-                                           "instruction", "rollout_batch")}
+    cap = args.orders or (24 if name == "digits" else 1)
+    orders = [all_orders(sample, cap) for sample in samples]
+    config = describe_run(name, samples, cap, weights, cfg, args)
     done = open_folder(folder, config, accelerator)
     chunks, problems = fixed_chunks(samples, orders, processor, cfg)
-    todo = [chunk for chunk in chunks if not done >= {(samples[k].id, j) for k in chunk
-                                                      for j in range(len(orders[k]))}]
+    todo = []
+    for chunk in chunks:
+        wanted = {(samples[k].id, j) for k in chunk for j in range(len(orders[k]))}
+        if not wanted <= done:
+            todo.append(chunk)
     world, rank = accelerator.num_processes, accelerator.process_index
     for start in tqdm(range(0, len(todo), world), name, disable=not accelerator.is_main_process):
         chunk = todo[start + rank] if start + rank < len(todo) else []
@@ -513,7 +718,23 @@ def run_benchmark(name: str, model, processor, weights: str, cfg: Config, args, 
             with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-# ---- Tables, chart, comparison -------------------------------------------------------------------
+def run_benchmarks(args, out: Path, accelerator: Accelerator) -> None:
+    """Load the model and ask it the questions of all benchmarks chosen."""
+    cfg = settings(args)
+    if cfg.cpu_threads:
+        torch.set_num_threads(cfg.cpu_threads)
+    processor = load_processor(args.model, cfg)
+    model = load_model(args.model, cfg, accelerator.device)
+    digest = hashlib.sha1()  # other weights under the same path are another run
+    for weight in model.parameters():
+        digest.update(weight.detach().flatten()[:64].cpu().numpy().tobytes())
+    if accelerator.device.type == "cuda" and cfg.bf16:
+        model.bfloat16()
+    for name in args.benchmarks:
+        run_benchmark(name, model, processor, digest.hexdigest(), cfg, args,
+                      out / Path(name).stem, accelerator)
+
+# ---- Tables, comparison -------------------------------------------------------------------------
 
 def percent(value: float, interval=()) -> str:
     """0.5, (0.4, 0.6) -> "50.0 [40.0, 60.0]"."""
@@ -525,78 +746,224 @@ def table(rows: list[list]) -> str:
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows) + "\n"
+    return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
 
 def report(results: dict[str, dict], model: str) -> str:
     """The tables of a model: its scores, its dependence on order, the paper's rows beside it."""
-    counts = ("no_gold", "errors", "unparsed", "truncated")
-    scores, orders = [["benchmark", "accuracy, % [95 %]", "n", *counts, "scoring"]], [
-        ["benchmark", "questions", "never", "mean", "worst order", "best order", "bias [95 %]",
-         "same choice", "by position of the right image"]]
+    counts = ["errors", "unparsed", "truncated"]
+    scores = [["benchmark", "accuracy, % [95 %]", "n", *counts, "scoring"]]
+    orders = [["benchmark", "questions", "never", "mean", "worst order", "best order",
+               "bias [95 %]", "same choice", "by position of the right image"]]
     for name, r in results.items():
-        n = f"{r['n'] - r['missing']} of {r['expected'] - r['no_gold']}"
-        scores.append([name, percent(r["score"], r["interval"]), n, *(r[c] for c in counts),
-                       r["scoring"]])
-        if o := r["orders"]:
-            bias, places = o["bias"], o["by_position"].items()
-            orders.append([name, bias["n"], r["never_permuted"],
-                           *(percent(o[key]["value"]) for key in ("mean", "worst", "best")),
-                           percent(bias["value"], bias["interval"]),
-                           percent(o["consistency"]["value"]),
-                           " ".join(f"{k}: {percent(place['value'])}" for k, place in places)])
+        n = f"{r['n'] - r['missing']} of {r['expected']}"
+        scores.append([name, percent(r["score"], r["interval"]), n,
+                       *(r[count] for count in counts), r["scoring"]])
+        o = r["orders"]
+        if o:
+            places = [f"{k}: {percent(place['value'])}" for k, place in o["by_position"].items()]
+            orders.append([
+                name, o["bias"]["n"], r["never_permuted"], percent(o["mean"]["value"]),
+                percent(o["worst"]["value"]), percent(o["best"]["value"]),
+                percent(o["bias"]["value"], o["bias"]["interval"]),
+                percent(o["consistency"]["value"]), " ".join(places)])
     text = f"{model}\n\n{table(scores)}"
     if len(orders) > 1:
         text += f"\nImage order, over the questions that may be permuted:\n\n{table(orders)}"
-    if columns := [column for column in PAPER_COLUMNS if column in results]:
-        picks = [PAPER_COLUMNS.index(column) for column in columns]
-        text += "\nBeside the paper's scores:\n\n" + table([
-            ["model", *columns],
-            *([name, *(f"{row[k]:.2f}" for k in picks)] for name, row in PAPER.items()),
-            [f"{model} (ours)", *(percent(results[c]["score"], results[c]["interval"])
-                                  for c in columns)],
-            ["n (ours)", *(results[c]["n"] for c in columns)],
-            ["rule-based (ours)", *("below judged" if LOWER in BENCHMARKS[c].scoring else "yes"
-                                    for c in columns)]])
+    columns = [name for name in PAPER_COLUMNS if name in results]
+    if columns:
+        text += f"\nBeside the paper's scores:\n\n{table(paper_rows(columns, results, model))}"
     return text
 
-def draw_chart(results: dict[str, dict], model: str, path: Path) -> None:
-    """Bars of accuracy with 95 % intervals, beside the paper's start model and PeRL."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(3 + 1.2 * len(results), 4), layout="constrained").subplots()
-    for shift, label in ((-0.5, "Qwen2.5-VL-7B"), (-0.25, "PeRL (n_s = 1)")):
-        paper = {k + shift: PAPER[label][PAPER_COLUMNS.index(name)]
-                 for k, name in enumerate(results) if name in PAPER_COLUMNS}
-        axes.bar(*zip(*paper.items()), 0.25, label=f"{label}, paper") if paper else None
-    scores = [100 * r["score"] for r in results.values()]
-    spread = [[100 * abs(r["interval"][k] - r["score"]) for r in results.values()] for k in (0, 1)]
-    axes.bar(range(len(scores)), scores, 0.25, yerr=spread, capsize=3, label=model)
-    axes.set(ylabel="accuracy, %", xticks=range(len(scores)), xticklabels=list(results))
-    axes.legend()
-    axes.figure.savefig(path, dpi=150)
+def paper_rows(columns: list[str], results: dict[str, dict], model: str) -> list[list[str]]:
+    """The paper's scores of these benchmarks, and ours below them."""
+    rows = [["model", *columns]]
+    for name, published in PAPER.items():
+        rows.append([name] + [f"{published[PAPER_COLUMNS.index(c)]:.2f}" for c in columns])
+    ours, sizes = [f"{model} (ours)"], ["n (ours)"]
+    for column in columns:
+        ours.append(percent(results[column]["score"], results[column]["interval"]))
+        sizes.append(results[column]["n"])
+    return rows + [ours, sizes]
 
 def compare(folder_a: Path, folder_b: Path) -> str:
     """Paired differences B - A of each benchmark, over the questions that both runs answered."""
-    rows = [["benchmark", "n", "A", "B", "B - A [95 %]", "mean over orders", "worst order"]]
+    heading = ["benchmark", "n", "A", "B", "B - A [95 %]", "mean over orders", "worst order"]
+    rows = [heading]
     for folder in sorted(path.parent for path in folder_a.glob("*/samples.jsonl")):
-        mean, tasks = BENCHMARKS.get(folder.name, BENCHMARKS["digits"]).mean, {}
+        mean = BENCHMARKS.get(folder.name, BENCHMARKS["digits"]).mean
         in_b = {group[0]["id"]: group for group in graded_groups(folder_b / folder.name)}
-        for pair in ((a, in_b[a[0]["id"]]) for a in graded_groups(folder) if a[0]["id"] in in_b):
-            right = [[row["right"] for row in group] for group in pair]
-            (x, *a), (y, *b) = ((r[0], r[0], sum(r) / len(r), min(r)) for r in right)
-            tasks.setdefault(pair[0][0]["task"], []).append((x, y, *map(operator.sub, b, a)))
-        if tasks:
-            x, y, *gains = ({task: [values[k] for values in tasks[task]] for task in tasks}
-                            for k in range(5))
-            rows.append([folder.name, sum(map(len, tasks.values())), percent(average(x, mean)),
-                         percent(average(y, mean)),
-                         *(percent(average(gain, mean), bootstrap(gain, mean)) for gain in gains)])
+        columns, n = [{}, {}, {}, {}, {}], 0  # A, B, and the gains; {task: a value a question}
+        for group in graded_groups(folder):
+            if group[0]["id"] not in in_b:
+                continue
+            a = [row["right"] for row in group]
+            b = [row["right"] for row in in_b[group[0]["id"]]]
+            gains = b[0] - a[0], sum(b) / len(b) - sum(a) / len(a), min(b) - min(a)
+            for column, value in zip(columns, (a[0], b[0], *gains)):
+                column.setdefault(group[0]["task"], []).append(value)
+            n += 1
+        if n:
+            cells = [percent(average(column, mean)) for column in columns[:2]]
+            for gain in columns[2:]:
+                cells.append(percent(average(gain, mean), bootstrap(gain, mean)))
+            rows.append([folder.name, n, *cells])
     if len(rows) == 1:
         raise SystemExit(f"{folder_a} and {folder_b} share no answers; name folders of eval_runs/")
     return f"A = {folder_a}\nB = {folder_b}\n\n{table(rows)}"
 
+# ---- --step-cost: what a training step costs, with and without sharing ---------------------------
+
+QWEN_7B = Qwen2_5_VLConfig(
+    text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+                     num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
+    vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584))
+
+class StepShape(NamedTuple):
+    """The made-up question whose step is measured."""
+    images: int
+    image_tokens: int  # of each image
+    text_tokens: int   # the other tokens of the prompt, one in front of each image
+
+def full_rollouts(cfg: Config, shape: StepShape, vision, text_id: int, image_id: int) -> list:
+    """All rollouts of the made-up question, of full length."""
+    side = math.isqrt(shape.image_tokens)
+    while shape.image_tokens % side:
+        side -= 1  # of all grids, the one nearest to a square
+    grid = torch.tensor([[1, 2 * side, 2 * shape.image_tokens // side]])  # in patches
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    pictures = []
+    for _ in range(shape.images):
+        pixels = torch.randn(4 * shape.image_tokens, width)
+        pictures.append(perl.Picture(pixels, grid, shape.image_tokens))
+    ids = ([text_id] + [image_id] * shape.image_tokens) * shape.images
+    ids += [text_id] * (shape.text_tokens - shape.images)
+    rollouts = []
+    for _ in range(cfg.n_permutations + 1):
+        prompt = perl.Prompt(None, ids, pictures)
+        for k in range(cfg.rollouts_per_order):
+            rollouts.append(perl.Rollout(prompt, (), "", [text_id] * cfg.max_new_tokens, "", True,
+                                         advantage=(-1.0) ** k))
+    return rollouts
+
+def count_flops(config, cfg: Config, shape: StepShape) -> tuple[dict, dict]:
+    """FLOPs of a step by part, and their minimum: each image and prompt once, each response token
+    once in sampling, forward and backward in the loss, only pairs of tokens that are seen.
+
+    Those of the vision tower are torch's count on a model without weights, the others arithmetic;
+    a test holds the whole to torch's count of a real step. A backward pass costs two forward."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    rollouts = full_rollouts(cfg, shape, config.vision_config, 0, 1)
+    prompt = rollouts[0].prompt
+    B, T, L, P = len(rollouts), cfg.max_new_tokens, len(prompt.ids), cfg.n_permutations + 1
+    layers = model.model.language_model.layers
+    token = 2 * sum(weight.numel() for weight in layers.parameters() if weight.dim() == 2)
+    pair = 4 * config.text_config.hidden_size * len(layers)  # a token that sees another
+    head = 2 * model.lm_head.weight.numel()                  # the logits of a token
+
+    def see() -> torch.Tensor:
+        pixels = prompt.pictures[0].pixels.to("meta")
+        places = torch.empty(len(pixels), 2, device="meta")
+        return model.model.visual(pixels, prompt.pictures[0].grid, position_ids=places)
+
+    with FlopCounterMode(display=False) as counter:
+        see()                                 # in sampling
+        see().pooler_output.sum().backward()  # in the loss
+    vision = float(shape.images * counter.get_total_flops())
+    if cfg.share:  # each prompt once, less its last token; T steps, of which the first reads that
+        prefill, steps, seen = P * (token * (L - 1) + pair * (L - 1) ** 2), T, L - 1
+    else:          # each rollout's prompt, which gives the first token
+        prefill, steps, seen = B * (token * L + pair * L ** 2), T - 1, L
+    pairs = steps * seen + steps * (steps + 1) / 2
+    decode = B * (steps * token + pairs * pair + T * head)
+    loss = 0
+    for batch in perl.micro_batches(rollouts, cfg):
+        rows = perl.pack(batch, cfg)
+        longest = max(map(perl.row_length, rows))
+        if len(batch) > len(rows):  # a prompt sees itself, a response the prompt and itself
+            pairs = len(rows) * L ** 2 + len(batch) * T * (L + T)
+        else:
+            pairs = len(rows) * longest ** 2
+        loss += 3 * (len(rows) * longest * token + pairs * pair)
+        loss += 4 * len(batch) * T * head  # logits are made again in the backward pass
+    flops = {"vision": vision if cfg.share else B * vision, "prefill": float(prefill),
+             "decode": float(decode), "loss": float(loss)}
+    prompts = P * (token * L + pair * L * (L + 1) / 2)
+    responses = B * T * (token + pair * (L + (T + 1) / 2) + head)
+    return flops, {"vision": vision, "prefill": prompts, "decode": responses,
+                   "loss": 3 * (prompts + responses)}
+
+def time_step(cfg: Config, shape: StepShape) -> dict[str, float]:
+    """Seconds of sampling and update, and the peak memory of this process in MB."""
+    transformers.logging.disable_progress_bar()
+    if cfg.cpu_threads:
+        torch.set_num_threads(cfg.cpu_threads)
+    accelerator, n = Accelerator(), cfg.rollouts_per_order
+    processor = load_processor(cfg.model, cfg)
+    processor.banned_ids += processor.eos_ids  # responses of full length
+    model = load_model(cfg.model, cfg, accelerator.device)
+    text_id = processor.tokenizer("a").input_ids[0]
+    vision = model.config.vision_config
+    rollouts = full_rollouts(cfg, shape, vision, text_id, processor.image_id)
+    prompts = [rollout.prompt for rollout in rollouts[::n]]
+    start = time.time()
+    responses = perl.generate(model, processor, prompts, n, cfg)
+    sampled = time.time()
+    for rollout, ids in zip(rollouts, sum(responses, [])):
+        rollout.ids = ids
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    perl.update(model, None, optimizer, processor, [rollouts], cfg, accelerator)
+    return {"sample": sampled - start, "update": time.time() - sampled,
+            "peak_mb": 1e3 * perl.peak_gb()}
+
+def time_apart(cfg: Config, shape: StepShape) -> dict[str, float]:
+    """time_step in a process of its own, whose peak memory is the step's. It runs in a session of
+    its own: a terminal's Ctrl-C reaches this process only, which then ends that one."""
+    job = json.dumps([vars(cfg), shape])
+    done = subprocess.run([sys.executable, __file__, "--time-step", job], stdout=subprocess.PIPE,
+                          text=True, start_new_session=True)
+    if done.returncode:
+        raise SystemExit("--step-cost: the step that was timed did not end well; see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+def step_cost(args, perl_flags: list[str]) -> None:
+    """Print FLOPs at the model's size (tiny: at that of the 7B), and seconds and memory here."""
+    shape = StepShape(args.benchmark_images, args.benchmark_image_tokens, args.benchmark_text_tokens)
+    if min(shape) < 1 or shape.text_tokens <= shape.images:
+        raise SystemExit(f"--step-cost: {shape} is no prompt; it takes one image or more, of one "
+                         "token or more, and more text tokens than images")
+    cfg = perl.parse_config([
+        "--model", args.model, "--max-new-tokens", str(args.max_new_tokens or 256),
+        "--max-tokens-per-micro-batch", "16384", "--updates-per-step", "1", "--beta", "0",
+        "--no-gradient-checkpointing", *perl_flags])
+    if cfg.max_new_tokens < 3:
+        raise SystemExit("--step-cost: --max-new-tokens must be 3 or more")
+    config = QWEN_7B if cfg.model == "tiny" else perl.load_pretrained(AutoConfig, cfg.model)
+    ways = {"shared": dataclasses.replace(cfg, share=True),
+            "plain": dataclasses.replace(cfg, share=False)}
+    runs = {"shared": [], "plain": []}
+    for way in tqdm([*ways] * 3, "time"):  # in turn: a busy machine is busy for both
+        runs[way].append(time_apart(ways[way], shape))
+    parts, row = {}, {}  # parts: {"flops_shared": {"vision": .., ..}, ..}
+    for way in ways:
+        middle = {name: statistics.median(run[name] for run in runs[way]) for name in runs[way][0]}
+        row[f"peak_mb_{way}"] = middle.pop("peak_mb")
+        parts[f"seconds_{way}"] = middle
+        parts[f"flops_{way}"], parts["flops_minimum"] = count_flops(config, ways[way], shape)
+    for name, values in parts.items():
+        row[name] = sum(values.values())
+        for part, value in values.items():
+            row[f"{name}_{part}"] = value
+    for name in row:
+        if "_shared" in name:
+            shared, plain = row[name], row[name.replace("shared", "plain")]
+            print(f"{name:24} {shared:10.4g}   plain {plain:10.4g}   ratio {shared / plain:.3f}")
+    print(f"FLOPs / minimum: {row['flops_shared'] / row['flops_minimum']:.3f}\n{json.dumps(row)}")
+
 # ---- Main ----------------------------------------------------------------------------------------
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and with --step-cost what is left of it for perl.py."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="tiny", help="Hub id, local folder or short name, as in perl.py")
@@ -610,44 +977,62 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=0, help="longest response [2048; tiny: 64]")
     add("--score-only", action="store_true", help="grade saved responses again, load no model")
     add("--compare", nargs=2, metavar="RUN", help="two model folders: paired differences")
-    args = parser.parse_args(argv)
-    args.benchmarks = [name for part in args.benchmarks.split(",")
-                       for name in (PAPER_COLUMNS if part == "all" else (part,))]
-    for name in args.benchmarks:
+    add("--step-cost", action="store_true", help="FLOPs, seconds and memory of a training step "
+        "with and without sharing; takes perl.py's settings too, such as --n-permutations")
+    add("--benchmark-images", type=int, default=4, help="step cost: images of its question")
+    add("--benchmark-image-tokens", type=int, default=256, help="step cost: tokens of each image")
+    add("--benchmark-text-tokens", type=int, default=64, help="step cost: other prompt tokens")
+    add("--time-step", default="", help=argparse.SUPPRESS)
+    args, perl_flags = parser.parse_known_args(argv)
+    if perl_flags and not args.step_cost:
+        parser.error(f"unknown: {' '.join(perl_flags)}")
+    chosen = args.benchmarks.split(",")
+    if "all" in chosen:
+        place = chosen.index("all")
+        chosen[place:place + 1] = PAPER_COLUMNS
+    for name in chosen:
         if name not in BENCHMARKS and not name.endswith(".jsonl"):
             parser.error(f"--benchmarks {name}: none of all, {', '.join(BENCHMARKS)}, *.jsonl")
-    return args
+    args.benchmarks = chosen
+    return args, perl_flags
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    """Compare, or measure a step, or ask the model and report."""
+    args, perl_flags = parse_args(argv)
     if args.compare:
-        return print(compare(*map(Path, args.compare)))
-    ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of an image is shown
+        print(compare(*map(Path, args.compare)))
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.time_step:
+        cfg, shape = json.loads(args.time_step)
+        print(json.dumps(time_step(Config(**cfg), StepShape(*shape))))
+        return
+    try:
+        if args.step_cost:
+            step_cost(args, perl_flags)
+        else:
+            evaluate_and_report(args)
+    except KeyboardInterrupt:
+        what = "nothing is kept" if args.step_cost else "the same command goes on"
+        raise SystemExit(f"\ninterrupted; {what}") from None
+
+def evaluate_and_report(args) -> None:
+    """Answers to all benchmarks chosen, unless --score-only; then scores and tables."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of an image is shown
     accelerator = Accelerator()
-    parts = Path(args.model).parts  # RUN/checkpoint-100 -> RUN-checkpoint-100
-    out = Path(args.out, "-".join(parts[-2 if parts[-1].startswith("checkpoint-") else -1:]))
+    parts = Path(args.model).parts
+    name = "-".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+    out = Path(args.out, name)  # RUN/checkpoint-100 -> RUN-checkpoint-100
     if not args.score_only:
-        cfg = settings(args)
-        if cfg.cpu_threads:
-            torch.set_num_threads(cfg.cpu_threads)
-        processor = load_processor(args.model, cfg)
-        model = load_model(args.model, cfg, accelerator.device)
-        starts = [p.detach().flatten()[:64].cpu().numpy().tobytes() for p in model.parameters()]
-        weights = hashlib.sha1(b"".join(starts)).hexdigest()  # others, same path: another run
-        if accelerator.device.type == "cuda" and cfg.bf16:
-            model.bfloat16()
-        for name in args.benchmarks:
-            run_benchmark(name, model, processor, weights, cfg, args, out / Path(name).stem,
-                          accelerator)
+        run_benchmarks(args, out, accelerator)
     if accelerator.is_main_process:
-        results = {p.parent.name: score(p.parent) for p in sorted(out.glob("*/config.json"))}
-        if not results:
+        folders = sorted(path.parent for path in out.glob("*/config.json"))
+        if not folders:
             raise SystemExit(f"{out} holds no responses; run without --score-only first")
-        text = report(results, out.name)
+        results = {folder.name: score(folder) for folder in folders}
+        text = report(results, name)
         write_atomic(out / "summary.md", text)
-        draw_chart(results, out.name, out / "summary.png")
         print(text)
 
 if __name__ == "__main__":

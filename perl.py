@@ -54,7 +54,6 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,10 +66,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig,
-                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+                          Qwen2_5_VLForConditionalGeneration)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -94,10 +92,6 @@ class Config:
     resume: str = setting("", "run folder to go on with; its settings hold and may not change")
     seed: int = setting(0, "seeds data order, permutations and sampling", 0)
     dry_run: bool = setting(False, "check data and settings, show a question in its orders, stop")
-    benchmark: bool = setting(False, "FLOPs, seconds, memory of a step with and without sharing")
-    benchmark_images: int = setting(4, "benchmark: images of its question")
-    benchmark_image_tokens: int = setting(256, "benchmark: tokens of each image")
-    benchmark_text_tokens: int = setting(64, "benchmark: other tokens of its prompt")
     # permutation (Eq. 1)
     n_permutations: int = setting(1, "n_s: permuted orders beside the given one; 0: plain GRPO", 0)
     rollouts_per_order: int = setting(6, "n; follows --n-permutations so that (n_s + 1) * n stays")
@@ -158,8 +152,6 @@ PRESETS = {  # over the defaults: the model's, over it the stage's, over both th
     "tiny": dict(questions_per_step=16, updates_per_step=1, lr=2e-5, beta=0.0, steps=40,
                  max_new_tokens=64, rollout_batch=512, max_tokens_per_micro_batch=4096,
                  gradient_checkpointing=False, cpu_threads=1, eval_every=10),
-    "benchmark": dict(max_new_tokens=256, max_tokens_per_micro_batch=16384, updates_per_step=1,
-                      beta=0.0, gradient_checkpointing=False),
     1: dict(alpha_start=1.0, alpha_end=0.0, filter="offline"),
     2: dict(alpha_start=0.0, alpha_end=0.0, filter="online")}
 CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
@@ -190,7 +182,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
         return Config(**saved)
     presets = PRESETS.get(typed.get("model", Config.model), {})
     presets = presets | PRESETS.get(typed.get("stage", Config.stage), {})
-    presets = presets | (PRESETS["benchmark"] if typed.get("benchmark") else {})
     cfg = Config(**(presets | ({"steps": 0} if "epochs" in typed else {}) | typed))
     for f in dataclasses.fields(Config):
         value, least, most = getattr(cfg, f.name), f.metadata["least"], f.metadata["most"]
@@ -376,22 +367,8 @@ DECLARATION = re.compile(
     r"(?:\b(?:is|be)\b|:|=)[\s:]*(?=((?:[^.\n]|\.(?=\S)){1,300}))", re.IGNORECASE)
 IMAGES = re.compile(r"(?:\d|[\s\[\]()#,;>→]|->|and|the|images?)+")  # "image 3", "[3, 1, 2]"
 UNIT = re.compile(r"(?<=\d) +(?:[kcm]?m|miles?|ft|k?g|m?l)(?:\^\{?[23]\}?|[²³]|/\w+)+$")
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?!But\b|However\b)|\n+")  # not behind "B."
-# What names an option: a label in front, "(B)", "or C. dogs", "option b"; less surely a bare "B",
-# unless it is the word "a".
-LABEL = r"\(?([A-Za-z])(?=[).:]|$|,? (?:because|since)\b)"
-MARKED = re.compile(rf"^{LABEL}|\(([A-Z])\)|(?<=\s)([A-Z])(?=[).:]\s)|"
-                    r"\b(?i:option|choice|answer)\s*:?\s*\(?([A-Za-z])(?![\w'’])")
-BARE = re.compile(
-    r"(?<![\w'’$\\^(])(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|fits|looks|seems|"
-    r"appears|shows|matches|would)\b)[a-z])([A-HJ-Z])(?![\w'’(^*+-]|/\d)")
-# What takes it back: "not A", "closer than A"; "A is not", "A can be ruled out".
-NOT_BEFORE = re.compile(r"(?:\b(?:not|than|neither|nor|unlike|except|instead of|compared to)|n't)"
-                        r"(?:\s+(?:the|in|of|option|choice|point|image|box))*\s+\(?$", re.I)
-NOT_AFTER = re.compile(r"\)?(?:\s+(?!because|since|as|while|and)\w+){0,4}?\s+(?:(?:is|are|was|does|"
-                       r"do|did|can)\s?n[o']t|cannot|incorrect|wrong|ruled out)\b", re.I)
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth".split()
+# A stated letter: alone or labelled, "B", "(B)", "B. dogs", "option B"; a second one spoils it.
+LETTER = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?\(?([A-Z])\)?(?:[.:),](.*))?", re.I | re.S)
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} whose braces balance (escaped ones aside), or None."""
@@ -415,58 +392,6 @@ def extract_answer(response: str) -> str | None:
         return tagged[-1].strip() or None
     declared = DECLARATION.findall(text) or [""]
     return re.sub(r"^\((\w+)\)$", r"\1", declared[-1].strip("*_ $")) or None
-
-def extract_choice(response: str, options: list[str] | tuple[str, ...] = ("",) * 26) -> str | None:
-    """The letter of the option that a response settles on; None if it names none, or two.
-
-    Behind </think>, in this order: what it states as its answer; a first sentence that is labeled
-    ("B. Both images"); the one letter marked as in "(B)"; the last sentence that speaks for one.
-    """
-    text = re.sub(r"[*`\"]+|\\[()]", "", response.rpartition("</think>")[2]).strip()
-    if not text or "<think>" in text:
-        return None
-    texts = {chr(65 + k): re.sub(rf"^\s*\(?{chr(65 + k)}[).:]\s*", "", option)
-             for k, option in enumerate(options[:26])}
-    sentences = [extract_answer(text) or ""]
-    if not spoken_for(sentences[0], texts) and not re.search(r"\\boxed|<answer>", text):
-        listed = dict(reversed(re.findall(r"(?m)^[^\w\n]*([A-Z])([).:].*)$", text)))
-        if len(listed) > 1:  # several options, one a line, perhaps with comments: no choice
-            for letter, line in listed.items():
-                text = text.replace(letter + line, "", 1)
-        sentences = SENTENCE_END.split(text.strip())
-        if re.match(LABEL, sentences[0]):
-            sentences = sentences[:1]
-    named = set().union(*(spoken_for(s, texts) for s in sentences if re.search(r"\([A-Z]\)", s)))
-    if len(named) != 1:
-        named = next(filter(None, (spoken_for(s, texts) for s in reversed(sentences))), set())
-    if not named and len(sentences) == 1:
-        named = {letter for letter in texts if same_answer(sentences[0], texts[letter])}
-    return named.pop() if len(named) == 1 else None
-
-def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
-    """Letters of the options that a sentence speaks for: by marked letters, else by option texts,
-    else by bare letters. Negated ones do not count; what follows a "but" counts more."""
-    bare = {k: canonical(option) for k, option in sorted(options.items(), key=lambda o: -len(o[1]))}
-    worded = re.compile("|".join(rf"(?P<{k}>(?<![\w./{{]){re.escape(option)}(?![\w/]|\.\d))"
-                                 for k, option in bare.items() if option) or r"\b\B")
-    for clause in reversed(re.split(r"(?i)\b(?:but|however)\b", plain(sentence))):
-        for pattern, text in ((MARKED, clause), (worded, canonical(clause)), (BARE, clause)):
-            named = {(m.lastgroup or m[m.lastindex]).upper() for m in pattern.finditer(text)
-                     if not NOT_BEFORE.search(text[max(0, m.start() - 60):m.start()])
-                     and not NOT_AFTER.match(text[m.end():m.end() + 100])}
-            if named & options.keys():
-                return named & options.keys()
-    return set()
-
-@functools.lru_cache(maxsize=65536)
-def canonical(text: str) -> str:
-    """Text to look for option texts in: "the 2nd picture" -> "second image", "three" -> "3"."""
-    text = plain(text).casefold()
-    for k, (number, ordinal) in enumerate(zip(NUMBERS, ORDINALS)):
-        text = re.sub(rf"\b{number}\b", str(k), text)
-        text = re.sub(rf"\b(?:image #?{k}|(?:{ordinal}|{k}(?:st|nd|rd|th)) (?:1|image|picture|"
-                      r"photo|option))\b", f"{ordinal} image", text)
-    return re.sub(r"^(?:the|an?) (?=\w)", "", text)
 
 def plain(answer: str) -> str:
     r"""Strip what carries no meaning: $, \text{}, bold, a full stop, brackets around one letter."""
@@ -495,7 +420,9 @@ def same_answer(answer: str, gold: str) -> bool:
     if answer == gold:
         return True
     if re.fullmatch(r"[a-z]", gold):
-        return extract_choice(formulas[0]) == gold.upper()
+        match = LETTER.fullmatch(formulas[0])
+        others = re.findall(r"\b[A-Z]\b", match[2] or "") if match else []
+        return bool(match) and {match[1].upper(), *others} == {gold.upper()}
     if gold in ("yes", "no", "true", "false"):
         return bool(re.match(rf"{gold}\b(?! (?:and|or)\b)", answer))
     if re.fullmatch(r"\d{1,2}(\s*,\s*\d{1,2})*", gold) and IMAGES.fullmatch(answer):
@@ -1352,114 +1279,6 @@ def train(cfg: Config, processor: Processor, questions: list[Sample], held_out: 
 
 # ---- Benchmark: what sharing saves in a step, on one question ------------------------------------
 
-QWEN_7B = Qwen2_5_VLConfig(
-    text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
-                     num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
-    vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584))
-
-def benchmark_rollouts(cfg: Config, vision, text_id: int, image_id: int) -> list[Rollout]:
-    """Rollouts of a made-up question, of full length."""
-    images, tokens = cfg.benchmark_images, cfg.benchmark_image_tokens
-    side = max(k for k in range(1, math.isqrt(tokens) + 1) if tokens % k == 0)
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
-    grid = torch.tensor([[1, 2 * side, 2 * tokens // side]])
-    pictures = [Picture(torch.randn(4 * tokens, width), grid, tokens) for _ in range(images)]
-    ids = ([text_id] + [image_id] * tokens) * images
-    ids += [text_id] * (cfg.benchmark_text_tokens - images)
-    prompts = [Prompt(None, ids, pictures) for _ in range(cfg.n_permutations + 1)]
-    return [Rollout(prompt, (), "", [text_id] * cfg.max_new_tokens, "", True, advantage=(-1.0) ** k)
-            for prompt in prompts for k in range(cfg.rollouts_per_order)]
-
-def count_flops(config, cfg: Config) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOPs of a step by part, as torch counts them on a model without weights. Of decoding, which
-    grows linearly, two steps are counted. And their minimum: each image and prompt once, each
-    response token once in sampling, forward and backward in the loss, only pairs that are seen."""
-    config._attn_implementation = "shared_prompt"
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    text, empty = model.model.language_model, functools.partial(torch.empty, device="meta")
-    rollouts = benchmark_rollouts(cfg, config.vision_config, 0, 1)
-    prompt, P = rollouts[0].prompt, cfg.n_permutations + 1
-    B, L, T, D = len(rollouts), len(prompt.ids), cfg.max_new_tokens, config.text_config.hidden_size
-
-    def count(run, *args) -> float:
-        with FlopCounterMode(display=False) as counter:
-            run(*args)
-        return float(counter.get_total_flops())
-
-    def see():
-        picture = prompt.pictures[0]
-        return model.model.visual(picture.pixels.to("meta"), picture.grid,
-                                  position_ids=empty(4 * picture.tokens, 2)).pooler_output.sum()
-
-    def read(rows: int, S: int, cache=None, mask=None):
-        return text(inputs_embeds=empty(rows, S, D, requires_grad=True), attention_mask=mask,
-                    position_ids=empty(3, rows, S), past_key_values=cache).last_hidden_state
-
-    def learn(batch: list[Rollout]):
-        rows, N = pack(batch, cfg), len(batch) * T
-        S = max(map(row_length, rows))
-        tree = {"full_attention": [[S - row_length(r), L] + [T] * len(r) for r in rows]}
-        hidden = read(len(rows), S, mask=tree if N > T * len(rows) else None).flatten(0, 1)[:N]
-        checkpoint(token_logprobs, model.lm_head, hidden, empty(N, dtype=torch.long), [], 1.0,
-                   use_reentrant=False).sum().backward()
-
-    cache = Cache(layer_class_to_replicate=SharedPromptLayer if cfg.share else DynamicLayer)
-    passes, steps = (1, T) if cfg.share else (B, T - 1)  # plain prefill gives the first token
-    with torch.no_grad():
-        before = count(read, *((P, L - 1) if cfg.share else (B, L)), cache)
-        head = count(model.lm_head, empty(B, D))
-        first = count(read, B, 1, cache)
-        for layer in cache.layers:  # as if steps - 2 more had been taken
-            layer.update(*[empty(B, layer.keys.shape[1], steps - 2, layer.keys.shape[3])] * 2)
-        decode = (first + count(read, B, 1, cache)) / 2 * steps + head * T
-    once = len(prompt.pictures) * (count(see) + count(lambda: see().backward()))
-    flops = {"vision": passes * once, "prefill": before, "decode": decode,
-             "loss": sum(count(learn, batch) for batch in micro_batches(rollouts, cfg))}
-    token = 2 * sum(w.numel() for w in text.layers.parameters() if w.dim() == 2)  # forward
-    pair = 4 * D * len(text.layers)  # a token that sees another
-    prompts = token * P * L + pair * P * L * (L + 1) / 2
-    responses = token * B * T + pair * B * T * (L + (T + 1) / 2) + head * T
-    return flops, {"vision": once, "prefill": prompts, "decode": responses,
-                   "loss": 3 * (prompts + responses)}
-
-def time_step(cfg: Config) -> dict[str, float]:
-    """Seconds of sampling and update, and the peak memory of this process in MB."""
-    transformers.logging.disable_progress_bar()
-    accelerator, n = Accelerator(), cfg.rollouts_per_order
-    processor = load_processor(cfg.model, cfg)
-    processor.banned_ids += processor.eos_ids  # responses of full length
-    model = load_model(cfg.model, cfg, accelerator.device)
-    text_id = processor.tokenizer("a").input_ids[0]
-    rollouts = benchmark_rollouts(cfg, model.config.vision_config, text_id, processor.image_id)
-    start = time.time()
-    responses = generate(model, processor, [r.prompt for r in rollouts[::n]], n, cfg)
-    for rollout, ids in zip(rollouts, sum(responses, [])):
-        rollout.ids = ids
-    sampled, optimizer = time.time(), torch.optim.SGD(model.parameters(), lr=0.0)
-    update(model, None, optimizer, processor, [rollouts], cfg, accelerator)
-    return {"sample": sampled - start, "update": time.time() - sampled, "peak_mb": 1e3 * peak_gb()}
-
-def benchmark(cfg: Config) -> None:
-    """Print FLOPs at the model's size (tiny: at that of the 7B), and seconds and memory here."""
-    config = QWEN_7B if cfg.model == "tiny" else load_pretrained(AutoConfig, cfg.model)
-    ways = {way: dataclasses.replace(cfg, share=way == "shared") for way in ("shared", "plain")}
-    order, tables, peaks = [*ways] * 3, {}, {}
-    with ProcessPoolExecutor(1, max_tasks_per_child=1, initializer=torch.set_num_threads,
-                             initargs=[torch.get_num_threads()]) as pool:  # each its peak memory
-        runs = list(tqdm(pool.map(time_step, map(ways.get, order)), "time", len(order)))
-    for way, its in ways.items():
-        some = [run for name, run in zip(order, runs) if name == way]
-        peaks[f"peak_mb_{way}"] = statistics.median(run.pop("peak_mb") for run in some)
-        tables[f"seconds_{way}"] = {p: statistics.median(run[p] for run in some) for p in some[0]}
-        tables[f"flops_{way}"], tables["flops_minimum"] = count_flops(config, its)
-    row = {name: sum(parts.values()) for name, parts in tables.items()} | peaks
-    row |= {f"{name}_{part}": x for name, parts in tables.items() for part, x in parts.items()}
-    for name in (name for name in row if "_shared" in name):
-        plain = row[name.replace("shared", "plain")]
-        print(f"{name:24} {row[name]:10.4g}   plain {plain:10.4g}   ratio {row[name] / plain:.3f}")
-    print(f"FLOPs / minimum: {row['flops_shared'] / row['flops_minimum']:.3f}\n{json.dumps(row)}")
-
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
     transformers.logging.set_verbosity_error()
@@ -1471,10 +1290,6 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.questions_per_step % accelerator.num_processes:
         raise SystemExit(f"--questions-per-step {cfg.questions_per_step} does not divide into "
                          f"{accelerator.num_processes} processes")
-    if cfg.benchmark:
-        if accelerator.num_processes > 1:
-            raise SystemExit("--benchmark measures one process; start it without a launcher")
-        return benchmark(cfg)
     processor = load_processor(cfg.model, cfg)
     questions = load_questions(cfg.data, processor, cfg, accelerator)
     wanted = cfg.eval_data and (cfg.stage or cfg.dry_run)  # stage 0 does not evaluate
