@@ -44,7 +44,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import perl
-from perl import (PRESETS, SAMPLES, Config, Sample, all_orders, extract_answer, last_boxed,
+from perl import (MODEL_PRESETS, SAMPLES, Config, Sample, all_orders, extract_answer, last_boxed,
                   load_model, load_processor, load_samples, permute, plain, prompt_length,
                   read_lines, same_answer, sample_groups, write_atomic)
 
@@ -602,7 +602,7 @@ KEPT_SETTINGS = "instruction max_pixels max_new_tokens rollout_batch bf16 cpu_th
 
 def settings(args) -> Config:
     """Config of perl.py for evaluation. A checkpoint of a run keeps that run's prompt and sizes."""
-    chosen = dict(PRESETS.get(args.model, {}))
+    chosen = dict(MODEL_PRESETS.get(args.model, {}))
     run = Path(args.model).parent / "config.json"
     if Path(args.model).name.startswith("checkpoint-") and run.exists():
         saved = json.loads(run.read_text())

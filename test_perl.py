@@ -150,7 +150,8 @@ def test_permute_round_trip():
         before = sample(rule, answer, n, f"<image_{rng.randint(1, n)}>", movable)
         order = perl.draw_orders(before, 1, 1.0, rng)[1]
         after = perl.permute(before, order)
-        assert perl.permute(after, perl.inverse(order)) == before
+        inverse = tuple(order.index(j) for j in range(n))
+        assert perl.permute(after, inverse) == before
         if rule == "index":  # the answer points at the same picture as before
             assert after.images[int(after.answer) - 1] == before.images[int(before.answer) - 1]
 
@@ -210,8 +211,10 @@ def test_extract_answer_and_has_format(response, answer, well_formed):
     assert perl.has_format(response) is well_formed
 
 @table("gold, right, wrong", [
-    ("B", ["B", "b", "(B)", "B. Both images", "B. a cat and a dog", r"\text{B}", "Option B"],
-     ["C", "A or B", "B. cats or C. dogs", "Both"]),
+    ("B", ["B", "b", "(B)", "B. Both images", "B. a cat and a dog", r"\text{B}", "Option B",
+           "(B) A dog, I think", "the answer is B", "B because image 2 shows it"],
+     ["C", "A or B", "B. cats or C. dogs", "Both", "B and C", "(A) and (B)", "not B", "A, B",
+      "Bob", "B or not B", "option C, not B"]),
     ("yes", ["Yes", "Yes, it is."], ["no", "not yes", "1"]), ("True", ["TRUE"], ["False", "1"]),
     ("3", ["3", "3.0", "image 3", "x = 3", "6/2"], ["-3", "3.5", "13", "Image 2", "3,1"]),
     ("1234", ["1,234", "1234"], ["1,2,3,4"]), ("1,234", ["1234"], ["234"]),
@@ -336,12 +339,11 @@ def test_collate(questions):
     prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
     model, responses = load_tiny(), [[[9, 8], [9]], [[7]], [[9, 9, 9]]]
     features = perl.encode_images(model, prompts, tiny_config())
-    inputs, owner = perl.collate(prompts, responses, features, model, PROCESSOR)
-    for prompt, some, ids, whose in zip(prompts, responses, inputs["input_ids"], owner):
+    inputs, lengths = perl.collate(prompts, responses, features, model, PROCESSOR)
+    for prompt, some, ids, parts in zip(prompts, responses, inputs["input_ids"], lengths):
         row = [*prompt.ids, *sum(some, [])]
         assert ids.tolist()[-len(row):] == row and (ids[:-len(row)] == PROCESSOR.pad_id).all()
-        expected = [0] * len(prompt.ids) + [k for k, part in enumerate(some, 1) for _ in part]
-        assert whose.tolist() == [-1] * (len(ids) - len(row)) + expected
+        assert parts == [len(ids) - len(row), len(prompt.ids), *map(len, some)]
     assert inputs["mm_token_type_ids"].sum(1).tolist() == [17, 7, 10]
 
 @table("max_pixels, most_tokens", [(262144, 10), (4 * 28 * 28, 4)])
@@ -513,15 +515,23 @@ def test_set_advantages(changes, expected):
 def test_verdict(accuracies, rewards, bounds, expected):
     group, baseline = scored_group(accuracies, rewards), ("pooled", "per-order")[expected == "flat"]
     perl.set_advantages([group], tiny_config(baseline=baseline))
-    assert perl.verdict(group, *bounds) == expected
+    low, high = bounds
+    cfg = tiny_config(filter="online", filter_low=low, filter_high=high)
+    assert perl.verdict(group, cfg) == expected
+    if bounds == (0, 1):  # what the other filters keep
+        assert {perl.verdict(group, tiny_config(filter=f)) for f in ("none", "offline")} == {
+            expected}
+
+def test_an_unknown_filter_does_not_fall_through():
+    with pytest.raises(KeyError):
+        perl.verdict(scored_group([1, 0]), tiny_config(filter="disagree"))
 
 def test_resample_by_difficulty():
     rng, scores = random.Random(0), [1.0] * 100 + [0.5] * 10
     kept = perl.resample_by_difficulty(scores, [0] * 5 + [50] + [0] * 4 + [50], 40, rng)
     assert Counter(scores[k] for k in kept) == {0.5: 10, 1.0: 20} and len(set(kept)) == 30
     scores = [k / 10 for k in range(11) for _ in range(200)]  # plenty of each: the target is met
-    target = [float(share) for share in perl.Config.score_target.split()]
-    kept = perl.resample_by_difficulty(scores, target, 990, rng)
+    kept = perl.resample_by_difficulty(scores, perl.SCORE_TARGET, 990, rng)
     assert [[round(scores[i] * 10) for i in kept].count(k) for k in range(11)] == [
         120, 110, 110, 120, 150, 170, 60, 50, 40, 30, 30]
     assert 4 <= len(perl.resample_by_difficulty(scores, [1] * 11, 5, rng)) <= 6, "few of many bins"
@@ -636,7 +646,7 @@ def test_idle_decode_slots_are_reported():
     text = PROCESSOR.tokenizer("5").input_ids
     end, pad = PROCESSOR.eos_ids[-1], PROCESSOR.pad_id
     rows = [text + [end, pad, pad], text * 3 + [end], text * 4]  # as one call of generate has them
-    rollouts = [perl.grade(None, (), "5", row, PROCESSOR, tiny_config()) for row in rows]
+    rollouts = [perl.make_rollout(row, None, (), "5", PROCESSOR) for row in rows]
     assert [(len(r.ids), r.idle, r.truncated) for r in rollouts] == [
         (2, 2, False), (4, 0, False), (4, 0, True)]
     groups = {name: [] for name in perl.VERDICTS} | {"kept": [rollouts]}
@@ -745,7 +755,7 @@ def test_the_cache_stays_in_bfloat16_under_autocast(questions, monkeypatch):
 @table("changes, sampling, training", [
     ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 1, 1),
     (dict(gradient_checkpointing=True), 1, 2),  # again for the backward pass
-    (dict(freeze_vision=True), 1, 0), (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
+    (dict(freeze_vision=True), 1, 1), (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
 def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
     model, cfg, orders = load_tiny(**changes), tiny_config(**changes), [(0, 1, 2), (2, 1, 0)]
     seen = pictures_encoded(model, monkeypatch)
@@ -755,7 +765,7 @@ def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, samplin
     for rollout, advantage in zip(groups[0], (1.0, 0.5, -0.5, -1.0)):
         rollout.advantage = advantage
     update_at_lr_0(model, groups, cfg)
-    assert list(seen.values()) == [training] * 3 * bool(training)
+    assert list(seen.values()) == [training] * 3
 
 def update_at_lr_0(model, groups, cfg):
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.0)
@@ -1003,10 +1013,18 @@ def test_resume_refuses_a_changed_setting(straight, tmp_path, capsys):
             perl.main(["--resume", str(folder), "--steps", "4", "--max-new-tokens", "9"])
         assert message in capsys.readouterr().err
     assert perl.parse_config(["--resume", str(straight), "--steps", "4"]).max_new_tokens == 48
+    for content in ('{"model": "ti', "[1]", '{"colour": "red"}'):  # damaged
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(SystemExit):
+            perl.main(["--resume", str(tmp_path)])
+        assert "config.json" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="--out"):
+            perl.main(["--out", str(tmp_path), "--eval-questions", "1"])
 
-def test_stages_share_a_run_folder(data, tmp_path, capsys):
+def test_stages_share_a_run_folder(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 11)  # keeps some of few questions
     out, short = tmp_path / "run", dict(steps=1, eval_every=0)
-    perl.main(arguments(data, out, stage=0, score_keep=1, score_target="1 " * 11))
+    perl.main(arguments(data, out, stage=0, score_keep=1))
     scores = json.loads((out / "scores.json").read_text())
     kept = json.loads((out / "kept.json").read_text())
     assert scores.keys() == {asked.id for asked in perl.load_samples(data)} > set(kept) != set()
@@ -1028,8 +1046,8 @@ def test_stages_share_a_run_folder(data, tmp_path, capsys):
 
 def test_stage_0_resumes(data, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    flags = dict(stage=0, score_rollouts=2, questions_per_step=3, score_keep=1,
-                 score_target="1 " * 11)
+    monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 11)
+    flags = dict(stage=0, score_rollouts=2, questions_per_step=3, score_keep=1)
     perl.main(arguments(data, whole, **flags))
     with pytest.raises(Killed):
         run_with(monkeypatch, "sample_groups", 2, die, arguments(data, out, **flags))
@@ -1040,8 +1058,9 @@ def test_stage_0_resumes(data, tmp_path, monkeypatch):
 
 def test_stage_0_that_would_keep_nothing_says_so(data, tmp_path, monkeypatch):
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: False)
-    with pytest.raises(SystemExit, match="score-target"):
-        perl.main(arguments(data, tmp_path / "run", stage=0, score_target="0 1"))
+    monkeypatch.setattr(perl, "SCORE_TARGET", (0, 1))
+    with pytest.raises(SystemExit, match="score-keep"):
+        perl.main(arguments(data, tmp_path / "run", stage=0))
     assert len(json.loads((tmp_path / "run" / "scores.json").read_text())) == 8
 
 @table("beta, models", [(0.0, 1), (0.1, 2)])
@@ -1118,9 +1137,10 @@ def test_epochs_as_typed_count_for_the_tiny_model_too():
     assert perl.parse_config(["--epochs", "1", "--steps", "7"]).steps == 7
 
 def test_presets_and_their_precedence():
-    assert all(preset.keys() <= FIELDS.keys() for preset in perl.PRESETS.values())
+    presets = [*perl.MODEL_PRESETS.values(), *perl.STAGE_PRESETS.values()]
+    assert all(preset.keys() <= FIELDS.keys() for preset in presets)
     assert perl.parse_config(["--model", "Qwen2.5-VL-7B"]).lr == 1e-6, "the paper's"
-    assert perl.parse_config(["--model", "tiny"]).lr == perl.PRESETS["tiny"]["lr"]
+    assert perl.parse_config(["--model", "tiny"]).lr == perl.MODEL_PRESETS["tiny"]["lr"]
     cfg = perl.parse_config(["--stage", "2", "--filter", "none", "--lr", "0.5", "--no-bf16"])
     assert (cfg.filter, cfg.lr, cfg.bf16, cfg.alpha_start) == ("none", 0.5, False, 0.0)
 
@@ -1136,7 +1156,7 @@ def test_the_number_of_permutations_keeps_the_number_of_rollouts(n_permutations,
     ("--condition dirty", "--condition"), ("--n-permutations 4", "do not divide"),
     ("--n-permutations -1", "--n-permutations"), ("--steps -1", "--steps"),
     ("--beta nan", "--beta"), ("--micro-batch 0", "--micro-batch"),
-    ("--temperature 0", "--temperature"), ("--score-target 1,2", "--score-target"),
+    ("--temperature 0", "--temperature"), ("--instruction <|im_end|>", "--instruction"),
     ("--filter-low 0.9 --filter-high 0.1", "--filter-low"), ("--alpha-end -0.5", "--alpha-end"),
     ("--alpha-start 1.5", "--alpha-start")])
 def test_bad_flags_end_the_program(argv, message, capsys):
@@ -1147,6 +1167,7 @@ def test_bad_flags_end_the_program(argv, message, capsys):
 @table("flag, value, message", [
     ("--model", "/no/such/model", "/no/such/model.*local folder"),
     ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
+    ("--out", TINY / "config.json", "--out .*config.json is no folder"),
     ("--questions-per-step", 3, "--questions-per-step 3 does not divide into 2 processes")])
 def test_a_run_that_cannot_start_ends_with_one_sentence(
         data, tmp_path, monkeypatch, flag, value, message):
