@@ -598,7 +598,7 @@ def score(folder: Path) -> dict:
 
 # ---- Asking the model ----------------------------------------------------------------------------
 
-KEPT_SETTINGS = "instruction max_pixels max_new_tokens rollout_batch bf16 cpu_threads".split()
+KEPT_SETTINGS = "instruction max_pixels max_new_tokens rollout_batch dtype cpu_threads".split()
 
 def settings(args) -> Config:
     """Config of perl.py for evaluation. A checkpoint of a run keeps that run's prompt and sizes."""
@@ -727,9 +727,7 @@ def run_benchmarks(args, out: Path, accelerator: Accelerator) -> None:
     model = load_model(args.model, cfg, accelerator.device)
     digest = hashlib.sha1()  # other weights under the same path are another run
     for weight in model.parameters():
-        digest.update(weight.detach().flatten()[:64].cpu().numpy().tobytes())
-    if accelerator.device.type == "cuda" and cfg.bf16:
-        model.bfloat16()
+        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
     for name in args.benchmarks:
         run_benchmark(name, model, processor, digest.hexdigest(), cfg, args,
                       out / Path(name).stem, accelerator)
@@ -861,15 +859,20 @@ def count_flops(config, cfg: Config, shape: StepShape) -> tuple[dict, dict]:
     pair = 4 * config.text_config.hidden_size * len(layers)  # a token that sees another
     head = 2 * model.lm_head.weight.numel()                  # the logits of a token
 
-    def see() -> torch.Tensor:
-        pixels = prompt.pictures[0].pixels.to("meta")
-        places = torch.empty(len(pixels), 2, device="meta")
-        return model.model.visual(pixels, prompt.pictures[0].grid, position_ids=places)
-
+    pixels = prompt.pictures[0].pixels.to("meta")
+    places = torch.empty(len(pixels), 2, device="meta")
     with FlopCounterMode(display=False) as counter:
-        see()                                 # in sampling
-        see().pooler_output.sum().backward()  # in the loss
-    vision = float(shape.images * counter.get_total_flops())
+        seen = model.model.visual(pixels, prompt.pictures[0].grid, position_ids=places)
+        forward = shape.images * counter.get_total_flops()
+        seen.pooler_output.sum().backward()
+        both = shape.images * counter.get_total_flops()
+    batches = perl.micro_batches(rollouts, cfg)
+    prompts_at_once = min(cfg.rollout_batch // cfg.rollouts_per_order,
+                          4 * cfg.max_tokens_per_micro_batch // L)
+    calls = math.ceil(P / max(prompts_at_once, 1))
+    vision = B * (forward + both)
+    if cfg.share:  # once in each call of generate, and in each micro-batch of the loss
+        vision = calls * forward + len(batches) * both
     if cfg.share:  # each prompt once, less its last token; T steps, of which the first reads that
         prefill, steps, seen = P * (token * (L - 1) + pair * (L - 1) ** 2), T, L - 1
     else:          # each rollout's prompt, which gives the first token
@@ -877,7 +880,7 @@ def count_flops(config, cfg: Config, shape: StepShape) -> tuple[dict, dict]:
     pairs = steps * seen + steps * (steps + 1) / 2
     decode = B * (steps * token + pairs * pair + T * head)
     loss = 0
-    for batch in perl.micro_batches(rollouts, cfg):
+    for batch in batches:
         rows = perl.pack(batch, cfg)
         longest = max(map(perl.row_length, rows))
         if len(batch) > len(rows):  # a prompt sees itself, a response the prompt and itself
@@ -886,11 +889,11 @@ def count_flops(config, cfg: Config, shape: StepShape) -> tuple[dict, dict]:
             pairs = len(rows) * longest ** 2
         loss += 3 * (len(rows) * longest * token + pairs * pair)
         loss += 4 * len(batch) * T * head  # logits are made again in the backward pass
-    flops = {"vision": vision if cfg.share else B * vision, "prefill": float(prefill),
-             "decode": float(decode), "loss": float(loss)}
+    flops = {"vision": float(vision), "prefill": float(prefill), "decode": float(decode),
+             "loss": float(loss)}
     prompts = P * (token * L + pair * L * (L + 1) / 2)
     responses = B * T * (token + pair * (L + (T + 1) / 2) + head)
-    return flops, {"vision": vision, "prefill": prompts, "decode": responses,
+    return flops, {"vision": float(forward + both), "prefill": prompts, "decode": responses,
                    "loss": 3 * (prompts + responses)}
 
 def time_step(cfg: Config, shape: StepShape) -> dict[str, float]:
@@ -911,7 +914,7 @@ def time_step(cfg: Config, shape: StepShape) -> dict[str, float]:
     sampled = time.time()
     for rollout, ids in zip(rollouts, sum(responses, [])):
         rollout.ids = ids
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = perl.SplitAdamW(model, cfg, accelerator)
     perl.update(model, None, optimizer, processor, [rollouts], cfg, accelerator)
     return {"sample": sampled - start, "update": time.time() - sampled,
             "peak_mb": 1e3 * perl.peak_gb()}

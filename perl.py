@@ -2,17 +2,16 @@
 """PeRL in one file: reinforcement learning on questions whose images are permuted.
 
 Paper: Zhang, Ding, Zhang et al., "PeRL: Permutation-Enhanced Reinforcement Learning for
-Interleaved Vision-Language Reasoning", NeurIPS 2025, arXiv 2506.14907; equation numbers are
-that paper's. A vision-language model that is asked "which image shows ...?" often prefers a
-position to a picture: reorder the images, keep the meaning, and its answer changes. PeRL
-trains that away. One step of it:
+Interleaved Vision-Language Reasoning", NeurIPS 2025, arXiv 2506.14907; equations as there. A
+vision-language model that is asked "which image shows ...?" often prefers a position to a
+picture: reorder the images, and its answer changes. PeRL trains that away. One step of it:
 
   1. Draw questions. Each comes in n_s + 1 orders of its images: as given, and     (Eq. 1)
      permuted n_s times, the right answer moving along ("image 3" becomes "image 1").
   2. The policy answers each order n times: (n_s + 1) * n rollouts of a question.
   3. Rules grade each rollout: 0.9 * right answer + 0.1 * right format.
-  4. All rollouts of a question, whatever their order, form ONE group: the     (Eq. 4-5)
-     advantage is the reward less the group's mean, over the group's standard deviation.
+  4. All rollouts of a question, whatever their order, form ONE group: the         (Eq. 4-5)
+     advantage is the reward less the group's mean, over its standard deviation.
   5. Groups that teach nothing are left out: equal rewards; in stage 2, too easy or hard.
   6. AdamW maximizes the clipped policy objective, each rollout conditioned on     (Eq. 6)
      the order it was sampled from, less beta times the KL divergence from the start model.
@@ -21,30 +20,25 @@ Stage 0 scores the questions with the start model and resamples them by difficul
 (the probability alpha of permuting falls from 1 to 0), 2 exploits (from 1's checkpoint, with
 the online filter of point 5): presets over plain flags.
 
-Where this departs from the paper or from its released code:
-  - Standard deviation: the paper's population one; the code's is unbiased, plus 1e-6.
-  - How an answer moves is a field of the data (`order_rule`), not code for each data set.
-    Statements about "left" and "right" are never permuted, where the code negates them.
-  - A question's permutations are distinct; one random generator draws for the whole run.
-  - A group without variance leaves the loss whole; in the code it dilutes the token mean.
-  - The number of updates of a rollout batch does not depend on n_s. No dual clip, no KL clamp.
+Where this departs from the paper or its released code: the standard deviation is the paper's
+(population), not the code's; how an answer moves is a field of the data (`order_rule`), and
+statements about "left" and "right" are never permuted; a question's permutations are distinct,
+and one random generator draws for the whole run; a group without variance leaves the loss
+whole; the number of updates does not depend on n_s; no dual clip, no KL clamp.
 
-    python perl.py                                       # tiny model, real digits, CPU, minutes
-    python perl.py --model Qwen2.5-VL-3B --beta 0        # one GPU
-    accelerate launch perl.py --model Qwen2.5-VL-3B --beta 0    # several, a copy on each
-    python perl.py --help                                # every setting
+    python perl.py                                             # tiny model, CPU, minutes
+    python perl.py --model Qwen2.5-VL-7B --stage 1             # one 80 GB GPU
+    accelerate launch perl.py --model Qwen2.5-VL-7B --stage 1  # several
 
-A first reading may skip the section "Shared compute": with --no-share nothing of it runs.
-
-Everywhere, processor is a Processor, cfg a Config, accelerator an Accelerator. Shapes: Q
-questions, R = (n_s + 1) * n rollouts of a question; B rows of a batch, P prompts; L tokens of
-a prompt, T of a response, S of a row; H heads, D hidden width, V vocabulary.
+A first reading may skip "Shared compute" (with --no-share nothing of it runs) and "Memory and
+machines". processor is a Processor, cfg a Config, accelerator an Accelerator everywhere. Shapes:
+Q questions, R = (n_s + 1) * n rollouts of a question; B rows of a batch, P prompts; L tokens
+of a prompt, T of a response, S of a row; H heads, D hidden width, V vocabulary.
 """
 import argparse
 import dataclasses
 import functools
 import json
-import logging
 import math
 import os
 import random
@@ -56,16 +50,19 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from statistics import mean
 from typing import Callable, NamedTuple
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch
 import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -77,6 +74,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import cached_file
 
 Order = tuple[int, ...]  # of the images of a question: new_images[j] = images[order[j]]
 SAMPLES = Path(__file__).resolve().parent / "data_samples"
@@ -115,7 +113,6 @@ class Config:
     score_keep: float = setting(0.5, "stage 0: share of the questions to keep", most=1)
     # advantage and loss (Eq. 4-6)
     baseline: str = setting("pooled", "a group: pooled over all orders, or per-order")
-    std_normalization: bool = setting(True, "divide by the group's standard deviation")
     condition: str = setting("permuted", "loss on the order sampled, or clean: as given")
     clip_low: float = setting(0.2, "pi / pi_old is clipped below 1 - this", least=0)
     clip_high: float = setting(0.2, "pi / pi_old is clipped above 1 + this", least=0)
@@ -141,11 +138,12 @@ class Config:
     share: bool = setting(True, "compute once what rollouts have in common")
     rollout_batch: int = setting(96, "sequences in one call of generate, at least n")
     max_tokens_per_micro_batch: int = setting(
-        16384, "tokens, padding too, of a backward pass; a longer row goes alone")
+        16384, "tokens of a backward pass (of prompts to read: 4 times); a longer row goes alone")
     logit_chunk: int = setting(1024, "response tokens whose logits exist at one time")
     gradient_checkpointing: bool = setting(True, "recompute activations, save memory")
     cpu_threads: int = setting(0, "torch's threads on a CPU; 0: torch's choice", least=0)
-    bf16: bool = setting(True, "bfloat16 autocast on a GPU; weights stay float32")
+    dtype: str = setting("auto", "of the weights: bf16, float32; auto: bf16 on a GPU")
+    optimizer_device: str = setting("auto", "AdamW's float32 state: gpu, host; auto: if it fits")
     # evaluation, logging, checkpoints; in steps
     eval_every: int = setting(50, "evaluate, at start and end too; 0: never", least=0)
     eval_orders: int = setting(24, "evaluate a question in all its orders, up to so many")
@@ -161,14 +159,12 @@ MODEL_PRESETS = {"tiny": dict(
 STAGE_PRESETS = {0: dict(), 1: dict(alpha_start=1.0, alpha_end=0.0, filter="offline"),
                  2: dict(alpha_start=0.0, alpha_end=0.0, filter="online")}
 CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
-           "baseline": ("pooled", "per-order"), "condition": ("permuted", "clean")}
+           "baseline": ("pooled", "per-order"), "condition": ("permuted", "clean"),
+           "dtype": ("auto", "bf16", "float32"), "optimizer_device": ("auto", "gpu", "host")}
 SHORT_NAMES = {"tiny": str(SAMPLES / "tiny")}
-for size in ("3B", "7B", "32B", "72B"):
-    SHORT_NAMES[f"Qwen2.5-VL-{size}"] = f"Qwen/Qwen2.5-VL-{size}-Instruct"
+SHORT_NAMES |= {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct"
+                for size in ("3B", "7B", "32B", "72B")}
 CONTROL = re.compile(r"<\|\w+\|>")  # tokens of the chat format have no place in a text
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Command line -> Config; what makes no sense ends the program and says why."""
@@ -176,10 +172,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
                                      usage="%(prog)s [--setting value ...]")
     for f in dataclasses.fields(Config):
         prose = f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%")
-        switch = f.type is bool
-        kind = {"action": argparse.BooleanOptionalAction} if switch else {"type": f.type}
-        parser.add_argument(flag(f.name), help=prose, choices=CHOICES.get(f.name),
-                            default=argparse.SUPPRESS, **kind)
+        kind = {"type": f.type, "choices": CHOICES.get(f.name)}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, help=prose, default=argparse.SUPPRESS, **kind)
     typed = vars(parser.parse_args(argv))  # flags on the command line, nothing else
     try:
         return resumed_config(typed) if typed.get("resume") else new_config(typed)
@@ -196,7 +193,8 @@ def new_config(typed: dict) -> Config:
     for f in dataclasses.fields(Config):
         value, least, most = getattr(cfg, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not least <= value <= most:
-            raise ValueError(f"{flag(f.name)} {value} is not in {least:g} .. {most:g}")
+            flag = "--" + f.name.replace("_", "-")
+            raise ValueError(f"{flag} {value} is not in {least:g} .. {most:g}")
     if "n_permutations" in typed and "rollouts_per_order" not in typed:
         budget = (Config.n_permutations + 1) * Config.rollouts_per_order
         cfg.rollouts_per_order, rest = divmod(budget, cfg.n_permutations + 1)
@@ -216,14 +214,13 @@ def resumed_config(typed: dict) -> Config:
     if (path.parent.parent / "config.json").exists():
         raise ValueError(f"--resume: {path} was set aside by a later run in the folder above")
     try:
-        cfg = Config(**json.loads(path.read_text()))
+        saved = json.loads(path.read_text()) | {"resume": typed["resume"], "out": typed["resume"]}
+        cfg = Config(**saved)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"--resume: {path} is missing, damaged or too old: {error}") from None
-    cfg.resume = cfg.out = typed["resume"]
     for name, value in typed.items():
-        saved = getattr(cfg, name)
-        if saved != value:
-            raise ValueError(f"--resume: {name} was {saved!r}; {value!r} needs a new run")
+        if saved[name] != value:
+            raise ValueError(f"--resume: {name} was {saved[name]!r}; {value!r} needs a new run")
     return cfg
 
 # ---- Samples and permutation (Eq. 1) ---------------------------------------------------
@@ -248,32 +245,27 @@ class Sample:
 
 class OrderRule(NamedTuple):
     """How an answer names images, so that it can follow them. Positions are 0-based."""
-    pattern: str = r"(?s).+"    # what an answer looks like, ..
-    wanted: str = "a text"      # .. and the same in words
-    name: str = r"\b\B"         # what in it names an image; this matches nothing
+    pattern: str = r"(?s).+"  # what an answer looks like
+    name: str = r"\b\B"       # what in it names an image; this matches nothing
     position_of: Callable[[str, Sample], int] = None  # the image that a name means
     name_of: Callable[[int, Sample], str] = None      # what the image there is called
 
 NUMBER = r"[1-9]\d{0,3}"
-BY_NUMBER = dict(name=NUMBER, position_of=lambda name, sample: int(name) - 1,
-                 name_of=lambda position, sample: str(position + 1))
+BY_NUMBER = (lambda name, sample: int(name) - 1, lambda position, sample: str(position + 1))
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the k-th letter names the k-th movable image
 
 def option_position(letter: str, sample: Sample) -> int:
-    """The k-th letter names the k-th movable image; -1 if there is none."""
-    k = ord(letter) - ord("A")
-    return sample.movable[k] if k < len(sample.movable) else -1
-
-def option_letter(position: int, sample: Sample) -> str:
-    return chr(ord("A") + sample.movable.index(position))
+    """Position of an option image; -1 if there is none of that letter."""
+    return dict(zip(LETTERS, sample.movable)).get(letter, -1)
 
 ORDER_RULES = {
     "keep": OrderRule(),   # the answer stays as it is (the paper's S = 1)
     "never": OrderRule(),  # it depends on the order: the images may not change places
-    "index": OrderRule(NUMBER, "an image number", **BY_NUMBER),
-    "sequence": OrderRule(rf"{NUMBER}(\s*,\s*{NUMBER})*", "image numbers, as in '2,1,3'",
-                          **BY_NUMBER),
-    "letter": OrderRule("[A-Z]", "the letter of a movable image", name="[A-Z]",
-                        position_of=option_position, name_of=option_letter)}
+    "index": OrderRule(NUMBER, NUMBER, *BY_NUMBER),  # an image number
+    "sequence": OrderRule(rf"{NUMBER}(\s*,\s*{NUMBER})*", NUMBER, *BY_NUMBER),  # "2,1,3"
+    "letter": OrderRule("[A-Z]", "[A-Z]", option_position,
+                        lambda position, sample: LETTERS[sample.movable.index(position)])}
 
 def load_samples(path: str | Path) -> list[Sample]:
     """Read a JSONL file. ValueError names file, line and field of what is wrong."""
@@ -284,10 +276,9 @@ def load_samples(path: str | Path) -> list[Sample]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
-        sample = parse_sample(line, path.parent, where)
+        sample = parse_sample(line, path.parent, f"{path}, line {number}")
         if sample.id in lines:
-            raise ValueError(f"{where}, field id: as in line {lines[sample.id]}")
+            raise ValueError(f"{path}, line {number}, field id: as in line {lines[sample.id]}")
         lines[sample.id] = number
         samples.append(sample)
     if not samples:
@@ -308,8 +299,8 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     for name in row:
         require(name in Sample.__dataclass_fields__, name, "is not a field of a sample")
     for name in ("id", "question", "answer", "order_rule"):
-        value = row.get(name)
-        require(isinstance(value, str) and value.strip(), name, "must be a text")
+        is_text = isinstance(row.get(name), str) and row[name].strip()
+        require(is_text, name, "must be a text, and not empty")
     require(isinstance(row.get("source", ""), str), "source", "must be a text")
     rule = ORDER_RULES.get(row["order_rule"])
     require(rule, "order_rule", f"must be one of {', '.join(ORDER_RULES)}")
@@ -333,15 +324,12 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
         require(not problem, "images", f"{path} {problem}")
 
     sample = Sample(**row | {"images": paths, "answer": row["answer"].strip()})
-    named = [-1]  # no image
-    if re.fullmatch(rule.pattern, sample.answer):
-        names = re.findall(rule.name, sample.answer)
-        named = [rule.position_of(name, sample) for name in names]
-    require(len(set(named) & set(range(n))) == len(named), "answer",
-            f"{sample.answer!r} is not {rule.wanted} (of {n}, movable {sample.movable})")
+    problem = f"{sample.answer!r} does not fit {sample.order_rule} with movable {sample.movable}"
+    require(re.fullmatch(rule.pattern, sample.answer), "answer", problem)
+    named = [rule.position_of(name, sample) for name in re.findall(rule.name, sample.answer)]
+    require(len(set(named) & set(range(n))) == len(named), "answer", problem)
     return sample
 
-@functools.lru_cache(maxsize=65536)
 def image_problem(image: str, folder: Path) -> str:
     """Why `image` is no readable picture inside `folder`; '' if it is one."""
     if not Path(image).resolve().is_relative_to(folder.resolve()):
@@ -356,9 +344,8 @@ def image_problem(image: str, folder: Path) -> str:
 def permute(sample: Sample, order: Order) -> Sample:
     """new_images[j] = images[order[j]]; answer and mentions follow.                   (Eq. 1)
 
-    Example: order (2, 0, 1), order_rule index, answer "3". The third image now stands first,
-    so the answer is "1"; a mention <image_1> is now <image_2>. ValueError if `order` is no
-    permutation or moves an image that must stay."""
+    Example: order (2, 0, 1), order_rule index, answer "3". The third image now stands first:
+    the answer is "1", <image_1> is now <image_2>. ValueError for an order that may not be."""
     if sorted(order) != list(range(len(sample.images))):
         raise ValueError(f"{sample.id}: {order} is no order of its images")
     moved = {old for new, old in enumerate(order) if new != old}
@@ -448,41 +435,62 @@ def load_pretrained(kind, name: str, **options):
     path = SHORT_NAMES.get(name, name)
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"Could not load {path!r} ({reason}). --model takes a Hub id, "
-                         f"{', '.join(SHORT_NAMES)}, or a local folder") from None
+        raise SystemExit(f"Could not load {path!r} ({reason}). --model takes a Hub id, a short "
+                         "name such as Qwen2.5-VL-7B, or a local folder") from None
+
+def chat_template(name: str, tokenizer) -> str:
+    """The checkpoint's template for images: the tokenizer's, unless it is for text only; else
+    chat_template.json's, which AutoTokenizer does not read; else that of the tiny model."""
+    if IMAGE_TOKEN in (tokenizer.chat_template or ""):
+        return tokenizer.chat_template
+    try:
+        path = cached_file(SHORT_NAMES.get(name, name), "chat_template.json")
+        template = json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"]
+    except OSError:
+        template = ""  # there is no such file
+    if IMAGE_TOKEN not in template:
+        print(f"{name} has no chat template for images: prompts take plain ChatML")
+        template = (SAMPLES / "tiny" / "chat_template.jinja").read_text()
+    return template
 
 def load_processor(name: str, cfg) -> Processor:
     """Tokenizer and image processor of a checkpoint. NOTE: not AutoProcessor, which wants
     torchvision for videos and would preprocess the images anew for every order."""
-    family = load_pretrained(AutoConfig, name).model_type
-    if family != FAMILY:
-        raise SystemExit(f"{name} is a {family} model; perl.py knows {FAMILY} only")
+    config = load_pretrained(AutoConfig, name)
+    if config.model_type != FAMILY:
+        raise SystemExit(f"{name} is a {config.model_type} model; perl.py knows {FAMILY} only")
     tokenizer = load_pretrained(AutoTokenizer, name)
-    image_processor = load_pretrained(AutoImageProcessor, name)
-    least_pixels = min(image_processor.size["shortest_edge"], cfg.max_pixels)
-    image_processor.size = {"longest_edge": cfg.max_pixels, "shortest_edge": least_pixels}
+    tokenizer.chat_template = chat_template(name, tokenizer)  # checkpoints carry it on
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if len(tokenizer) > config.text_config.vocab_size or image_id != config.image_token_id:
+        raise SystemExit(f"{name}: its tokenizer belongs to another model")
+    image_processor = load_pretrained(AutoImageProcessor, name, config=config)
+    least = min(image_processor.size["shortest_edge"], cfg.max_pixels)  # pixels, both of them
+    image_processor.size = {"longest_edge": cfg.max_pixels, "shortest_edge": least}
     eos = load_pretrained(GenerationConfig, name).eos_token_id  # one, a list, or None
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    return Processor(
-        tokenizer, image_processor, cfg.instruction, eos_ids=sorted(eos_ids),
-        image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), pad_id=tokenizer.pad_token_id,
-        banned_ids=tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
+    return Processor(tokenizer, image_processor, cfg.instruction, image_id,
+                     pad_id=tokenizer.pad_token_id, eos_ids=sorted(eos_ids),
+                     banned_ids=tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
 
 def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedModel:
-    """The checkpoint in float32: an update of 1e-6 vanishes in bfloat16."""
-    model = load_pretrained(FAMILY_MODEL, name, dtype=torch.float32, use_safetensors=True,
-                            attn_implementation="shared_prompt")  # sdpa, but for what is shared
+    """The checkpoint's model on the device, mapped from safetensors without a copy in between.
+    SystemExit for a weight that the file lacks: the library would go on with random numbers."""
+    as_bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
+    model, report = load_pretrained(
+        FAMILY_MODEL, name, dtype=torch.bfloat16 if as_bf16 else torch.float32,
+        device_map={"": device}, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with its name
+        attn_implementation="shared_prompt")  # sdpa, but for what is shared
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise SystemExit(f"{name}: {kind.replace('_', ' ')} such as {min(report[kind])}")
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.model.visual.requires_grad_(not cfg.freeze_vision)                # FAMILY
-    return model.to(device).eval()
-
-def autocast(model, cfg):
-    """bfloat16 arithmetic on a GPU; nothing on a CPU."""
-    on_gpu = model.device.type == "cuda"
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.bf16 and on_gpu)
+    return model.eval()
 
 def load_pictures(sample: Sample, processor) -> dict[str, Picture]:
     """Path -> picture: each image preprocessed once, for all orders of its question."""
@@ -521,14 +529,14 @@ def encode_prompt(sample: Sample, processor, pictures: dict[str, Picture] = None
     return Prompt(sample, ids, in_order)
 
 def prompt_length(sample: Sample, processor) -> int:
-    """Tokens of a prompt, from its images' sizes. ValueError for a strip of 200 : 1."""
+    """Tokens of a prompt, from its images' sizes."""
     images = processor.image_processor
     length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
     for path in sample.images:
         with Image.open(path) as image:
             try:
                 patches = images.get_number_of_image_patches(image.height, image.width)
-            except ValueError as error:
+            except ValueError as error:  # a strip of 200 : 1
                 raise ValueError(f"{sample.id}, field images: {path}: {error}") from None
         length += patches // images.merge_size ** 2 - 1
     return length
@@ -546,14 +554,13 @@ def load_questions(path: str, processor, cfg, accelerator) -> list[Sample]:
         raise SystemExit(f"{path}: none left; raise --max-prompt-tokens or lower --max-pixels")
     return kept
 
-def collate(prompts: list[Prompt], responses: list[list[list[int]]], features: "Features",
-            model, processor) -> tuple[dict, list[list[int]]]:
+def collate(prompts: list[Prompt], responses: list[list[list[int]]], model, processor,
+            cfg) -> tuple[dict, list[list[int]]]:
     """Rows [padding, prompt, its responses] -> the model's inputs, and lengths of the parts.
-
     Prompts of 2 and 3 tokens, one with responses a and b, one with c (to sample: none):
         p p a a b        segment lengths  [0, 2, 2, 1]
         . p p p c                         [1, 3, 1]
-    Without sharing a row has one response at most, and features is None.
+    Without sharing a row has one response at most.
     NOTE: without mm_token_type_ids the model silently falls back to 1-D positions."""
     rows = [prompt.ids + sum(own, []) for prompt, own in zip(prompts, responses)]
     width = max(map(len, rows))
@@ -568,10 +575,10 @@ def collate(prompts: list[Prompt], responses: list[list[list[int]]], features: "
     inputs = {"input_ids": ids, "attention_mask": mask,
               "mm_token_type_ids": (ids == processor.image_id).int(),           # FAMILY
               "image_grid_thw": torch.cat([picture.grid for picture in in_order])}
-    if features is None:
-        inputs["pixel_values"] = torch.cat([picture.pixels for picture in in_order])
+    if cfg.share:
+        share_row(inputs, segment_lengths, in_order, model)
     else:
-        add_shared(inputs, segment_lengths, [features[id(p)] for p in in_order], model)
+        inputs["pixel_values"] = torch.cat([picture.pixels for picture in in_order])
     for name, value in inputs.items():
         inputs[name] = value.to(model.device) if isinstance(value, Tensor) else value
     return inputs, segment_lengths
@@ -612,21 +619,19 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg,
     # NOTE: what it leaves None, generate fills from the checkpoint's own; Qwen2.5-VL's say
     # top_k = 1, repetition_penalty = 1.05. So it takes their place meanwhile.
     own_config, model.generation_config = model.generation_config, sampling
-    longest_first = sorted(range(len(prompts)), key=lambda k: -len(prompts[k].ids))
-    size = max(cfg.rollout_batch // n, 1)  # prompts in a call
-    responses, features = [None] * len(prompts), None
-    starts = range(0, len(prompts), size)
-    for start in tqdm(starts, "generate", leave=False, disable=None):
-        batch = longest_first[start:start + size]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    longest_first = sorted(range(len(prompts)), key=lambda k: -lengths[k])
+    batches = fill(longest_first, lambda batch: len(batch) * n <= cfg.rollout_batch
+                   and len(batch) * lengths[batch[0]] <= 4 * cfg.max_tokens_per_micro_batch)
+    responses = [None] * len(prompts)
+    for batch in tqdm(batches, "generate", leave=False, disable=None):
         chosen = [prompts[k] for k in batch]
-        with autocast(model, cfg):
-            if cfg.share:
-                features = encode_images(model, chosen, cfg, known=features)
-                inputs = prefill(model, processor, chosen, n, features)
-            else:
-                repeated = [prompt for prompt in chosen for _ in range(n)]
-                inputs, _ = collate(repeated, [[]] * size * n, None, model, processor)
-            output = model.generate(**inputs, generation_config=sampling)   # (B, L + T)
+        if not cfg.share:
+            chosen = [prompt for prompt in chosen for _ in range(n)]
+        inputs, _ = collate(chosen, [[]] * len(chosen), model, processor, cfg)
+        if cfg.share:
+            inputs = prefill(model, inputs, n)
+        output = model.generate(**inputs, generation_config=sampling)       # (B, L + T)
         rows = output[:, inputs["input_ids"].shape[1]:].tolist()
         for position, k in enumerate(batch):
             responses[k] = rows[position * n:(position + 1) * n]
@@ -635,8 +640,7 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg,
 
 def sample_groups(model, processor, samples: list[Sample], orders: list[list[Order]], n: int,
                   cfg, greedy: bool = False) -> list[list[Rollout]]:
-    """n graded responses to each order of each sample: a list of rollouts a sample, order by
-    order; the first n answer the identity."""
+    """n graded responses to each order of each sample: a list a sample, order by order."""
     prompts = []
     for sample, sample_orders in zip(samples, orders):
         pictures = load_pictures(sample, processor)
@@ -673,9 +677,8 @@ def grade(rollout: Rollout, cfg) -> None:
 
 def has_format(response: str) -> bool:
     r"""Whether it is <think>...</think>...\boxed{...}..., with one think block."""
-    think = r"\s*<think>((?!</?think>).)*</think>(?P<rest>((?!</?think>).)*)"
-    match = re.fullmatch(think, response, re.DOTALL)
-    return match is not None and bool(last_boxed(match["rest"]))
+    match = re.fullmatch(r"\s*<think>((?!</?think>).)*</think>((?!</?think>).)*", response, re.S)
+    return match is not None and bool(last_boxed(response.rpartition("</think>")[2]))
 
 def is_correct(response: str, gold: str) -> bool:
     """Whether its answer means the same as `gold`. Never evaluates text as code."""
@@ -704,16 +707,15 @@ def extract_answer(response: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} whose braces balance, or None."""
-    open_braces, begin, content = [], -1, None
+    open_braces, boxes = [], {}  # where a box begins -> its content
     for brace in re.finditer(r"\\boxed\s*\{|(?<!\\)[{}]", text):
         if brace[0] != "}":
             open_braces.append(brace)
         elif open_braces:
             opening = open_braces.pop()
-            if opening[0] != "{" and opening.end() > begin:
-                begin = opening.end()
-                content = text[begin:brace.start()].strip()
-    return content
+            if opening[0] != "{":
+                boxes[opening.end()] = text[opening.end():brace.start()].strip()
+    return boxes[max(boxes)] if boxes else None
 
 # States a letter: alone ("B", "(B)", "option B") or as a label ("B. dogs").
 STATED_LETTER = re.compile(r"(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?\(?([A-Z])"
@@ -754,9 +756,8 @@ def plain(answer: str) -> str:
     return re.sub(r"^\((\w)\)$", r"\1", answer)
 
 class MathJudge:
-    """math-verify in a process of its own, out of reach of a terminal's Ctrl-C, which ends
-    itself when a question takes too long. NOTE: a signal would not do: 9^{9^{9^9}} hangs in
-    one C call, and only faulthandler's watchdog thread gets a word in."""
+    """math-verify in a process of its own, out of reach of Ctrl-C, that ends itself after
+    SECONDS. NOTE: 9^{9^{9^9}} is one C call: faulthandler's thread stops it, no signal does."""
     SECONDS, MAX_CHARS = 5.0, 500
     PROGRAM = """
 import faulthandler, json, sys
@@ -790,17 +791,15 @@ MATH_JUDGE = MathJudge()
 
 # ---- Advantages and filter (Eq. 4-5) ---------------------------------------------------
 
-def group_advantages(rewards: Tensor, std_normalization: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor) -> Tensor:
     """Rewards (Q, R) -> advantages (Q, R); a row holds ALL rollouts of a question. (Eq. 4-5)
-
-    Rows without variance are zero. Example: [[1, 0, 0, 1], [1, 1, 1, 1]] gives
-    [[1, -1, -1, 1], [0, 0, 0, 0]]."""
+    Example: [[1, 0, 0, 1], [1, 1, 1, 1]] gives [[1, -1, -1, 1], [0, 0, 0, 0]]: none without
+    variance, to the last bit."""
     rewards = torch.as_tensor(rewards)
     rewards = rewards if rewards.is_floating_point() else rewards.float()
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)                # r - mean(r)
-    if std_normalization:
-        std = rewards.std(dim=1, keepdim=True, correction=0)                # (Q, 1)
-        advantages = advantages / std.clamp_min(torch.finfo(rewards.dtype).tiny)
+    deviation = rewards - rewards.mean(dim=1, keepdim=True)                 # r - mean(r)
+    std = rewards.std(dim=1, keepdim=True, correction=0)                    # (Q, 1)
+    advantages = deviation / std.clamp_min(torch.finfo(rewards.dtype).tiny)
     varied = (rewards != rewards[:, :1]).any(dim=1, keepdim=True)           # (Q, 1)
     return advantages.where(varied, torch.zeros_like(advantages))
 
@@ -809,7 +808,7 @@ def set_advantages(groups: list[list[Rollout]], cfg) -> None:
     for group in groups:
         rewards = torch.tensor([rollout.reward for rollout in group])
         rows = cfg.n_permutations + 1 if cfg.baseline == "per-order" else 1
-        advantages = group_advantages(rewards.view(rows, -1), cfg.std_normalization)
+        advantages = group_advantages(rewards.view(rows, -1))
         for rollout, advantage in zip(group, advantages.flatten().tolist()):
             rollout.advantage = advantage
 
@@ -817,7 +816,6 @@ VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat")
 
 def verdict(group: list[Rollout], cfg) -> str:
     """What becomes of a group. Kept: advantages, and a mean accuracy that --filter allows.
-
     Example, online, bounds .1 and .9, 12 rollouts: 6 right is kept, 11 too_easy, 12
     all_right. flat: no advantages for another reason, as with the per-order baseline."""
     online = (cfg.filter_low, cfg.filter_high)
@@ -837,11 +835,9 @@ SCORE_TARGET = (12, 11, 11, 12, 15, 17, 6, 5, 4, 3, 3)
 
 def resample_by_difficulty(scores: list[float], target: tuple[float, ...], size: int,
                            rng: random.Random) -> list[int]:
-    """Indices of about `size` questions, drawn so that their scores follow `target`.
-
-    Bin k of len(target) holds the scores nearest to k / (len(target) - 1). A bin that is
-    short gives all it has; none is drawn twice. Example: 100 scores of 1.0 and 10 of 0.5,
-    target half and half, size 40: the ten of 0.5 and twenty of 1.0."""
+    """Indices of about `size` questions, whose scores follow the histogram `target`. A bin
+    that is short of questions gives all it has; none is drawn twice. Example: 100 scores of
+    1.0 and 10 of 0.5, target half and half, size 40: the ten of 0.5 and twenty of 1.0."""
     bins = [[] for _ in target]
     for index, score in enumerate(scores):
         bins[round(score * (len(target) - 1))].append(index)
@@ -865,25 +861,21 @@ def predictors(hidden: Tensor, segment_lengths: list[list[int]]) -> Tensor:
             chosen += [prompt[-1:], response[:-1]]
     return hidden.flatten(0, 1)[torch.cat(chosen)]
 
-def response_logprobs(model, processor, rollouts: list[Rollout], cfg,
-                      features: "Features" = None) -> tuple[Tensor, Tensor]:
+def response_logprobs(model, processor, rollouts: list[Rollout],
+                      cfg) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) of the response tokens at the sampling temperature, and their
     mask; zeros behind a response's end. Logits exist for `logit_chunk` tokens at a time and
     are made again in the backward pass: 152k floats for each token would not fit."""
-    packed = pack(rollouts, cfg)  # without sharing, a row for each rollout
-    prompts = [row[0].prompt for row in packed]
-    responses = [[rollout.ids for rollout in row] for row in packed]
-    features = encode_images(model, prompts, cfg, known=features)
-    inputs, segment_lengths = collate(prompts, responses, features, model, processor)
+    rows = pack(rollouts, cfg)  # without sharing, one for each rollout
+    prompts = [row[0].prompt for row in rows]
+    responses = [[rollout.ids for rollout in row] for row in rows]
+    inputs, segment_lengths = collate(prompts, responses, model, processor, cfg)
     targets = [torch.tensor(rollout.ids, device=model.device) for rollout in rollouts]
-    with autocast(model, cfg):
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state   # (rows, S, D)
-        hidden = predictors(hidden, segment_lengths)                        # (tokens, D)
-        states = hidden.split(cfg.logit_chunk)
-        tokens = torch.cat(targets).split(cfg.logit_chunk)
-        logprobs = [checkpoint(token_logprobs, model.lm_head, h, t, processor.banned_ids,
-                               cfg.temperature, use_reentrant=False)
-                    for h, t in zip(states, tokens)]
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state       # (rows, S, D)
+    hidden = predictors(hidden, segment_lengths)                            # (tokens, D)
+    chunks = zip(hidden.split(cfg.logit_chunk), torch.cat(targets).split(cfg.logit_chunk))
+    logprobs = [checkpoint(token_logprobs, model.lm_head, *chunk, processor.banned_ids,
+                           cfg.temperature, use_reentrant=False) for chunk in chunks]
     mask = stack([torch.ones_like(ids, dtype=torch.bool) for ids in targets])   # (B, T)
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, torch.cat(logprobs)), mask
@@ -900,9 +892,8 @@ def token_logprobs(lm_head, hidden: Tensor, targets: Tensor, banned_ids: list[in
 def store_logprobs(model, processor, rollouts: list[Rollout], name: str, cfg) -> None:
     """Write the log-probabilities under `model` into the field `name` of each rollout."""
     model.eval()
-    features = encode_images(model, [rollout.prompt for rollout in rollouts], cfg)
     for batch in micro_batches(rollouts, cfg):
-        logprobs, _ = response_logprobs(model, processor, batch, cfg, features)
+        logprobs, _ = response_logprobs(model, processor, batch, cfg)
         for rollout, row in zip(batch, logprobs):
             setattr(rollout, name, row[:len(rollout.ids)].clone())
 
@@ -910,10 +901,9 @@ def fill(items: list, fits: Callable[[list], bool]) -> list[list]:
     """Items in groups, in order: one joins the last group if fits(group with it)."""
     groups = []
     for item in items:
-        if groups and fits(groups[-1] + [item]):
-            groups[-1].append(item)
-        else:
-            groups.append([item])
+        if not groups or not fits(groups[-1] + [item]):
+            groups.append([])
+        groups[-1].append(item)
     return groups
 
 def row_length(row: list[Rollout]) -> int:
@@ -921,9 +911,8 @@ def row_length(row: list[Rollout]) -> int:
 
 def pack(rollouts: list[Rollout], cfg) -> list[list[Rollout]]:
     """Neighbours that answer the same prompt, in rows of at most a micro-batch's tokens.
-
-    Example, at most 9 tokens: responses of 2, 2 and 3 tokens to a prompt of 4 make two
-    rows, of 4 + 2 + 2 and 4 + 3 tokens. With --no-share every row has one."""
+    Example, at most 9: responses of 2, 2 and 3 tokens to a prompt of 4 make two rows, of
+    4 + 2 + 2 and 4 + 3 tokens. With --no-share every row has one."""
     limit = cfg.max_tokens_per_micro_batch if cfg.share else 0
     return fill(rollouts, lambda row: row[-1].prompt is row[0].prompt
                 and row_length(row) <= limit)
@@ -943,7 +932,6 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | N
                 advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float,
                 beta: float, denominator: float) -> tuple[Tensor, dict[str, float]]:
     """Clipped surrogate less beta * KL, summed over kept tokens, over `denominator`. (Eq. 6)
-
     logprobs, old_logprobs, ref_logprobs, mask: (B, T); advantages: (B,). Returns a scalar
     loss and two sums over tokens: `kl`, and `clipped`, how many lost their gradient. With
     the `loss_denominator` of the whole update, micro-batches add up to the same."""
@@ -983,16 +971,15 @@ def draw_questions(pool: list[int], n_questions: int, k: int, rng: random.Random
 def collect_groups(model, processor, questions: list[Sample], pool: list[int],
                    alpha: float, rng: random.Random, cfg,
                    accelerator) -> dict[str, list[list[Rollout]]]:
-    """This process's groups of a step, by their verdicts. With the online filter, questions
-    are drawn on for dropped ones, until all processes have their part of the batch or
-    cfg.max_rounds is reached. Every process draws them all and asks its own."""
+    """This process's groups of a step, by verdict. With the online filter, dropped questions
+    are replaced until every process has its part of the batch, or for cfg.max_rounds."""
     world, rank = accelerator.num_processes, accelerator.process_index
     wanted = missing = cfg.questions_per_step // world
     groups = {name: [] for name in VERDICTS}
     for _ in range(1 if cfg.filter in ("none", "offline") else cfg.max_rounds):
         drawn = draw_questions(pool, len(questions), missing * world, rng)
         chosen = [questions[k] for k in drawn]
-        orders = [draw_orders(q, cfg.n_permutations, alpha, rng) for q in chosen]
+        orders = [draw_orders(sample, cfg.n_permutations, alpha, rng) for sample in chosen]
         sampled = sample_groups(model, processor, chosen[rank::world], orders[rank::world],
                                 cfg.rollouts_per_order, cfg)
         set_advantages(sampled, cfg)
@@ -1010,8 +997,9 @@ def update(model, ref_model, optimizer, processor, kept: list[list[Rollout]], cf
     rollouts = sum(kept, [])
     if cfg.updates_per_step > 1:  # with one, the policy trained is the one that sampled
         store_logprobs(model, processor, rollouts, "old_logprobs", cfg)
-    if ref_model is not None:
-        store_logprobs(ref_model, processor, rollouts, "ref_logprobs", cfg)
+    if ref_model is not None:  # it lies in host memory, and fits while there are no gradients
+        store_logprobs(ref_model.to(model.device), processor, rollouts, "ref_logprobs", cfg)
+        ref_model.to("cpu")
     sums, norms = {"tokens": 0.0, "kl": 0.0, "clipped": 0.0}, []
     model.train()
     for u in range(cfg.updates_per_step):
@@ -1022,17 +1010,15 @@ def update(model, ref_model, optimizer, processor, kept: list[list[Rollout]], cf
         if denominator == 0:  # NOTE: AdamW moves weights on zero gradients too. All skip.
             continue
         add_gradients(model, processor, part, denominator, sums, cfg)
-        norms.append(optimizer_step(model, optimizer, cfg, accelerator))
+        norms.append(optimizer.step())
     model.eval()
     return sums, sum(norms) / max(len(norms), 1)
 
 def add_gradients(model, processor, rollouts: list[Rollout], denominator: float,
                   sums: dict[str, float], cfg) -> None:
     """Forward and backward passes of one update; adds to the sums over tokens."""
-    features = encode_images(model, [rollout.prompt for rollout in rollouts], cfg)
-    leaves = feature_leaves(features)
     for batch in micro_batches(rollouts, cfg):
-        logprobs, mask = response_logprobs(model, processor, batch, cfg, leaves)
+        logprobs, mask = response_logprobs(model, processor, batch, cfg)
         old_logprobs = stack([rollout.old_logprobs for rollout in batch])
         if old_logprobs is None:
             old_logprobs = logprobs.detach()
@@ -1045,33 +1031,20 @@ def add_gradients(model, processor, rollouts: list[Rollout], denominator: float,
         stats["tokens"] = int(mask.sum())
         for name, value in stats.items():
             sums[name] += value
-    backward_images(features, leaves)
-
-def optimizer_step(model, optimizer, cfg, accelerator) -> float:
-    """Sum the gradients over all processes, clip, step. Returns the norm before that."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if accelerator.num_processes > 1:
-        for weight in weights:
-            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight.grad = accelerator.reduce(grad, "sum")
-    norm = float(torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm))
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
 
 def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: dict[str, float],
                  accelerator) -> dict[str, float]:
     """Metrics of one step over all processes. The README says what is healthy."""
     rollouts = sum(sum(groups.values(), []), [])
-    counts = {name: len(groups[name]) for name in VERDICTS}
+    counts = loss_sums | {name: len(groups[name]) for name in VERDICTS}
     counts |= {"rollouts": len(rollouts), "length": sum(len(r.ids) for r in rollouts)}
     for name in ("accuracy", "format", "reward", "truncated", "idle"):
         counts[name] = sum(getattr(rollout, name) for rollout in rollouts)
-    totals = total(counts | loss_sums, accelerator)
-    metrics = {name: totals[name] / totals["rollouts"]
-               for name in ("accuracy", "format", "reward", "length", "truncated")}
-    metrics |= {name: totals[name] for name in VERDICTS}
-    metrics["dropped"] = sum(totals[name] for name in VERDICTS if name != "kept")
+    totals = total(counts, accelerator)
+    metrics = {name: totals[name] for name in VERDICTS}
+    for name in ("accuracy", "format", "reward", "length", "truncated"):
+        metrics[name] = totals[name] / totals["rollouts"]
+    metrics["dropped"] = sum(totals[name] for name in VERDICTS[1:])
     metrics["idle"] = totals["idle"] / (totals["idle"] + totals["length"])
     metrics["kl"] = totals["kl"] / max(totals["tokens"], 1)
     metrics["clip_fraction"] = totals["clipped"] / max(totals["tokens"], 1)
@@ -1081,14 +1054,13 @@ STEP_LINE = (
     "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} ({others}) | "
     "len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} clip "
     "{clip_fraction:.2f} grad {grad_norm:.2f} | gen {seconds_sample:.1f}s train "
-    "{seconds_update:.1f}s | {peak_gb:.1f} GB")
+    "{seconds_update:.1f}s | {peak_gb:.1f} GB | {left:.1f}h left")
 
 def peak_gb() -> float:
     """Peak memory in GB: of the GPU, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS bytes
-    return kilobytes / (1e9 if sys.platform == "darwin" else 1e6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # from kilobytes (Linux)
 
 class StopSignal:
     """Ctrl-C or SIGTERM: finish the step, save, stop. A second one stops at once."""
@@ -1108,11 +1080,10 @@ def find_questions(cfg, questions: list[Sample]) -> list[Sample]:
     if path is None:
         return questions
     kept = set(json.loads(path.read_text()))
-    lost = kept - {question.id for question in questions}
-    if lost:
-        raise SystemExit(f"{path} names {len(lost)} questions that {cfg.data} has not, such as "
-                         f"{min(lost)!r}; score these data with --stage 0")
-    return [question for question in questions if question.id in kept]
+    chosen = [question for question in questions if question.id in kept]
+    if len(chosen) < len(kept):
+        raise SystemExit(f"{path}: scored on other data than {cfg.data}; run --stage 0 again")
+    return chosen
 
 def find_start(cfg) -> str:
     """Where training and KL start: --model; in stage 2, the last stage 1."""
@@ -1122,17 +1093,15 @@ def find_start(cfg) -> str:
 def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""
     out, is_main = Path(cfg.out), accelerator.is_main_process
-    scored, start = find_questions(cfg, questions), find_start(cfg)
-    accelerator.print(f"training on {len(scored)} questions of {len(questions)}, from {start}")
-    questions = scored
+    questions, start = find_questions(cfg, questions), find_start(cfg)
+    accelerator.print(f"training on {len(questions)} questions, from {start}")
     held_out = held_out[:cfg.eval_questions or None] if cfg.eval_every else []
     steps = cfg.steps or math.ceil(cfg.epochs * len(questions) / cfg.questions_per_step)
 
     resumed = newest(cfg, "checkpoint-*") if cfg.resume else None
     model = load_model(str(resumed or start), cfg, accelerator.device)
-    ref_model = load_model(start, cfg, accelerator.device) if cfg.beta else None
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    ref_model = load_model(start, cfg, torch.device("cpu")) if cfg.beta else None
+    optimizer = SplitAdamW(model, cfg, accelerator)
     rng, pool, step = random.Random(cfg.seed), [], 0
     if resumed:
         pool, step = load_state(resumed, optimizer, rng)
@@ -1161,7 +1130,8 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
             "peak_gb": peak_gb(), "grader_timeouts": MATH_JUDGE.timeouts}
         dropped = [f"{metrics[name]} {name}" for name in VERDICTS[1:] if metrics[name]]
         others = ", ".join(dropped).replace("_", " ") or "all"
-        accelerator.print(STEP_LINE.format(**metrics, steps=steps, others=others))
+        hours_left = (steps - step) * (time.time() - clock) / 3600
+        accelerator.print(STEP_LINE.format(**metrics, steps=steps, others=others, left=hours_left))
         if is_main and (step - 1) % cfg.log_every == 0:
             log_group(out / "rollouts.jsonl", step, sum(groups.values(), [])[0])
         if held_out and (step % cfg.eval_every == 0 or step == steps):
@@ -1199,9 +1169,8 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     kept = resample_by_difficulty(values, SCORE_TARGET, size, random.Random(cfg.seed))
     if not kept:
         raise SystemExit(f"{path}: none kept; raise --score-keep")
-    ids = [questions[k].id for k in kept]
     if accelerator.is_main_process:
-        write_atomic(path.with_name("kept.json"), json.dumps(ids))
+        write_atomic(path.with_name("kept.json"), json.dumps([questions[k].id for k in kept]))
     accelerator.print(f"kept {len(kept)} of {len(questions)} questions; mean score "
                       f"{mean(values):.2f} -> {mean(values[k] for k in kept):.2f}")
 
@@ -1209,13 +1178,12 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
 
 def accuracies(model, processor, samples: list[Sample], n_orders: int, n: int, cfg, accelerator,
                greedy: bool = False) -> dict[str, list[float]]:
-    """Id -> accuracies of its rollouts, n in each of up to n_orders orders. The processes
-    share the samples, and get them all back."""
+    """Id -> accuracies of n rollouts in each of up to n_orders orders, from all processes."""
     mine = samples[accelerator.process_index::accelerator.num_processes]
     orders = [all_orders(sample, n_orders) for sample in mine]
     groups = sample_groups(model, processor, mine, orders, n, cfg, greedy)
-    rows = [[rollout.accuracy for rollout in group] for group in groups]
-    return dict(gather_object(list(zip([sample.id for sample in mine], rows))))
+    rows = [(sample.id, [r.accuracy for r in group]) for sample, group in zip(mine, groups)]
+    return dict(gather_object(rows))
 
 def evaluate(model, processor, samples: list[Sample], cfg, accelerator) -> dict[str, float]:
     """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in
@@ -1259,20 +1227,19 @@ def cut_logs(out: Path, last_step: int) -> None:
 def log_group(path: Path, step: int, group: list[Rollout]) -> None:
     """Write a group to rollouts.jsonl and print its first rollout."""
     for r in group:
-        append_line(path, {"step": step, "id": r.prompt.sample.id, "order": r.order,
-                           "question": r.prompt.sample.question, "gold": r.gold,
-                           "response": r.text, "accuracy": r.accuracy, "format": r.format,
-                           "reward": r.reward, "advantage": r.advantage})
-    r = group[0]
-    print(f"  {r.prompt.sample.id} in order {r.order}: {r.prompt.sample.question}\n"
-          f"  > {r.text}\n  gold {r.gold} | accuracy {r.accuracy:.0f} format {r.format:.0f} "
-          f"reward {r.reward:.1f} advantage {r.advantage:+.2f}")
+        asked = r.prompt.sample
+        append_line(path, {"step": step, "id": asked.id, "order": r.order, "gold": r.gold,
+                           "question": asked.question, "response": r.text, "reward": r.reward,
+                           "accuracy": r.accuracy, "format": r.format, "advantage": r.advantage})
+    r, asked = group[0], group[0].prompt.sample
+    print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  gold {r.gold} | "
+          f"accuracy {r.accuracy:.0f} format {r.format:.0f} reward {r.reward:.1f} "
+          f"advantage {r.advantage:+.2f}")
 
 def newest(cfg, pattern: str) -> Path | None:
     """The match in the run folder with the highest numbers: checkpoint-100, stage1-2/.. ."""
-    def numbers(path: Path) -> list[int]:
-        return list(map(int, re.findall(r"\d+", str(path.relative_to(cfg.out)))))
-    return max(Path(cfg.out).glob(pattern), default=None, key=numbers)
+    return max(Path(cfg.out).glob(pattern), default=None, key=lambda path: [
+        int(number) for number in re.findall(r"\d+", str(path.relative_to(cfg.out)))])
 
 def open_run(cfg, accelerator) -> None:
     """Make the run folder. Its top is the current run: an earlier one, of stage 1 say, moves
@@ -1282,7 +1249,12 @@ def open_run(cfg, accelerator) -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             if (out / "config.json").exists():
-                set_aside_run(out, json.loads((out / "config.json").read_text())["stage"])
+                stage = f"stage{json.loads((out / 'config.json').read_text())['stage']}"
+                archive = out / f"{stage}-{1 + len(list(out.glob(stage + '-*')))}"
+                archive.mkdir()
+                for entry in set(out.iterdir()) - set(out.glob("stage?-*")):
+                    os.replace(entry, archive / entry.name)
+                print(f"the earlier run in {out} moved to {archive}")
         except (OSError, TypeError, ValueError, KeyError) as error:
             raise SystemExit(f"--out {out} is no folder to run in ({error!r})") from None
         shutil.copy(__file__, out / "perl.py")
@@ -1290,34 +1262,27 @@ def open_run(cfg, accelerator) -> None:
     accelerator.wait_for_everyone()
     orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
     accelerator.print(
-        f"config: {json.dumps(vars(cfg))}\npython {sys.version.split()[0]}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, accelerate "
-        f"{accelerate.__version__}; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device}\nrun folder: {out}\nbatch: {cfg.questions_per_step} questions "
-        f"x {orders} orders x {n} = {cfg.questions_per_step * orders * n} rollouts, "
-        f"{cfg.updates_per_step} update(s), micro-batches of "
-        f"{cfg.max_tokens_per_micro_batch} tokens")
-
-def set_aside_run(out: Path, stage: int) -> None:
-    """Move the run at the top of a folder into a folder of its own there."""
-    archive = out / f"stage{stage}-{1 + len(list(out.glob(f'stage{stage}-*')))}"
-    archive.mkdir()
-    for entry in sorted(out.iterdir()):
-        if not entry.match("stage?-*"):
-            os.replace(entry, archive / entry.name)
-    print(f"the earlier run in {out}, of stage {stage}, moved to {archive}")
+        f"config: {json.dumps(vars(cfg))}\ntorch {torch.__version__}, transformers "
+        f"{transformers.__version__}, accelerate {accelerate.__version__}; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}\nrun folder: {out}\n"
+        f"batch: {cfg.questions_per_step} questions x {orders} orders x {n} = "
+        f"{cfg.questions_per_step * orders * n} rollouts, {cfg.updates_per_step} update(s)")
 
 def save_checkpoint(cfg, step: int, model, processor, optimizer, rng: random.Random,
                     pool: list[int], accelerator) -> None:
-    """Write OUT/checkpoint-STEP, a Hugging Face folder; then remove the one before."""
-    if accelerator.is_main_process:
-        out = Path(cfg.out)
-        temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step}"
+    """OUT/checkpoint-STEP: a Hugging Face folder, and in it each process's part of the state."""
+    out, is_main = Path(cfg.out), accelerator.is_main_process
+    temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step}"
+    if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         for part in (model, processor.tokenizer, processor.image_processor):
             part.save_pretrained(temporary)
-        torch.save({"step": step, "pool": pool, "rng": rng.getstate(),
-                    "optimizer": optimizer.state_dict()}, temporary / "training_state.pt")
+        torch.save({"step": step, "pool": pool, "rng": rng.getstate()},
+                   temporary / "training_state.pt")
+    accelerator.wait_for_everyone()
+    torch.save(optimizer.state_dict(), temporary / f"optimizer-{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if is_main:
         os.replace(temporary, final)
         for other in set(out.glob("checkpoint-*")) - {final}:
             shutil.rmtree(other)
@@ -1325,19 +1290,18 @@ def save_checkpoint(cfg, step: int, model, processor, optimizer, rng: random.Ran
 
 def load_state(folder: Path, optimizer, rng: random.Random) -> tuple[list[int], int]:
     """Restore what a checkpoint has beside the model -> pool of questions, step."""
+    optimizer.load(folder)
     state = torch.load(folder / "training_state.pt", "cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
     rng.setstate(state["rng"])
     return state["pool"], state["step"]
 
 # ---- Shared compute: skip it on a first reading ----------------------------------------
-# What is computed once, and why it is exact. A permutation changes the order of the images
-# and nothing else, and the n rollouts of an order have their whole prompt in common:
-#   - The vision tower sees each image alone: its features serve all rollouts of a question.
-#   - In a causal model a prompt does not see what follows it. Sampling keeps its keys and
-#     values once for n responses; the loss has it in one row with them. There a token sees
-#     the prompt and its own response, at the positions of a row of its own. Prompt p,
-#     responses a and b:
+# A permutation changes the order of the images and nothing else, and the n rollouts of an
+# order have their whole prompt in common. So, without a change in any number:
+#   - The vision tower sees each image alone: its features serve all rollouts of a batch.
+#   - A prompt does not see what follows it. Sampling keeps its keys and values once for n
+#     responses; the loss has it in one row with them. There a token sees the prompt and its
+#     own response, at the positions of a row of its own. Prompt p, responses a and b:
 #             p p p a a b b   position
 #         p   1 . . . . . .   0
 #         p   1 1 . . . . .   1
@@ -1346,53 +1310,24 @@ def load_state(folder: Path, optimizer, rng: random.Random) -> tuple[list[int], 
 #         a   1 1 1 1 1 . .   4
 #         b   1 1 1 . . 1 .   3
 #         b   1 1 1 . . 1 1   4
-# The seam: `encode_images` (None without sharing), `pack` (rows of one), `prefill` in
-# `generate`, the end of `collate`. --no-share gives the same numbers for far more work.
+# The seams: `pack` (without sharing, rows of one), the end of `collate`, `prefill` in
+# `generate`. --no-share gives the same numbers for far more work.
 
-Features = dict[int, Tensor] | None  # id(picture) -> (tokens, D); None with --no-share
+def encode_images(model, pictures: list[Picture]) -> list[Tensor]:
+    """Features (tokens, D) of each picture. The vision tower sees a picture once, however often
+    it comes."""
+    distinct = {id(picture): picture for picture in pictures}
+    pixels = torch.cat([picture.pixels for picture in distinct.values()]).to(model.device)
+    grids = torch.cat([picture.grid for picture in distinct.values()]).to(model.device)
+    encoded = model.get_image_features(pixels, grids).pooler_output             # FAMILY
+    features = dict(zip(distinct, encoded))
+    return [features[id(picture)] for picture in pictures]
 
-def encode_images(model, prompts: list[Prompt], cfg, known: Features = None) -> Features:
-    """Each distinct picture through the vision tower, unless `known` has it. With gradient
-    checkpointing only the features stay in memory: the backward pass runs the tower again,
-    for a micro-batch of pictures at a time."""
-    if not cfg.share:
-        return None
-
-    def encode(pictures: list[Picture]) -> tuple[Tensor, ...]:
-        pixels = torch.cat([picture.pixels for picture in pictures]).to(model.device)
-        grids = torch.cat([picture.grid for picture in pictures]).to(model.device)
-        with autocast(model, cfg):
-            return model.get_image_features(pixels, grids).pooler_output    # FAMILY
-
-    if cfg.gradient_checkpointing:
-        encode = functools.partial(checkpoint, encode, use_reentrant=False)
-    pictures = {id(p): p for p in sum((prompt.pictures for prompt in prompts), [])}
-    features = {key: known[key] for key in pictures if known and key in known}
-    missing = [pictures[key] for key in pictures if key not in features]
-    limit = cfg.max_tokens_per_micro_batch
-    for batch in fill(missing, lambda batch: sum(p.tokens for p in batch) <= limit):
-        features |= zip(map(id, batch), encode(batch))
-    return features
-
-def feature_leaves(features: Features) -> Features:
-    """Float32 copies of the features: micro-batches gather their gradients on them."""
-    if features is None:
-        return None
-    return {key: feature.detach().float().requires_grad_(feature.requires_grad)
-            for key, feature in features.items()}
-
-def backward_images(features: Features, leaves: Features) -> None:
-    """Hand the gradients that the copies gathered to the vision tower, once an update."""
-    reached = [key for key, leaf in (leaves or {}).items() if leaf.grad is not None]
-    if reached:
-        gradients = [leaves[key].grad.to(features[key].dtype) for key in reached]
-        torch.autograd.backward([features[key] for key in reached], gradients)
-
-def add_shared(inputs: dict, segment_lengths: list[list[int]], features: list[Tensor],
-               model) -> None:
-    """Add to the inputs of packed rows, in place: image features, positions of each response,
-    and in the mask's place the lengths of the parts: tree_attention knows who sees whom."""
-    if any(len(lengths) > 3 for lengths in segment_lengths):  # more than one response
+def share_row(inputs: dict, segment_lengths: list[list[int]], pictures: list[Picture],
+              model) -> None:
+    """Add to the inputs: image features; where a row has several responses, positions that
+    begin again with each, and in the mask's place the lengths of the parts."""
+    if any(len(lengths) > 3 for lengths in segment_lengths):
         positions, _ = model.model.get_rope_index(**inputs)                     # FAMILY
         for row, (padding, prompt, *responses) in enumerate(segment_lengths):
             begin = padding + prompt
@@ -1402,8 +1337,8 @@ def add_shared(inputs: dict, segment_lengths: list[list[int]], features: list[Te
                 begin += length
         inputs["position_ids"] = positions                                      # (3, B, S)
         inputs["attention_mask"] = {"full_attention": segment_lengths}
-    encoded = BaseModelOutputWithPooling(pooler_output=features)
-    inputs["mm_encoder_outputs"] = {"image": encoded}
+    features = BaseModelOutputWithPooling(pooler_output=encode_images(model, pictures))
+    inputs["mm_encoder_outputs"] = {"image": features}
 
 class SharedPromptLayer(DynamicLayer):
     """KV cache of a layer. The first call brings the prompts' part (P, heads, L, d), which
@@ -1411,20 +1346,18 @@ class SharedPromptLayer(DynamicLayer):
     prompts = None
 
     def update(self, keys, values, *args, **kwargs):
-        keys = keys.to(values.dtype)  # rotary positions make them float32
-        if self.prompts is None:
-            self.prompts = keys, values
+        if self.prompts is None:  # contiguous once, or each step of decoding would copy them
+            self.prompts = keys.contiguous(), values.contiguous()
             return keys, values
         keys, values = super().update(keys, values)
         return (self.prompts[0], keys), (self.prompts[1], values)
 
     def get_seq_length(self) -> int:
-        prompt_length = 0 if self.prompts is None else self.prompts[0].shape[2]
-        return prompt_length + super().get_seq_length()
+        shared = 0 if self.prompts is None else self.prompts[0].shape[2]
+        return shared + super().get_seq_length()
 
-def prefill(model, processor, prompts: list[Prompt], n: int, features: Features) -> dict:
+def prefill(model, inputs: dict, n: int) -> dict:
     """Read each prompt up to its last token -> inputs for generate, n rows a prompt."""
-    inputs, _ = collate(prompts, [[]] * len(prompts), features, model, processor)
     cache = Cache(layer_class_to_replicate=SharedPromptLayer)
     but_last = {name: inputs[name][:, :-1]
                 for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
@@ -1447,8 +1380,7 @@ def shared_prompt_attention(module, query, key, value, attention_mask, **kwargs)
 transformers.AttentionInterface.register("shared_prompt", shared_prompt_attention)
 transformers.AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
-def decode_attention(query: Tensor, key: tuple[Tensor, Tensor],
-                     value: tuple[Tensor, Tensor], mask: Tensor | None,
+def decode_attention(query: Tensor, key: tuple, value: tuple, mask: Tensor | None,
                      scaling: float) -> Tensor:
     """One new token in each of P * n rows against the one copy of its prompt (L tokens) and
     its own response (t tokens), one softmax over both. -> (B, 1, H, d)"""
@@ -1457,10 +1389,9 @@ def decode_attention(query: Tensor, key: tuple[Tensor, Tensor],
     query = query.view(P, B // P, h, -1, d).float() * scaling           # (P, n, h, g, d)
     own_keys = own_keys.view(P, B // P, h, -1, d)                       # (P, n, h, t, d)
     own_values = own_values.view(P, B // P, h, -1, d)
-    with torch.autocast("cuda", enabled=False):  # bfloat16 would round the scores too far
-        scores = torch.cat([
-            torch.einsum("pnhgd,phld->pnhgl", query, keys.float()),
-            torch.einsum("pnhgd,pnhtd->pnhgt", query, own_keys.float())], dim=-1)
+    scores = torch.cat([  # in float32: bfloat16 would round them too far
+        torch.einsum("pnhgd,phld->pnhgl", query, keys.float()),
+        torch.einsum("pnhgd,pnhtd->pnhgt", query, own_keys.float())], dim=-1)
     if mask is not None:  # (B, 1, 1, L + t); false at padding only
         scores = scores.masked_fill(~mask.view(P, -1, 1, 1, mask.shape[-1]), -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
@@ -1493,12 +1424,102 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor,
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows).transpose(1, 2)
 
+# ---- Memory and machines: skip it on a first reading -----------------------------------
+
+class SplitAdamW:
+    """AdamW on float32 copies of the weights (or on these, if float32 and in place), in host
+    memory where the GPU is too small, split over processes by whole tensors (ZeRO-1): the owner
+    gets the sum of gradients, steps, hands the weight round. Processes may differ in
+    micro-batches; FSDP wants equal ones, and saves nothing if weights stay whole to decode."""
+    def __init__(self, model, cfg, accelerator):
+        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.max_grad_norm = cfg.max_grad_norm
+        self.weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        largest_first = sorted(self.weights, key=lambda name: -self.weights[name].numel())
+        self.owners, load = {}, [0] * self.world
+        for name in largest_first:
+            self.weights[name].grad_dtype = torch.float32  # sums in bfloat16 lose the small
+            self.owners[name] = load.index(min(load))
+            load[self.owners[name]] += self.weights[name].numel()
+        free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else math.inf
+        tight = 16 * max(load) > free / 2  # bytes: copy, two moments, gradient
+        on_host = cfg.optimizer_device == "host" or cfg.optimizer_device == "auto" and tight
+        device = torch.device("cpu") if on_host else model.device
+        self.masters = {name: w.detach().to(device, torch.float32)
+                        for name, w in self.weights.items() if self.owners[name] == self.rank}
+        self.adamw = torch.optim.AdamW(
+            self.masters.values(), lr=cfg.lr, weight_decay=cfg.weight_decay,
+            fused=model.dtype != torch.float32)  # one pass: 6 times as fast on a host
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Update the weights, drop the gradients. Returns their norm before clipping."""
+        norms = []  # of what this process owns
+        for name, weight in self.weights.items():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+            if self.world > 1:
+                torch.distributed.reduce(weight.grad, self.owners[name])
+            if name in self.masters:
+                norms.append(torch.linalg.vector_norm(weight.grad))
+            else:
+                weight.grad = None
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self.world > 1:
+            torch.distributed.all_reduce(norm.square_())
+            norm.sqrt_()
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for name, master in self.masters.items():  # one by one: the host holds one gradient
+            weight = self.weights[name]
+            master.grad = weight.grad.mul_(scale).to(master.device)
+            weight.grad = None
+            self.adamw.step()
+            master.grad = None
+            weight.copy_(master)
+        if self.world > 1:
+            for name, weight in self.weights.items():
+                torch.distributed.broadcast(weight.detach(), self.owners[name])
+        return float(norm)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Of each tensor that this process owns: float32 copy, moments, steps taken."""
+        return {name: {"master": master} | self.adamw.state[master]
+                for name, master in self.masters.items()}
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take what this process owns from a checkpoint of any number of processes."""
+        missing = set(self.masters)
+        for path in folder.glob("optimizer-*.pt"):
+            saved = torch.load(path, "cpu", mmap=True, weights_only=True)  # read what is owned
+            for name in missing & saved.keys():
+                master, state = self.masters[name], saved[name]
+                master.copy_(state.pop("master"))
+                self.weights[name].copy_(master)
+                for key, value in state.items():
+                    self.adamw.state[master][key] = value.to(master.device, copy=True)
+            missing -= saved.keys()
+        if missing:
+            raise SystemExit(f"{folder} lacks the optimizer's state of {min(missing)}")
+
+def start_processes() -> Accelerator:
+    """Join the processes that a launcher started. A rank that dies ends all, through the
+    launcher, so that the rest may wait for hours for one that saves or evaluates."""
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    # NOTE: without a GPU, accelerate joins processes only when told that it is on a CPU.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[waiting])
+    launched = os.environ.get("WORLD_SIZE", 2 if "MASTER_ADDR" in os.environ else 1)
+    if accelerator.num_processes < int(launched):
+        raise SystemExit("The processes do not find each other: start them with accelerate "
+                         "launch --multi_gpu, or on a CPU with torchrun")
+    return accelerator
+
 # ---- Main ------------------------------------------------------------------------------
 
 def show_orders(cfg, processor, questions: list[Sample]) -> None:
     """Print what the model would read: a question with many images, in its orders."""
-    movable = [q for q in questions if q.order_rule not in ("keep", "never")]
-    sample = max(movable or questions, key=lambda question: len(question.images))
+    moving = [q for q in questions if q.order_rule not in ("keep", "never")] or questions
+    sample = max(moving, key=lambda question: len(question.images))
     for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
         asked = permute(sample, order)
         print(f"order {order}, {len(encode_prompt(asked, processor).ids)} tokens, "
@@ -1509,18 +1530,20 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    accelerator = Accelerator()
+    accelerator = start_processes()
     if cfg.cpu_threads:  # more are slower beside a busy process, and round differently
         torch.set_num_threads(cfg.cpu_threads)
+    elif accelerator.device.type == "cuda":  # for AdamW on the host: torchrun leaves it one
+        torch.set_num_threads(max(os.cpu_count() // accelerator.num_processes, 1))
     if cfg.questions_per_step % accelerator.num_processes:
         raise SystemExit(f"--questions-per-step {cfg.questions_per_step} does not divide "
                          f"into {accelerator.num_processes} processes")
     processor = load_processor(cfg.model, cfg)
     questions = load_questions(cfg.data, processor, cfg, accelerator)
-    held_out = []
-    if cfg.eval_data and (cfg.stage > 0 or cfg.dry_run):  # stage 0 does not evaluate
-        held_out = load_questions(cfg.eval_data, processor, cfg, accelerator)
+    if cfg.data == Config.data and cfg.model != "tiny":
+        accelerator.print("NOTE: these are the sample digits; --data names your own questions")
+    wanted = cfg.eval_data and (cfg.stage > 0 or cfg.dry_run)  # stage 0 does not evaluate
+    held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if wanted else []
     if cfg.dry_run:
         return show_orders(cfg, processor, questions)
     open_run(cfg, accelerator)

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from safetensors.torch import load_file, save_file
 from transformers import (AutoImageProcessor, AutoTokenizer, GenerationConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+                          Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor)
 
 import eval as ev
 import perl
@@ -302,9 +303,8 @@ def gradient_of_update(model, groups, cfg, ref_model=None):
     class Recorder:
         def step(self):
             self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-
-        def zero_grad(self):
             model.zero_grad()
+            return self.gradient.norm().item()
 
     recorder = Recorder()
     returned = perl.update(model, ref_model, recorder, PROCESSOR, groups, cfg, ACCELERATOR)
@@ -312,8 +312,8 @@ def gradient_of_update(model, groups, cfg, ref_model=None):
 
 def adamw_updates(model, steps, cfg):
     """What perl.update returns for the groups of each step."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1)
+    settings = dataclasses.replace(cfg, lr=1e-2, weight_decay=0.1)
+    optimizer = perl.SplitAdamW(model, settings, ACCELERATOR)
     return [perl.update(model, None, optimizer, PROCESSOR, groups, cfg, ACCELERATOR)
             for groups in steps]
 
@@ -338,8 +338,7 @@ def test_prompt(questions, order, tokens, mention):
 def test_collate(questions):
     prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
     model, responses = load_tiny(), [[[9, 8], [9]], [[7]], [[9, 9, 9]]]
-    features = perl.encode_images(model, prompts, tiny_config())
-    inputs, lengths = perl.collate(prompts, responses, features, model, PROCESSOR)
+    inputs, lengths = perl.collate(prompts, responses, model, PROCESSOR, tiny_config())
     for prompt, some, ids, parts in zip(prompts, responses, inputs["input_ids"], lengths):
         row = [*prompt.ids, *sum(some, [])]
         assert ids.tolist()[-len(row):] == row and (ids[:-len(row)] == PROCESSOR.pad_id).all()
@@ -495,9 +494,7 @@ def scored_group(accuracies, rewards=None):
 
 @table("changes, expected", [
     (dict(baseline="pooled"), [ROOT, -1 / ROOT, -1 / ROOT, -1 / ROOT]),
-    (dict(baseline="per-order"), [1, -1, 0, 0]),
-    (dict(baseline="pooled", std_normalization=False), [0.75, -0.25, -0.25, -0.25]),
-    (dict(baseline="per-order", std_normalization=False), [0.5, -0.5, 0, 0])])
+    (dict(baseline="per-order"), [1, -1, 0, 0])])
 def test_set_advantages(changes, expected):
     group = scored_group([1, 0, 0, 0])  # two orders of two rollouts
     perl.set_advantages([group], tiny_config(**changes))
@@ -740,10 +737,8 @@ def test_the_cache_holds_each_prompt_once(questions):
         assert layer.keys.shape[0] == 12 and layer.keys.shape[2] <= 5
         assert layer.get_seq_length() == longest - 1 + layer.keys.shape[2]
 
-def test_the_cache_stays_in_bfloat16_under_autocast(questions, monkeypatch):
-    """The rotary positions make keys float32, and a cache of them twice as large."""
-    monkeypatch.setattr(perl, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
-    model, caches = load_tiny(), []
+def test_the_cache_of_a_bfloat16_model_is_in_bfloat16(questions):
+    model, caches = load_tiny(dtype="bf16"), []
     real = model.generate
     model.generate = lambda **inputs: caches.append(inputs["past_key_values"]) or real(**inputs)
     prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
@@ -753,9 +748,9 @@ def test_the_cache_stays_in_bfloat16_under_autocast(questions, monkeypatch):
         assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
 
 @table("changes, sampling, training", [
-    ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 1, 1),
-    (dict(gradient_checkpointing=True), 1, 2),  # again for the backward pass
-    (dict(freeze_vision=True), 1, 1), (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
+    ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 2, 4),
+    (dict(gradient_checkpointing=True), 1, 1), (dict(freeze_vision=True), 1, 1),
+    (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
 def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
     model, cfg, orders = load_tiny(**changes), tiny_config(**changes), [(0, 1, 2), (2, 1, 0)]
     seen = pictures_encoded(model, monkeypatch)
@@ -768,7 +763,8 @@ def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, samplin
     assert list(seen.values()) == [training] * 3
 
 def update_at_lr_0(model, groups, cfg):
-    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.0)
+    settings = dataclasses.replace(cfg, lr=0.0, weight_decay=0.0)
+    optimizer = perl.SplitAdamW(model, settings, ACCELERATOR)
     perl.update(model, None, optimizer, PROCESSOR, groups, cfg, ACCELERATOR)
 
 def test_pack_example(questions):
@@ -789,8 +785,7 @@ def test_the_tree(questions):
     pictures = perl.load_pictures(questions[2], PROCESSOR)
     prompt = perl.encode_prompt(questions[2], PROCESSOR, pictures)
     model, L = load_tiny(), len(prompt.ids)
-    features = perl.encode_images(model, [prompt], tiny_config())
-    inputs, _ = perl.collate([prompt], [[[7, 8], [9, 9]]], features, model, PROCESSOR)
+    inputs, _ = perl.collate([prompt], [[[7, 8], [9, 9]]], model, PROCESSOR, tiny_config())
     assert inputs["attention_mask"] == {"full_attention": [[0, L, 2, 2]]}
     first = inputs["position_ids"][:, 0, L]
     assert torch.equal(inputs["position_ids"][:, 0, L:] - first[:, None],
@@ -834,6 +829,16 @@ def test_logprobs_and_every_gradient_equal_those_of_the_plain_path(questions, n_
         assert torch.allclose(ours, logprobs[1], atol=1e-5)
         assert torch.allclose(gradient, gradients[1], atol=1e-6, rtol=1e-4)
 
+class Descent(torch.optim.SGD):
+    """Plain descent: AdamW would blow up the rounding of near-zero gradients."""
+    def __init__(self, model, lr):
+        super().__init__([w for w in model.parameters() if w.requires_grad], lr=lr)
+
+    def step(self):
+        super().step()
+        self.zero_grad()
+        return 0.0
+
 @table("changes", [dict(beta=0.1), dict(beta=0.1, updates_per_step=2), dict(freeze_vision=True)])
 def test_updates_equal_those_of_the_plain_path(questions, changes):
     """With a reference model, old log-probabilities, or a frozen tower."""
@@ -841,7 +846,7 @@ def test_updates_equal_those_of_the_plain_path(questions, changes):
     for share in (True, False):
         cfg = tiny_config(share=share, **changes)
         model, reference = load_tiny(**changes), load_tiny() if cfg.beta else None
-        optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.01)
+        optimizer = Descent(model, lr=0.01)
         sums.append(perl.update(model, reference, optimizer, PROCESSOR, all_groups(questions, 1),
                                 cfg, ACCELERATOR))
         weights.append(flat_weights(model))
@@ -858,6 +863,264 @@ def test_clean_conditioned_rollouts_share_one_row(questions):
     groups = perl.sample_groups(load_tiny(), PROCESSOR, questions[:1], [[(0, 1, 2), (1, 0, 2)]], 3,
                                 cfg)
     assert [len(row) for row in perl.pack(groups[0], cfg)] == [6]
+
+# ---- Memory and machines -------------------------------------------------------------------------
+
+def trained(model):
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+def backward(model, seed):
+    """Some gradient in every weight of the language model, the same for the same seed."""
+    ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(seed))
+    logits = model(input_ids=ids).logits.float()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    for weight in trained(model):  # the vision tower has seen no image
+        if weight.grad is None:
+            weight.grad = torch.full_like(weight, 1e-3, dtype=torch.float32)
+
+def split_run(steps, accelerator=ACCELERATOR, **changes):
+    cfg = tiny_config(**dict(lr=1e-3, weight_decay=0.1, max_grad_norm=0.05) | changes)
+    model = perl.load_model("tiny", cfg, CPU)
+    optimizer, norms = perl.SplitAdamW(model, cfg, accelerator), []
+    for seed in range(steps):
+        backward(model, seed)
+        norms.append(optimizer.step())
+    return model, optimizer, norms
+
+@table("max_grad_norm", [0.05, 1e9])
+def test_in_float32_on_one_process_it_is_adamw_bit_for_bit(max_grad_norm):
+    model, optimizer, norms = split_run(3, max_grad_norm=max_grad_norm)
+    plain, expected = load_tiny(), []
+    adamw = torch.optim.AdamW(trained(plain), lr=1e-3, weight_decay=0.1)
+    for seed in range(3):
+        backward(plain, seed)
+        expected.append(float(torch.nn.utils.clip_grad_norm_(trained(plain), max_grad_norm)))
+        adamw.step()
+        adamw.zero_grad()
+    assert norms == expected and min(norms) > 0.05
+    assert torch.equal(flat_weights(model), flat_weights(plain))
+    for name, master in optimizer.masters.items():
+        assert master.data_ptr() == optimizer.weights[name].data_ptr(), "no copy"
+    assert all(weight.grad is None for weight in model.parameters())
+
+def test_bfloat16_weights_are_roundings_of_what_adamw_makes_in_float32():
+    model, optimizer, norms = split_run(3, dtype="bf16")
+    plain, expected = load_tiny(dtype="bf16"), []
+    masters = [weight.detach().float() for weight in trained(plain)]
+    adamw = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1, fused=True)
+    for weight in trained(plain):
+        weight.grad_dtype = torch.float32
+    for seed in range(3):
+        backward(plain, seed)
+        expected.append(float(torch.nn.utils.clip_grad_norm_(trained(plain), 0.05)))
+        for weight, master in zip(trained(plain), masters):
+            master.grad, weight.grad = weight.grad, None
+        adamw.step()
+        for weight, master in zip(trained(plain), masters):
+            weight.data.copy_(master)
+    assert norms == expected and {w.dtype for w in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(flat_weights(model), flat_weights(plain))
+    assert all(map(torch.equal, optimizer.masters.values(), masters))
+
+def test_small_steps_add_up_in_float32():
+    """lr 1e-6 is far below bfloat16's spacing, and yet 20 steps move the float32 copies by it."""
+    model, optimizer, _ = split_run(0, dtype="bf16", lr=1e-6, weight_decay=0.0)
+    name = next(name for name in optimizer.masters if "q_proj.weight" in name)
+    before = optimizer.masters[name].clone()
+    for _ in range(20):
+        backward(model, 0)
+        optimizer.step()
+    assert 1.5e-5 < (optimizer.masters[name] - before).abs().mean() < 2.1e-5
+
+def test_gradients_are_summed_in_float32():
+    weight = split_run(0, dtype="bf16")[0].model.language_model.norm.weight
+    for scale in [1.0] + [2.0 ** -9] * 64:  # in bfloat16, 1 + 2 ** -9 is 1
+        (weight * scale).sum().backward()
+    assert weight.grad.dtype == torch.float32 and torch.all(weight.grad == 1 + 64 / 512)
+
+def test_a_weight_without_gradient_counts_as_one_of_zeros():
+    weights = []
+    for filled in (True, False):
+        model, optimizer, _ = split_run(0)
+        backward(model, 0)
+        norm = model.model.language_model.norm.weight
+        norm.grad = torch.zeros_like(norm) if filled else None
+        optimizer.step()
+        weights.append(flat_weights(model))
+    assert torch.equal(*weights)
+
+def test_owners_share_the_tensors_evenly():
+    for world in (2, 3, 8):
+        parts = [split_run(0, SimpleNamespace(num_processes=world, process_index=rank))[1]
+                 for rank in range(world)]
+        sizes = [sum(master.numel() for master in part.masters.values()) for part in parts]
+        assert sum(sizes) == sum(weight.numel() for weight in trained(load_tiny()))
+        assert max(sizes) <= 1.15 * sum(sizes) / world
+        assert all(part.owners == parts[0].owners for part in parts)
+
+@table("dtype", ["float32", "bf16"])
+def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, dtype):
+    model, optimizer, _ = split_run(2, dtype=dtype)
+    states = optimizer.state_dict()
+    for rank in (0, 1, 2):  # saved by three, read by two
+        owned = split_run(0, SimpleNamespace(num_processes=3, process_index=rank))[1].masters
+        torch.save({name: states[name] for name in owned}, tmp_path / f"optimizer-{rank}.pt")
+    loaded = {}
+    for rank in (0, 1):
+        world = SimpleNamespace(num_processes=2, process_index=rank)
+        part = split_run(0, world, dtype=dtype)[1]
+        part.load(tmp_path)
+        loaded |= part.state_dict()
+    assert loaded.keys() == states.keys()
+    assert all(torch.equal(loaded[n][key], states[n][key]) for n in states for key in states[n])
+    resumed, again, _ = split_run(0, dtype=dtype)
+    again.load(tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")  # nothing of them is mapped still
+    for each, its in ((model, optimizer), (resumed, again)):
+        backward(each, 5)
+        its.step()
+    assert torch.equal(flat_weights(model), flat_weights(resumed))
+    with pytest.raises(SystemExit, match="lacks the optimizer's state"):
+        torch.save({}, tmp_path / "optimizer-0.pt")
+        (tmp_path / "optimizer-1.pt").unlink(), (tmp_path / "optimizer-2.pt").unlink()
+        again.load(tmp_path)
+
+@table("share", [True, False])
+def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, share):
+    gradients = []
+    for dtype in ("float32", "bf16"):
+        cfg = tiny_config(dtype=dtype, share=share)
+        model = perl.load_model("tiny", cfg, CPU)
+        perl.SplitAdamW(model, cfg, ACCELERATOR)  # sets how gradients are summed
+        gradients.append(gradient_of_update(model, written_groups(questions), cfg)[0])
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.998
+
+def test_logprobs_of_the_loss_are_those_of_sampling_in_bfloat16(questions):
+    """To bfloat16's rounding; the positions must rotate in float32."""
+    cfg = tiny_config(dtype="bf16")
+    model = perl.load_model("tiny", cfg, CPU)
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+    rollouts, output = sample_and_record(model, questions, 2, cfg)
+    sampled = torch.stack(output.scores, dim=1).float().log_softmax(-1)             # (B, T, V)
+    logprobs, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
+    errors = [row[:len(r.ids)] - scores[torch.arange(len(r.ids)), torch.tensor(r.ids)]
+              for r, row, scores in zip(rollouts, logprobs, sampled)]
+    assert torch.cat(errors).abs().mean() < 0.02
+
+@table("launched, came, ends", [(1, 1, False), (2, 1, True), (2, 2, False)])
+def test_processes_that_do_not_meet_are_refused(monkeypatch, launched, came, ends):
+    monkeypatch.setenv("WORLD_SIZE", str(launched))
+    asked = []
+    monkeypatch.setattr(perl, "Accelerator", lambda **options: (
+        asked.append(options) or SimpleNamespace(num_processes=came)))
+    if ends:
+        with pytest.raises(SystemExit, match="do not find each other"):
+            perl.start_processes()
+    else:
+        assert perl.start_processes().num_processes == came
+    assert asked[0]["cpu"] is not torch.accelerator.is_available()
+    if (launched, came) == (2, 1):  # accelerate launch --cpu starts one, with an address to meet at
+        monkeypatch.delenv("WORLD_SIZE")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(SystemExit, match="do not find each other"):
+            perl.start_processes()
+
+# ---- Real checkpoints: laid out as Qwen2.5-VL's repositories are ---------------------------------
+
+TEXT_ONLY = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + "
+             "message.content + '<|im_end|>\\n' }}{%- endfor %}")
+
+def edit(path, **changes):
+    """Change fields of a JSON file; None takes one out."""
+    row = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: x for name, x in row.items() if x is not None}))
+
+@pytest.fixture
+def real_layout(tmp_path):
+    """The tiny checkpoint with a template for text in tokenizer_config.json and the one for images
+    in chat_template.json, which AutoTokenizer does not read; older names and fields."""
+    folder = tmp_path / "real"
+    shutil.copytree(TINY, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    edit(folder / "tokenizer_config.json", chat_template=TEXT_ONLY)
+    edit(folder / "preprocessor_config.json", size=None, min_pixels=784, max_pixels=12845056,
+         image_processor_type="Qwen2_5_VLImageProcessor")
+    return folder
+
+def test_the_template_for_images_is_found_beside_that_for_text(real_layout, questions, capsys):
+    cfg = tiny_config()
+    assert AutoTokenizer.from_pretrained(real_layout).chat_template == TEXT_ONLY
+    real = perl.load_processor(str(real_layout), cfg)
+    ids = [perl.encode_prompt(questions[0], processor).ids for processor in (PROCESSOR, real)]
+    assert ids[0] == ids[1]
+    text = PROCESSOR.tokenizer.decode(ids[0])
+    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+    assert real.image_processor.size["longest_edge"] == cfg.max_pixels
+    assert real.image_processor.size["shortest_edge"] == 784
+    assert "ChatML" not in capsys.readouterr().out
+
+@table("left", [None, TEXT_ONLY])
+def test_without_a_template_for_images_ours_is_used_and_said(real_layout, questions, left, capsys):
+    (real_layout / "chat_template.json").unlink()
+    edit(real_layout / "tokenizer_config.json", chat_template=left)
+    real = perl.load_processor(str(real_layout), tiny_config())
+    ids = [perl.encode_prompt(questions[0], processor).ids for processor in (PROCESSOR, real)]
+    assert ids[0] == ids[1]
+    assert capsys.readouterr().out.count("has no chat template for images") == 1
+
+def test_a_saved_checkpoint_carries_template_and_weights(real_layout, tmp_path):
+    cfg, saved = tiny_config(dtype="bf16"), tmp_path / "saved"
+    processor = perl.load_processor(str(real_layout), cfg)
+    model = perl.load_model(str(real_layout), cfg, CPU)
+    for part in (model, processor.tokenizer, processor.image_processor):
+        part.save_pretrained(saved)
+    template = processor.tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(saved).chat_template == template
+    # What AutoProcessor reads; to make one, it needs torchvision for videos.
+    assert Qwen2_5_VLProcessor.get_processor_dict(saved)[0]["chat_template"] == template
+    again = perl.load_model(str(saved), cfg, CPU)
+    assert {weight.dtype for weight in again.parameters()} == {torch.bfloat16}
+    assert again.lm_head.weight is again.model.language_model.embed_tokens.weight, "tied"
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+
+NORM = "model.norm.weight"
+
+@table("change, kind, name", [
+    (lambda weights: weights.pop(NORM), "missing", "language_model.norm.weight"),
+    (lambda weights: weights.update({"visual.extra": torch.ones(2)}), "unexpected", "visual.extra"),
+    (lambda weights: weights.update({NORM: torch.ones(3)}), "mismatched", "norm.weight")])
+def test_a_weight_left_out_or_over_is_refused_by_name(real_layout, change, kind, name):
+    path = real_layout / "model.safetensors"
+    weights = {key: weight.clone() for key, weight in load_file(path).items()}
+    weights = {key.replace("model.language_model.", "model."): w for key, w in weights.items()}
+    weights = {key.replace("model.visual.", "visual."): w for key, w in weights.items()}
+    save_file(weights, path, metadata={"format": "pt"})  # the names in the real repositories
+    perl.load_model(str(real_layout), tiny_config(), CPU)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=f"{kind} keys such as .*{name}"):
+        perl.load_model(str(real_layout), tiny_config(), CPU)
+
+def test_weights_cut_short_or_of_another_kind_end_with_one_sentence(real_layout):
+    path = real_layout / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SystemExit, match="Could not load"):
+        perl.load_model(str(real_layout), tiny_config(), CPU)
+    path.rename(real_layout / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="Could not load"):
+        perl.load_model(str(real_layout), tiny_config(), CPU)
+
+def test_a_tokenizer_of_another_model_is_refused(real_layout):
+    config = json.loads((real_layout / "config.json").read_text())
+    edit(real_layout / "config.json", image_token_id=config["image_token_id"] + 1)
+    with pytest.raises(SystemExit, match="its tokenizer belongs to another model"):
+        perl.load_processor(str(real_layout), tiny_config())
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
@@ -946,7 +1209,7 @@ def test_metrics(straight):
         shares = [row[name] for name in ("accuracy", "format", "truncated", "clip_fraction")]
         assert all(0 <= share <= 1 for share in shares) and 1 <= row["length"] <= 48
         assert row["kl"] >= 0 and row["grad_norm"] >= 0
-    assert any(row["kept"] for row in rows[1:]) and rows[-1]["kl"] > 0, "something was learned"
+    assert any(row["kept"] and row["kl"] > 0 for row in rows[1:]), "something was learned"
 
 def test_checkpoint_is_a_whole_hugging_face_folder(straight):
     checkpoint, text = straight / "checkpoint-4", "<think> 1 is 5 </think> \\boxed{2}"
@@ -1080,40 +1343,90 @@ def test_dry_run_loads_no_model_and_writes_nothing(data, tmp_path, monkeypatch, 
     assert "order (0, 1, 2, 3" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 TWO_PROCESSES = """
-import sys, torch
+import os, sys, torch
 sys.path[:0] = [{here!r}]
-import perl, test_perl as t
-rank, real, samples = t.ACCELERATOR.process_index, perl.save_checkpoint, perl.load_samples({path!r})
-groups, cfg, models = t.written_groups(samples), t.tiny_config(), (t.load_tiny(), t.load_tiny())
-gradient, *_ = t.gradient_of_update(t.load_tiny(), groups[rank::2], cfg)  # two groups, and one
-torch.save(gradient, f"gradient{{rank}}.pt")
-one = groups[:1][rank::2]  # a group on one process only; then a step without any on both
-for model, steps in zip(models, ([one], [one, []])):
-    t.adamw_updates(model, steps, cfg)
-assert torch.equal(*map(t.flat_weights, models))
-def save_checkpoint(cfg, step, model, *rest):
-    torch.save(t.flat_weights(model), f"weights{{rank}}.pt")
-    real(cfg, step, model, *rest)
-perl.save_checkpoint = save_checkpoint
-perl.main({argv!r})
+import perl
+accelerator = perl.start_processes()
+import test_perl as t
+world, rank = accelerator.num_processes, accelerator.process_index
+groups = t.written_groups(perl.load_samples({path!r}))
+# Which of the three groups a process has; "empty": all of them on one process.
+for case, parts in dict(even=([0, 1], [2]), empty=([0, 1, 2], [])).items():
+    mine = sum(parts, []) if world == 1 else parts[rank]
+    cfg = t.tiny_config(lr=1e-6, max_grad_norm=0.01)
+    model = t.load_tiny()
+    optimizer = perl.SplitAdamW(model, cfg, accelerator)
+    norms = [perl.update(model, None, optimizer, t.PROCESSOR, [groups[k] for k in mine], cfg,
+                         accelerator)[1] for _ in range(3)]
+    before = t.flat_weights(model)
+    perl.update(model, None, optimizer, t.PROCESSOR, [], cfg, accelerator)  # nothing on any
+    assert torch.equal(before, t.flat_weights(model))
+    torch.save([norms, before, optimizer.state_dict()], f"{{case}}-{{world}}-{{rank}}.pt")
 """
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
+ALONE |= {"OMP_NUM_THREADS": "1"}
 
-def test_two_processes(data, questions, straight, tmp_path):
-    out, script = tmp_path / "two", tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES.format(
-        here=str(HERE), path=str(tmp_path / "data" / "three.jsonl"),
-        argv=arguments(data, out, steps=2, questions_per_step=4, eval_questions=3)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(launch + [script], check=True, timeout=240, cwd=tmp_path,
-                   env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
-    expected, *_ = gradient_of_update(load_tiny(), written_groups(questions), tiny_config())
-    for rank in (0, 1):  # divided by the tokens of both: as if one process had had all rollouts
-        assert torch.allclose(torch.load(tmp_path / f"gradient{rank}.pt"), expected, atol=1e-6)
-    weights = [torch.load(tmp_path / f"weights{rank}.pt") for rank in (0, 1)]
-    assert torch.equal(*weights) and torch.equal(weights[0], weights_of(out / "checkpoint-2"))
-    rows = metrics_of(out)
-    assert [row.keys() for row in rows] == [row.keys() for row in metrics_of(straight)[:3]]
-    assert [row["kept"] + row["dropped"] for row in rows[1:]] == [4, 4]
+def test_two_processes_give_the_numbers_of_one(questions, tmp_path):
+    script, start = tmp_path / "two.py", flat_weights(load_tiny())
+    path = str(tmp_path / "data" / "three.jsonl")
+    script.write_text(TWO_PROCESSES.format(here=str(HERE), path=path))
+    for launch in ([sys.executable], TORCHRUN):
+        subprocess.run([*launch, script], check=True, timeout=240, cwd=tmp_path, env=ALONE)
+    for case in ("even", "empty"):
+        norms, weights, states = torch.load(tmp_path / f"{case}-1-0.pt")
+        both = [torch.load(tmp_path / f"{case}-2-{rank}.pt") for rank in (0, 1)]
+        for other_norms, other_weights, _ in both:
+            assert other_norms == pytest.approx(norms, rel=1e-4)
+            drift = (other_weights - weights).norm() / (weights - start).norm()
+            assert drift < 0.01 and torch.equal(other_weights, both[0][1])
+        parts = [both[0][2], both[1][2]]
+        assert parts[0].keys() | parts[1].keys() == states.keys()
+        sizes = [sum(state["master"].numel() for state in part.values()) for part in parts]
+        assert sum(sizes) == len(start) and max(sizes) < 0.52 * len(start)
+        for name, state in (parts[0] | parts[1]).items():  # the first moment: mean gradient
+            error = (state["exp_avg"] - states[name]["exp_avg"]).norm()
+            assert error <= 1e-4 * states[name]["exp_avg"].norm() + 1e-12
+
+def states_of(checkpoint):
+    states = {}
+    for path in checkpoint.glob("optimizer-*.pt"):
+        states |= torch.load(path)
+    return states
+
+@table("dtype", ["float32", "bf16"])
+def test_runs_of_two_processes_and_their_resume(data, straight, tmp_path, dtype):
+    """Four steps at a time; and two, then on: on two processes to the last bit, then on one."""
+    flags = dict(questions_per_step=4, eval_questions=3, dtype=dtype)
+    def run(launch, *argv):
+        result = subprocess.run([*launch, str(HERE / "perl.py"), *map(str, argv)], timeout=240,
+                                env=ALONE, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    out = run(TORCHRUN, *arguments(data, tmp_path / "whole", **flags))
+    assert "2 process(es)" in out and out.count("done: ") == 1
+    rows = metrics_of(tmp_path / "whole")
+    assert [row.keys() for row in rows] == [row.keys() for row in metrics_of(straight)]
+    assert [row["kept"] + row["dropped"] for row in rows[1:]] == [4] * 4
+    argv = arguments(data, tmp_path / "first", **flags)
+    script = tmp_path / "killed.py"  # ends both processes in step 3
+    script.write_text(f"import sys, os; sys.path[:0] = [{str(HERE)!r}]\nimport perl\n"
+                      "real, calls = perl.update, []\n"
+                      "def update(*args):\n    calls.append(1)\n"
+                      "    return os._exit(3) if len(calls) == 3 else real(*args)\n"
+                      f"perl.update = update\nperl.main({argv!r})\n")
+    assert subprocess.run([*TORCHRUN, script], env=ALONE, timeout=240,
+                          capture_output=True).returncode != 0
+    assert last_checkpoint(tmp_path / "first") == tmp_path / "first" / "checkpoint-2"
+    shutil.copytree(tmp_path / "first", tmp_path / "one")
+    run(TORCHRUN, "--resume", tmp_path / "first")
+    whole, again = (states_of(tmp_path / name / "checkpoint-4") for name in ("whole", "first"))
+    assert whole.keys() == again.keys() and metrics_of(tmp_path / "first") == rows
+    assert all(torch.equal(whole[n][k], again[n][k]) for n in whole for k in whole[n])
+    run([sys.executable], "--resume", tmp_path / "one")
+    one = states_of(tmp_path / "one" / "checkpoint-4")
+    assert one.keys() == whole.keys()
+    assert len(list((tmp_path / "one" / "checkpoint-4").glob("optimizer-*"))) == 1
 
 # ---- Config --------------------------------------------------------------------------------------
 
@@ -1141,8 +1454,8 @@ def test_presets_and_their_precedence():
     assert all(preset.keys() <= FIELDS.keys() for preset in presets)
     assert perl.parse_config(["--model", "Qwen2.5-VL-7B"]).lr == 1e-6, "the paper's"
     assert perl.parse_config(["--model", "tiny"]).lr == perl.MODEL_PRESETS["tiny"]["lr"]
-    cfg = perl.parse_config(["--stage", "2", "--filter", "none", "--lr", "0.5", "--no-bf16"])
-    assert (cfg.filter, cfg.lr, cfg.bf16, cfg.alpha_start) == ("none", 0.5, False, 0.0)
+    cfg = perl.parse_config(["--stage", "2", "--filter", "none", "--lr", "0.5", "--no-share"])
+    assert (cfg.filter, cfg.lr, cfg.share, cfg.alpha_start) == ("none", 0.5, False, 0.0)
 
 @table("n_permutations, n", [(0, 12), (1, 6), (2, 4), (3, 3)])
 def test_the_number_of_permutations_keeps_the_number_of_rollouts(n_permutations, n):
