@@ -1060,7 +1060,8 @@ def peak_gb() -> float:
     """Peak memory in GB: of the GPU, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # from kilobytes (Linux)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; on a Mac, bytes
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
 class StopSignal:
     """Ctrl-C or SIGTERM: finish the step, save, stop. A second one stops at once."""

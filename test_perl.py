@@ -1428,6 +1428,71 @@ def test_runs_of_two_processes_and_their_resume(data, straight, tmp_path, dtype)
     assert one.keys() == whole.keys()
     assert len(list((tmp_path / "one" / "checkpoint-4").glob("optimizer-*"))) == 1
 
+# ---- The README's forks --------------------------------------------------------------------------
+
+SNIPPETS = [text.split("```")[0] for text in (HERE / "README.md").read_text().split("```python\n")[1:]]
+
+def pair_sample(order_rule="pair"):
+    return Sample("s", tuple("abc"), "?", "1-3", order_rule)
+
+def as_loss(ratios, advantages):
+    """policy_loss of two rollouts of two tokens each, whose ratios to the old policy are given."""
+    rollouts = [Rollout(None, (), "", [5, 5], "", False)] * 2
+    loss, _ = perl.policy_loss(
+        torch.tensor(ratios).log(), torch.zeros(2, 2), None, torch.tensor(advantages),
+        torch.ones(2, 2), clip_low=0.2, clip_high=0.2, beta=0.0,
+        denominator=perl.loss_denominator(rollouts))
+    return loss.item()
+
+def reward_of_100_tokens():
+    rollout = Rollout(None, (), "5", [1] * 100, r"<think>x</think>\boxed{5}", False)
+    perl.grade(rollout, tiny_config())
+    return rollout.reward
+
+FORKS = {  # what a snippet changes: before and after
+    "shorter": (reward_of_100_tokens, 1.0, pytest.approx(0.95)),
+    "gspo": (lambda: as_loss([[2.0, 0.5], [1.1, 1.1]], [1.0, 2.0]), None,
+             pytest.approx(-(1.0 + 2.2) / 2)),
+    "centered": (lambda: perl.group_advantages(torch.tensor([[1.0, 0, 0, 0]]))[0, 0].item(),
+                 pytest.approx(ROOT), 0.75),
+    "pair": (lambda: perl.permute(pair_sample(), (2, 0, 1)).answer, KeyError, "2-1"),
+    "disagree": (lambda: [perl.verdict(
+        [dataclasses.replace(r, order=(k // 2,)) for k, r in enumerate(scored_group(accuracies))],
+        tiny_config(filter="disagree")) for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1])],
+        KeyError, ["kept", "agree"])}
+
+@table("name", FORKS)
+def test_the_readmes_forks_do_what_they_say(name, monkeypatch):
+    snippet, = [text for text in SNIPPETS if name in text]
+    assert len(snippet.strip().split("\n")) <= 10 and snippet.rstrip().endswith("perl.main()")
+    value, before, after = FORKS[name]
+    if before is KeyError:
+        with pytest.raises(KeyError):
+            value()
+    elif before is not None:
+        assert value() == before
+    for target in ("grade", "policy_loss", "loss_denominator", "group_advantages", "verdict",
+                   "VERDICTS"):
+        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
+    monkeypatch.setattr(perl, "CHOICES", dict(perl.CHOICES))
+    monkeypatch.setattr(perl, "ORDER_RULES", dict(perl.ORDER_RULES))
+    started = []
+    monkeypatch.setattr(perl, "main", lambda: started.append(name))
+    exec(snippet, {})
+    assert started == [name] and value() == after
+
+def test_a_fork_runs(data, tmp_path, monkeypatch):
+    """The filter by disagreement, from the command line on."""
+    snippet, = [text for text in SNIPPETS if "disagree" in text]
+    for target in ("verdict", "VERDICTS"):
+        monkeypatch.setattr(perl, target, getattr(perl, target))
+    monkeypatch.setattr(perl, "CHOICES", dict(perl.CHOICES))
+    argv = arguments(data, tmp_path / "run", filter="disagree", steps=1, eval_every=0, beta=0)
+    monkeypatch.setattr(sys, "argv", ["fork.py", *argv])
+    exec(snippet, {})
+    row, = metrics_of(tmp_path / "run")
+    assert row["kept"] + row["agree"] >= 5 and row["agree"] == row["dropped"]
+
 # ---- Config --------------------------------------------------------------------------------------
 
 def test_every_field_is_read():

@@ -2,14 +2,16 @@
 r"""Builds everything else in this folder, the same on every run:
 
     python make_samples.py --only data    # images/, train.jsonl, test.jsonl: seconds
+    python make_samples.py --only data --first-share 0.5    # with another skew
     python make_samples.py --only tiny    # tiny/, the start checkpoint: 7 minutes on one core
     python make_samples.py                # both
 
 1. Images are real: the handwritten digits that come with scikit-learn (UCI, 8x8 pixels), enlarged
    to 28x28, which is one image token of Qwen2.5-VL (patches of 14 pixels, 2x2 of them merged).
    Train and test share no image.
-2. Questions are of six kinds (KINDS). In the train set the right image stands first half of the
-   time, as in much real data; in the test set it stands everywhere equally often.
+2. Questions are of six kinds (KINDS). In the train set the right image stands first in 95 % of
+   the questions (--first-share), as a favoured place does in much real data; in the test set it
+   stands everywhere equally often.
 3. The start checkpoint has Qwen2.5-VL's architecture and 0.5M parameters, and learns from
    demonstrations of two sorts. Careful ones read every image and keep a running state. Hasty ones
    stop after the first images and answer from what they have seen. Hasty ones are in the majority:
@@ -44,7 +46,7 @@ import perl  # noqa: E402  (found through the line above)
 SEED = 7
 TEST_IMAGES, TRAIN_IMAGES = 280, 900
 TRAIN_COPIES = 6   # train questions for each test question
-FIRST_SHARE = 0.5  # train: how often the right image stands first; else at one of the other places
+FIRST_SHARE = 0.95  # train: how often the right image stands first; else at one of the others
 
 # Test questions of each kind, by number of images. Where an image is the answer, the number is a
 # multiple of the places it can stand in, so that every place comes up equally often.
@@ -149,9 +151,9 @@ def make_record(name: str, kind: str, digits: list[int], pool: dict, rng: random
     return record | ({"movable": list(range(1, n))} if kind == "match" else {})
 
 
-def write_split(split: str, pool: dict) -> None:
+def write_split(split: str, pool: dict, first_share: float) -> None:
     """Write all questions of a split: the right image takes its places in turn (test), or stands
-    first with FIRST_SHARE (train)."""
+    first with probability first_share (train)."""
     rng, records = random.Random(f"{SEED} {split}"), []
     for kind, counts in KINDS.items():
         for n, count in counts.items():
@@ -159,7 +161,7 @@ def write_split(split: str, pool: dict) -> None:
             for i in range(count * (TRAIN_COPIES if split == "train" else 1)):
                 place = i % places
                 if split == "train":
-                    place = 0 if rng.random() < FIRST_SHARE else rng.randrange(1, places)
+                    place = 0 if rng.random() < first_share else rng.randrange(1, places)
                 digits = draw_digits(kind, n, rng, place, yes=i % 2 == 0)
                 records.append(make_record(f"{split}-{kind}-{n}-{i:03d}", kind, digits, pool, rng))
     rng.shuffle(records)
@@ -402,13 +404,15 @@ def print_row(kind: str, groups: list[list[perl.Rollout]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Builds the sample data and the start checkpoint.")
     parser.add_argument("--only", choices=("data", "tiny"), help="build this part only")
-    only = parser.parse_args().only
+    parser.add_argument("--first-share", type=float, default=FIRST_SHARE, metavar="P",
+                        help="how often the right image stands first in the train set [%(default)s]")
+    args = parser.parse_args()
     torch.set_num_threads(1)  # the number of threads changes the order of sums, so the checkpoint
     pools = save_images(HERE / "images")
-    if only != "tiny":
+    if args.only != "tiny":
         for split, pool in pools.items():
-            write_split(split, pool)
-    if only != "data":
+            write_split(split, pool, args.first_share)
+    if args.only != "data":
         cold_start(pools["train"])
 
 
