@@ -3,8 +3,7 @@
 
     python eval.py                                         # tiny, data_samples/, CPU
     python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU has 25 GB
-    python eval.py --compare eval_runs/Qwen2.5-VL-7B eval_runs/mine-checkpoint-100
-    python eval.py --step-cost                             # what a training step costs
+    python eval.py --step-cost                             # of a training step
 
 Greedy, with the prompt and the grader of training. What cannot be read, asked or parsed
 counts as wrong: denominators are fixed. eval_runs/MODEL/BENCHMARK/ holds config.json,
@@ -24,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +38,7 @@ from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalG
 
 import perl
 from perl import (MODEL_PRESETS, SAMPLES, Config, Sample, all_orders, extract_answer, last_boxed,
-                  load_model, load_processor, load_samples, permute, plain, prompt_length,
-                  read_lines, same_answer, sample_groups, write_atomic)
+                  permute, plain, prompt_length, same_answer, sample_groups, write_atomic)
 
 class Benchmark(NamedTuple):
     """Where a benchmark's rows are, how many there are, and how its score is made."""
@@ -83,15 +82,12 @@ ORDINALS = "- first second third fourth fifth sixth seventh eighth ninth tenth".
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?!But\b|However\b)|\n+")
 # What names an option: a label in front, "(B)", "or C. dogs", "option b".
 LABEL = r"\(?([A-Za-z])(?=[).:]|$|,? (?:because|since)\b)"
-MARKED = re.compile(
-    rf"^{LABEL}|\(([A-Z])\)|(?<=\s)([A-Z])(?=[).:]\s)|"
-    r"\b(?i:option|choice|answer)\s*:?\s*\(?([A-Z]|[a-z](?!\s\w))(?![\w'’])")
+MARKED = re.compile(rf"^{LABEL}|\(([A-Z])\)|(?<=\s)([A-Z])(?=[).:]\s)|"
+                    r"\b(?i:option|choice|answer)\s*:?\s*\(?([A-Z]|[a-z](?!\s\w))(?![\w'’])")
 # Less surely a bare "B", unless it is the word "a" ("A unique ..."), or part of "N/A".
 BARE = re.compile(
-    r"(?<![\w'’$\\^(/])"
-    r"(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|fits|looks|seems|appears|"
-    r"shows|matches|would)\b)[a-z])"
-    r"([A-HJ-Z])(?![\w'’(^*+-]|/)")
+    r"(?<![\w'’$\\^(/])(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|fits|looks|"
+    r"seems|appears|shows|matches|would)\b)[a-z])([A-HJ-Z])(?![\w'’(^*+-]|/)")
 # What takes it back: "not A", "closer than A"; "A is not", "A can be ruled out".
 NOT_BEFORE = re.compile(
     r"(?i)(?:\b(?:not|than|neither|nor|unlike|except|instead of|compared to)|n't)"
@@ -104,9 +100,8 @@ CLAIM = re.compile(
     r"(?i)\b(?:therefore|thus|hence|in conclusion|closer|closest|nearer|nearest|best|most|"
     r"more accurate(?:ly)?|correct(?:ly)?|fits?|match(?:es)?)\b(?!.*\bon the other hand\b)")
 REFUSAL = re.compile(
-    r"(?i)^\W*(?:N/A|none|unknown)\b|\b(?:cannot|can't|could not|unable to|impossible to|no "
-    r"way to|not possible to) (?:be )?(?:determine|tell|see|view|answer|say|identify)|"
-    r"\bno (?:correct |right )?answer\b")
+    r"(?i)^\W*(?:N/A|none|unknown)\b|\bno (?:correct |right )?answer\b|\b(?:cannot|can't|could not|"
+    r"unable to|not possible to) (?:be )?(?:determine|tell|see|view|answer|say|identify)")
 
 def extract_choice(response: str, options=("",) * 26) -> str | None:
     """The letter of the option that a response settles on, or None. Behind </think>, in
@@ -246,8 +241,8 @@ def rotate(question: Question, turn: int) -> Question | None:
     """The question with its options `turn` places on; None if its text does not list them."""
     sample, options = question.sample, question.options
     text, gold = sample.question, sample.answer
-    letters = list(LETTERS[:len(options)])
-    if listed_options(text) != list(options) or gold not in letters:
+    letters = LETTERS[:len(options)]
+    if listed_options(text) != list(options) or gold not in list(letters):
         return None
     rotated = options[turn:] + options[:turn]
     for (start, stop), option in reversed([*zip(option_spans(text), rotated)]):
@@ -266,12 +261,10 @@ def place_tags(text: str, images: list[str]) -> tuple[str, list[str]]:
 
     def new_tag(match) -> str:
         k = int(match[1])
-        if k in order:
-            return f"<image_{order.index(k) + 1}>"
-        if not 1 <= k <= len(images):
-            return ""
-        order.append(k)
-        return "<image>"
+        if k not in order and 1 <= k <= len(images):
+            order.append(k)
+            return "<image>"
+        return f"<image_{order.index(k) + 1}>" if k in order else ""
 
     return re.sub(r"<image_?(\d+)>", new_tag, text), [images[k - 1] for k in order]
 
@@ -374,10 +367,9 @@ def load_benchmark(name: str, args) -> list[Question]:
         rows, cache = read_rows(folder, BENCHMARKS[name].files), Path(args.out, ".images")
         place = functools.partial(place_image, folder=folder, cache=cache)
     else:
-        rows = load_samples(SAMPLES / "test.jsonl" if name == "digits" else name)
+        rows = perl.load_samples(SAMPLES / "test.jsonl" if name == "digits" else name)
     n, questions = min(args.limit or len(rows), len(rows)), {}
-    for k in range(n):
-        number = k * len(rows) // n
+    for number in (k * len(rows) // n for k in range(n)):
         question = Question(rows[number], "text")
         if name in ADAPTERS:
             question = ADAPTERS[name](rows[number], number, place)
@@ -391,15 +383,14 @@ def find_data(benchmark: Benchmark, data_dir: str) -> Path:
     """The folder of a data set: in --data-dir, or downloaded. Zips are unpacked, once."""
     folder = Path(data_dir, benchmark.hub.split("/")[1])
     if not data_dir:
-        from huggingface_hub import snapshot_download  # needed here only
-        images = ("*.zip", "*.jpg", "*.png") if benchmark.has_paths else ()
-        wanted = [benchmark.files.removeprefix("**/"), *images]
+        from huggingface_hub import snapshot_download as download  # needed here only
+        images = ["*.zip", "*.jpg", "*.png"] if benchmark.has_paths else []
+        wanted = [benchmark.files.removeprefix("**/")] + images
         try:
-            copy = snapshot_download(benchmark.hub, repo_type="dataset", allow_patterns=wanted)
+            folder = Path(download(benchmark.hub, repo_type="dataset", allow_patterns=wanted))
         except OSError as error:
             raise SystemExit(f"Could not load {benchmark.hub}; pass a copy, --data-dir FOLDER "
                              f"({error})") from None
-        folder = Path(copy)
     for archive in folder.rglob("*.zip") if benchmark.has_paths else ():
         done = archive.with_suffix("") / ".unpacked"
         if not done.exists():
@@ -504,8 +495,8 @@ def same_value(answer: str, gold: str) -> bool:
     variable = re.compile(r"^\W*([a-z])\s*=")
     if len({*variable.findall(answer), *variable.findall(gold)}) > 1:  # x = 0, y = 0
         return False
-    value, bare_gold = bare_value(answer), bare_value(gold)
-    return same_answer(answer, gold) or value != "" and same_answer(value, bare_gold)
+    value = bare_value(answer)
+    return same_answer(answer, gold) or value != "" and same_answer(value, bare_value(gold))
 
 def remi_right(task: str, answer: str, label: str) -> bool:
     """ReMI's own rules: lower case, nothing behind a %, a tolerance for each task."""
@@ -533,10 +524,10 @@ def all_parts_right(response: str, gold: str) -> bool:
     """A multi-step question: its parts labeled "(1)", "(2)", in a box each, or in a list."""
     stated, visible = extract_answer(response), response.rpartition("</think>")[2]
     boxed = map(last_boxed, re.split(r"(?=\\boxed)", visible))
-    labeled, wanted = re.split(PART_LABEL, stated), re.split(PART_LABEL, gold)
     listed = re.split(r"[,，;；](?![^(\[{]*[)\]}])", stated)
-    wanted = list(filter(skeleton, wanted))
-    for given in (filter(skeleton, labeled), filter(None, boxed), listed):
+    wanted = list(filter(skeleton, re.split(PART_LABEL, gold)))
+    labeled = filter(skeleton, re.split(PART_LABEL, stated))
+    for given in (labeled, filter(None, boxed), listed):
         given = [part.strip(" ;；,，.。\n") for part in given]
         if skeleton(";".join(given)) == skeleton(gold):
             return True
@@ -596,11 +587,11 @@ def order_measures(groups: list[list[dict]]) -> dict:
         asked, missing = rows[:n], n - len(rows[:n])
         right = [row["right"] for row in asked] + [False] * missing
         picks = list(map(picked, asked)) + [None] * missing
-        same_choice = len(set(picks)) == 1 and None not in picks
-        flip = len(set(picks[:6]) - {None}) > 1
-        bias = max(right) - min(right)  # the paper's p(x_max) - p(x_min), A.5
-        unread = None in picks[:6]
-        values.append([sum(right) / n, min(right), max(right), bias, same_choice, flip, unread])
+        values.append([
+            sum(right) / n, min(right), max(right),
+            max(right) - min(right),  # the paper's p(x_max) - p(x_min), A.5
+            len(set(picks)) == 1 and None not in picks,
+            len(set(picks[:6]) - {None}) > 1, None in picks[:6]])
         if rows[n:]:
             control.append(len(set(map(picked, rows[n:n + 6])) - {None}) > 1)
         for row in asked:
@@ -621,7 +612,7 @@ def order_measures(groups: list[list[dict]]) -> dict:
 def graded_groups(folder: Path) -> list[list[dict]]:
     """samples.jsonl, graded: a question's rows as they were asked; questions by id."""
     groups = {}
-    for row in read_lines(folder / "samples.jsonl"):
+    for row in perl.read_lines(folder / "samples.jsonl"):
         row["answer"], row["right"] = (None, False) if row["error"] else grade_row(row)
         groups.setdefault(row["id"], {})[row["turn"], row["k"]] = row
     return [[rows[key] for key in sorted(rows)] for _, rows in sorted(groups.items())]
@@ -680,9 +671,9 @@ def plan(question: Question, cap: int, processor, cfg, args) -> list[Question]:
     except (OSError, SyntaxError, ValueError) as error:
         problem = f"image: {error}"
     orders = all_orders(question.sample, cap)
-    planned = [question._replace(orders=orders, problem=problem)]
-    if args.temperature and len(orders) > 1:  # the control: sampling alone changes answers
-        planned[0] = planned[0]._replace(orders=orders + [orders[0]] * len(orders))
+    is_sampled = args.temperature > 0 and len(orders) > 1  # which alone changes answers
+    control = orders[:1] * len(orders) if is_sampled else []
+    planned = [question._replace(orders=orders + control, problem=problem)]
     for turn in range(1, len(question.options) if args.rotate_options else 0):
         rotated = rotate(planned[0], turn)
         if rotated is not None:
@@ -694,18 +685,17 @@ def answer_chunk(model, processor, chunk: list[Question], cfg, greedy) -> list[d
     able, rows = [q for q in chunk if not q.problem], []
     seed = hashlib.sha1("".join(q.sample.id for q in chunk).encode()).digest()[:4]
     torch.manual_seed(int.from_bytes(seed))  # a resumed run samples the same again
-    groups = sample_groups(model, processor, [q.sample for q in able], [q.orders for q in able], 1,
-                           cfg, greedy=greedy)
-    answered = iter(groups)
+    answered = iter(sample_groups(model, processor, [q.sample for q in able],
+                                  [q.orders for q in able], 1, cfg, greedy=greedy))
     for q in chunk:
         rollouts = [None] * len(q.orders) if q.problem else next(answered)
         for k, (order, rollout) in enumerate(zip(q.orders, rollouts)):
             rows.append({
-                "id": q.sample.id, "turn": q.turn, "k": k, "order": order,
+                "id": q.sample.id, "turn": q.turn, "k": k, "order": order, "error": q.problem,
                 "orders": len(set(q.orders)), "task": q.sample.source, "rule": q.rule,
                 "options": q.options, "gold": permute(q.sample, order).answer,
                 "order_rule": q.sample.order_rule, "movable": q.sample.movable,
-                "response": rollout.text if rollout else "", "error": q.problem,
+                "response": rollout.text if rollout else "",
                 "truncated": rollout is not None and rollout.truncated})
     return rows
 
@@ -722,9 +712,9 @@ def open_folder(folder: Path, config: dict, accelerator) -> set[tuple]:
     saved = json.loads(path.read_text())
     for name, value in config.items():
         if saved.get(name) != value:
-            raise SystemExit(f"{folder}: {name} was {saved.get(name)!r} and is {value!r} "
-                             "now; remove the folder or choose another --out")
-    return {(row["id"], row["turn"], row["k"]) for row in read_lines(samples)}
+            raise SystemExit(f"{folder}: {name} was {saved.get(name)!r} and is {value!r} now; "
+                             "remove the folder or choose another --out")
+    return {(row["id"], row["turn"], row["k"]) for row in perl.read_lines(samples)}
 
 def run_benchmark(name: str, model, processor, weights: str, cfg, args, folder: Path,
                   accelerator) -> None:
@@ -732,15 +722,13 @@ def run_benchmark(name: str, model, processor, weights: str, cfg, args, folder: 
     with accelerator.main_process_first():
         questions = load_benchmark(name, args)
     samples = [question.sample for question in questions]
-    tasks = [sample.source for sample in samples]
     content = json.dumps([[s.id, s.question, s.answer] for s in samples])
     cap = args.orders or (24 if name == "digits" else 1)
     config = {
         "model": args.model, "weights": weights, "benchmark": name, "n": len(samples),
         "limit": args.limit, "orders": cap, "rotate_options": args.rotate_options,
         "temperature": args.temperature, "questions": hashlib.sha1(content.encode()).hexdigest(),
-        "never": sum(sample.order_rule == "never" for sample in samples),
-        "tasks": {task: tasks.count(task) for task in sorted(set(tasks))}}
+        "tasks": Counter(sample.source for sample in samples)}
     config |= {key: getattr(cfg, key) for key in KEPT_SETTINGS[:4]}
     done, todo = open_folder(folder, config, accelerator), []
     planned = sum((plan(question, cap, processor, cfg, args) for question in questions), [])
@@ -749,19 +737,18 @@ def run_benchmark(name: str, model, processor, weights: str, cfg, args, folder: 
         if not wanted <= done:
             todo.append(chunk)
     world, rank = accelerator.num_processes, accelerator.process_index
-    is_main = accelerator.is_main_process
-    for start in tqdm(range(0, len(todo), world), name, disable=not is_main):
+    for start in tqdm(range(0, len(todo), world), name, disable=rank > 0):
         chunk = todo[start + rank] if start + rank < len(todo) else []
         rows = gather_object(answer_chunk(model, processor, chunk, cfg, not args.temperature))
-        for row in rows if is_main else ():
+        for row in rows if rank == 0 else ():
             perl.append_line(folder / "samples.jsonl", row)
 
 # ---- Tables, comparison ----------------------------------------------------------------
 
 def percent(value: float, interval=()) -> str:
     """0.5, (0.4, 0.6) -> "50.0 [40.0, 60.0]"."""
-    bounds = ", ".join(f"{100 * bound:.1f}" for bound in interval)
-    return f"{100 * value:.1f}" + (f" [{bounds}]" if interval else "")
+    low, high = interval or (0, 0)
+    return f"{100 * value:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if interval else "")
 
 def table(rows: list[list]) -> str:
     """Rows, the first a heading, as an aligned Markdown table."""
@@ -770,9 +757,8 @@ def table(rows: list[list]) -> str:
     rows.insert(1, ["-" * width for width in widths])
     return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
 
-SCORE_ROWS = ("accuracy [95 %]", "over questions", "over tasks", "paper: start model",
-              "paper: PeRL", "answered", "errors", "unparsed", "truncated",
-              "right in all rotations", "questions in image orders")
+SCORE_ROWS = ("accuracy [95 %]", "over questions", "over tasks", "paper: start", "paper: PeRL",
+              "answered", "errors", "unparsed", "truncated", "right in all rotations", "orders of")
 
 def report(results: dict[str, dict], model: str) -> str:
     """A model's results in percent, a column a benchmark, and how each is scored."""
@@ -788,9 +774,9 @@ def report(results: dict[str, dict], model: str) -> str:
         for measure in MEASURES:
             found = orders.get(measure)
             cells.append(percent(found["value"], found.get("interval", ())) if found else "")
-        places = orders.get("by position", {}).items()
-        cells.append(", ".join(f"{k}: {percent(place['value'])}" for k, place in places))
-        columns.append(cells)
+        places = orders.get("by position", {})
+        texts = [f"{k}: {percent(places[k]['value'])}" for k in places]
+        columns.append(cells + [", ".join(texts)])
         notes += f"{name}: mean over {benchmark.mean}; {benchmark.scoring}\n"
     return f"{model}\n\n{table([*zip(*columns)])}\n{notes}"
 
@@ -804,9 +790,9 @@ def compare(folder_a: Path, folder_b: Path) -> str:
         for group in graded_groups(folder):
             if group[0]["id"] not in in_b:
                 continue
-            n_orders, others = group[0]["orders"], in_b[group[0]["id"]]
-            a = [row["right"] for row in group[:n_orders]]
-            b = [row["right"] for row in others[:n_orders]]
+            others = in_b[group[0]["id"]]
+            a = [row["right"] for row in group[:group[0]["orders"]]]
+            b = [row["right"] for row in others[:others[0]["orders"]]]
             gains = b[0] - a[0], sum(b) / len(b) - sum(a) / len(a), min(b) - min(a)
             for column, value in zip(columns, (a[0], b[0], *gains)):
                 column.setdefault(group[0]["task"], []).append(value)
@@ -862,8 +848,7 @@ def count_flops(config, cfg, shape: list[int]) -> tuple[dict, dict]:
         both = shape[0] * counter.get_total_flops()
     batches, vision = perl.micro_batches(rollouts, cfg), B * (forward + both)
     if cfg.share:  # once in each call of generate, and in each micro-batch of the loss
-        at_once = min(cfg.rollout_batch // cfg.rollouts_per_order,
-                      4 * cfg.max_tokens_per_micro_batch // L)
+        at_once = min(cfg.rollout_batch * P // B, 4 * cfg.max_tokens_per_micro_batch // L)
         vision = math.ceil(P / max(at_once, 1)) * forward + len(batches) * both
     # Shared: each prompt once, its last token with the first step; else each rollout's prompt.
     reads, seen, steps = (P, L - 1, T) if cfg.share else (B, L, T - 1)
@@ -878,8 +863,7 @@ def count_flops(config, cfg, shape: list[int]) -> tuple[dict, dict]:
             pairs = len(rows) * L ** 2 + len(batch) * T * (L + T)
         loss += 3 * (len(rows) * longest * token + pairs * pair)
         loss += 4 * len(batch) * T * head  # logits are made again in the backward pass
-    flops = {"vision": float(vision), "prefill": float(prefill), "decode": float(decode),
-             "loss": loss}
+    flops = {"vision": 1.0 * vision, "prefill": 1.0 * prefill, "decode": decode, "loss": loss}
     prompts = P * (token * L + pair * L * (L + 1) / 2)
     responses = B * T * (token + pair * (L + (T + 1) / 2) + head)
     return flops, {"vision": float(forward + both), "prefill": prompts, "decode": responses,
@@ -889,9 +873,9 @@ def time_step(cfg, shape: list[int]) -> dict[str, float]:
     """Seconds of sampling and update, and this process's peak memory in MB."""
     if cfg.cpu_threads:
         torch.set_num_threads(cfg.cpu_threads)
-    accelerator, processor = Accelerator(), load_processor(cfg.model, cfg)
+    accelerator, processor = Accelerator(), perl.load_processor(cfg.model, cfg)
     processor.banned_ids += processor.eos_ids  # responses of full length
-    model = load_model(cfg.model, cfg, accelerator.device)
+    model = perl.load_model(cfg.model, cfg, accelerator.device)
     text_id, n = processor.tokenizer("a").input_ids[0], cfg.rollouts_per_order
     rollouts = full_rollouts(cfg, shape, model.config.vision_config, text_id, processor.image_id)
     prompts = [rollout.prompt for rollout in rollouts[::n]]
@@ -902,8 +886,8 @@ def time_step(cfg, shape: list[int]) -> dict[str, float]:
     for rollout, ids in zip(rollouts, sum(responses, [])):
         rollout.ids = ids
     perl.update(model, None, optimizer, processor, [rollouts], cfg, accelerator)
-    return {"sample": sampled - start, "update": time.time() - sampled,
-            "peak_mb": 1e3 * perl.peak_gb()}
+    ended, peak_mb = time.time(), 1e3 * perl.peak_gb()
+    return {"sample": sampled - start, "update": ended - sampled, "peak_mb": peak_mb}
 
 def time_apart(cfg, shape: list[int]) -> dict[str, float]:
     """time_step in a process of its own, out of reach of a terminal's Ctrl-C."""
@@ -961,8 +945,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     args, perl_flags = parser.parse_known_args(argv)
     if perl_flags and not args.step_cost:
         parser.error(f"unknown: {' '.join(perl_flags)}")
-    papers = [name for name in BENCHMARKS if BENCHMARKS[name].paper[0]]
-    args.benchmarks = papers if args.benchmarks == "all" else args.benchmarks.split(",")
+    paper = [name for name in BENCHMARKS if BENCHMARKS[name].paper[0]]
+    args.benchmarks = paper if args.benchmarks == "all" else args.benchmarks.split(",")
     for name in args.benchmarks:
         if name not in BENCHMARKS and not name.endswith(".jsonl"):
             parser.error(f"--benchmarks {name}: none of all, {', '.join(BENCHMARKS)}, *.jsonl")
@@ -972,25 +956,24 @@ def ask_and_report(args) -> None:
     """Answers to all benchmarks chosen, unless --score-only; then scores and a table."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of an image is shown
     accelerator, parts = Accelerator(), Path(args.model).parts
-    name = "-".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
-    out = Path(args.out, name)  # RUN/checkpoint-100 -> RUN-checkpoint-100
+    n_names = 2 if parts[-1].startswith("checkpoint-") else 1  # RUN/checkpoint-100: both
+    out = Path(args.out, "-".join(parts[-n_names:]))
     if not args.score_only:
         cfg = settings(args)
         if cfg.cpu_threads:
             torch.set_num_threads(cfg.cpu_threads)
-        processor = load_processor(args.model, cfg)
-        model = load_model(args.model, cfg, accelerator.device)
-        digest = hashlib.sha1()  # other weights under the same path are another run
-        for weight in model.parameters():
-            digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        processor = perl.load_processor(args.model, cfg)
+        model = perl.load_model(args.model, cfg, accelerator.device)
+        starts = [w.detach().flatten()[:64].float().tolist() for w in model.parameters()]
+        weights = hashlib.sha1(str(starts).encode()).hexdigest()  # others are another run
         for benchmark in args.benchmarks:
-            run_benchmark(benchmark, model, processor, digest.hexdigest(), cfg, args,
+            run_benchmark(benchmark, model, processor, weights, cfg, args,
                           out / Path(benchmark).stem, accelerator)
     if accelerator.is_main_process:
         folders = sorted(path.parent for path in out.glob("*/config.json"))
         if not folders:
             raise SystemExit(f"{out} holds no responses; run without --score-only first")
-        text = report({folder.name: score(folder) for folder in folders}, name)
+        text = report({folder.name: score(folder) for folder in folders}, out.name)
         write_atomic(out / "summary.md", text)
         print(text)
 
