@@ -18,9 +18,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from safetensors.torch import load_file, save_file
@@ -1608,6 +1610,21 @@ def test_choice_forms(response, letter):
 def test_choice_by_option_text(response, options, letter):
     assert ev.extract_choice(response, options) == letter
 
+@table("response, options, letter", [
+    ("I cannot see a picture.", list("ABCDE"), None), (r"\boxed{N/A}", POINTS, None),
+    ("I can see a cat on a mat.", list("ABCDE"), None), ("A unique shape is shown.", POINTS, None),
+    ("It cannot be determined from the images.", POINTS, None),
+    ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
+    (r"\boxed{\text{None of the choices provided}}", ["1", "None of the choices provided"], "B"),
+    ("Box B has the right curve and fits. Box A, on the other hand, is too small.",
+     ["box A", "box B"], "B"),
+    ("Point A is closer to the camera. Point B is further back.", POINTS[:2], "A"),
+    ("Image B shows the colour more accurately. Image A is darker.", ["image A", "image B"], "B"),
+    ("The second image is most similar. The third image has other colours.", LATTER, "A"),
+    ("In this answer a person is named.", POINTS, None)])
+def test_refusals_are_no_letters_and_claims_come_first(response, options, letter):
+    assert ev.extract_choice(response, options) == letter
+
 @pytest.mark.parametrize("response, answer", [
     (r"<think>\boxed{1}</think> \boxed{2} \boxed{\frac{1}{3}} \boxed{4", r"\frac{1}{3}"),
     (r"<answer>2</answer> \boxed{3}", "3"), ("<answer>1</answer> <answer>2", "2"),
@@ -1786,24 +1803,171 @@ def test_odd_images_are_placed_or_counted_wrong(tmp_path):
     for name in ("./2D-spatial/a/0.jpg", "a/0.jpg"):
         assert Path(ev.place_image(name, tmp_path, tmp_path)).exists()
 
+def write_parquet(rows, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
 def test_rows_come_from_a_local_copy_of_the_hub_files(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({
-        "id": datasets.Value("string"), "question": datasets.Value("string"),
-        "options": datasets.List(datasets.Value("string")), "answer": datasets.Value("string"),
-        "decoded_image": datasets.Image(), "subject": datasets.Value("string")})
     images = [encoded(Image.new("RGB", (30, 30)), "PNG"), {"bytes": b"junk", "path": None}]
     rows = [{"id": str(k), "question": "<image1>?", "options": [], "answer": "3", "subject": "s",
              "decoded_image": images[k % 2]} for k in range(6)]
     (tmp_path / "MathVision" / "data").mkdir(parents=True)
-    datasets.Dataset.from_list(rows, features=features).to_parquet(
-        str(tmp_path / "MathVision" / "data" / "test-00000-of-00001.parquet"))
+    write_parquet(rows, tmp_path / "MathVision" / "data" / "test-00000-of-00001.parquet")
     args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=3)
     questions = ev.load_benchmark("mathvision", args)
     assert [q.sample.id for q in questions] == ["0", "2", "4"]  # evenly spread
     assert Path(questions[0].sample.images[0]).exists()
     with pytest.raises(SystemExit, match="BLINK"):
         ev.load_benchmark("blink", args)
+
+PICTURE = {"bytes": encoded(Image.new("RGB", (30, 30)), "PNG")["bytes"], "path": None}
+MV_TEXT = "Which?\n\n<image_1>\n" + "".join(f"{letter}.\n\n<image_{k}>\n"
+                                              for k, letter in enumerate("ABCD", 2)) + "\n##"
+LAYOUTS = {  # a row of each data set, where its files lie, and what a right answer is
+    "mantis-eval": ("mantis_eval/test-0.parquet", "B", {
+        "id": "m", "question": "Which <image><image>?", "images": [PICTURE] * 2, "answer": "B",
+        "question_type": "multi-choice", "options": ["(A) a cat", "(B) a dog"]}),
+    "blink": ("Jigsaw/val-0.parquet", "A", {
+        "idx": "b", "prompt": "Which?\n(A) the second image\n(B) the third image", "answer": "(A)",
+        "image_1": PICTURE, "image_2": PICTURE, "image_3": PICTURE, "image_4": None,
+        "choices": ["the second image", "the third image"], "sub_task": "Jigsaw"}),
+    "mmiu": ("all.parquet", "B", {
+        "task": "t", "question": "?", "context": "Select.\nA: x\nB: y", "output": "B",
+        "options": "A: x\nB: y", "input_image_path": ["./2D-spatial/t/0.png"]}),
+    "mathvista": ("data/testmini-0.parquet", "1.449", {
+        "pid": "1", "decoded_image": PICTURE, "choices": None, "precision": 2.0, "answer": "1.45",
+        "question_type": "free_form", "answer_type": "float", "query": "?",
+        "metadata": {"task": "fqa"}}),
+    "mathverse": ("testmini.parquet", r"9\pi", {
+        "sample_index": "1", "problem_version": "Text Lite", "question": "?", "image": PICTURE,
+        "question_type": "free-form", "answer": r"Area $=9 \pi \mathrm{cm}^{2}$",
+        "question_for_eval": "?"}),
+    "mathvision": ("data/test-0.parquet", "2", {
+        "id": "1", "question": "<image1>?", "options": [], "answer": "2", "subject": "s",
+        "decoded_image": PICTURE}),
+    "remi": ("test.parquet", "40", {
+        "task": "Clocks", "question": "<image1>, <image2>?", "label": "35", "image_1": PICTURE,
+        "image_2": PICTURE}),
+    "mv-math": ("data/MV-MATH.json", "C", {
+        "problem_id": 1, "question": MV_TEXT, "answer": "C", "answer_type": "choice",
+        "input_image": ["q.png", "a.png", "b.png", "c.png", "d.png"]}),
+    "muirbench": ("data/test-0.parquet", "B", {
+        "idx": "1-1", "task": "Counting", "question": "<image><image> How many?", "answer": "B",
+        "options": ["1", "None of the choices provided"], "image_list": [PICTURE] * 2,
+        "image_relation": "", "image_type": "", "counterpart_idx": "1-2"}),
+    "medframeqa": ("data/test-0.parquet", "B", {
+        "question_id": "1", "question": "What?", "options": ["x", "y", "z"], "correct_answer": "B",
+        "image_1": PICTURE, "image_2": PICTURE, "image_3": None})}
+
+@table("name", LAYOUTS)
+def test_every_adapter_reads_a_local_copy_with_its_zips(name, tmp_path):
+    file, answer, row = LAYOUTS[name]
+    folder = tmp_path / ev.BENCHMARKS[name].hub.split("/")[1]
+    (folder / file).parent.mkdir(parents=True)
+    if file.endswith("json"):  # twice: two rows with one id
+        (folder / file).write_text(json.dumps([row, row]))
+    else:
+        write_parquet([row, row], folder / file)
+    for image in row.get("input_image_path", []) + row.get("input_image", []):
+        inner = "2D-spatial/t" if name == "mmiu" else "images"  # in the zip's own inner folder
+        (tmp_path / "zipped" / inner).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 30)).save(tmp_path / "zipped" / inner / Path(image).name)
+        shutil.make_archive(str(folder / "images"), "zip", tmp_path / "zipped")
+    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=0)
+    questions = ev.load_benchmark(name, args)
+    assert len({q.sample.id for q in questions}) == 2
+    for q in questions:
+        assert all(Path(image).exists() for image in q.sample.images)
+        assert graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)["right"]
+        assert not graded(r"\boxed{D}", q.rule, q.sample.answer, q.options)["right"]
+        assert q.sample.order_rule == ("letter" if name in ("blink", "mv-math") else "never")
+
+def test_option_images_are_no_duplicates():
+    q = ev.from_mv_math(LAYOUTS["mv-math"][2], 0, place)
+    assert q.sample.movable == (1, 2, 3, 4) and q.options == ("",) * 4
+    right = {letter for letter in "ABCD"
+             if graded(rf"\boxed{{{letter}}}", gold="C", options=q.options)["right"]}
+    assert right == {"C"}
+    worst = [graded("A", gold=ev.permute(q.sample, order).answer, options=q.options)["right"]
+             for order in ev.all_orders(q.sample, 24)]
+    assert any(worst) and not all(worst), "who always says A is right in some orders only"
+    for text in ("A: one\nB: two\n\nWhich is right?\nA. A only\nB. B only\nC. none\nD. both",
+                 "?\nA. A only\nB. B only\nC. none\nD. both\n\nPage 7 of 67"):
+        row = LAYOUTS["mv-math"][2] | {"question": text, "input_image": []}
+        assert ev.from_mv_math(row, 0, place).options == ("A only", "B only", "none", "both")
+
+@table("gold, options, right, wrong", [
+    ("(C)", "xyz", ["C", "z"], ["A", "B"]), ("False", ["True", "False"], ["B", "False"], ["A"]),
+    (r"090^\circ T", [r"180^\circ T", r"090^\circ T"], ["B"], ["A"]),
+    ("C\nD", "wxyz", ["C, D", "D and C"], ["C", "A, C, D"])])
+def test_golds_of_mathverse(gold, options, right, wrong):
+    text = "?\nChoices:" + "".join(f"\n{letter}:{o}" for letter, o in zip("ABCD", options))
+    row = LAYOUTS["mathverse"][2] | {"question_type": "multi-choice", "answer": gold,
+                                     "question_for_eval": text}
+    q = ev.from_mathverse(row, 0, place)
+    for answers, verdict in ((right, True), (wrong, False)):
+        for answer in answers:
+            row = graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)
+            assert row["right"] is verdict, answer
+
+@table("gold, right, wrong", [
+    (r"Area $=9 \pi \mathrm{cm}^{2}$", [r"9\pi", r"A = 9 \pi \text{ cm}^2"],
+     [r"-9\pi", r"9\pi+1", r"90\pi", r"900\pi \text{ mm}^2"]),
+    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "5.4", "44", "440 cm"]), ("212°T", ["212", "212°"], ["221"]),
+    (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"1225\pi"]),
+    ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("$x=0$", ["x=0", "0"], ["y=0"]),
+    ("118掳T", ["118"], ["118.5"]), ("2191.7 metres", ["2191.7"], ["2.1917"])])
+def test_left_side_and_unit_are_optional(gold, right, wrong):
+    for answers, verdict in ((right, True), (wrong, False)):
+        for answer in answers:
+            assert ev.same_value(answer, gold) is verdict, answer
+
+def test_multi_step_answers_in_three_ways():
+    gold = "(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50"
+    for response in (r"\boxed{(1)(1) 3, (2) (1,2) (2) 40 or 50}",
+                     r"\boxed{3}, \boxed{(1,2)}, \boxed{40 or 50}", r"\boxed{3, (1,2), 40 or 50}"):
+        assert graded(response, "parts", gold)["right"], response
+    for response in (r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}", r"\boxed{3, (1,2)}",
+                     r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"):
+        assert not graded(response, "parts", gold)["right"], response
+
+# ---- rotations, samples --------------------------------------------------------------------------
+
+def test_rotate_moves_texts_and_the_right_letter():
+    row = {"id": "m", "question": "Which?", "images": [1], "answer": "A", "options": ["x", "y", "z"],
+           "question_type": "multi-choice"}
+    q = ev.from_mantis(row, 0, place)
+    turned = [q] + [ev.rotate(q, turn) for turn in (1, 2)]
+    assert [t.sample.answer for t in turned] == ["A", "C", "B"]
+    assert turned[1].sample.question == "<image>Which?\n(A) y\n(B) z\n(C) x"
+    assert all(t.options["ABC".index(t.sample.answer)] == "x" for t in turned)
+    unlisted = q._replace(sample=dataclasses.replace(q.sample, question="<image>Which?"))
+    assert ev.rotate(unlisted, 1) is None
+
+def test_rotations_and_the_same_order_control_are_asked_and_kept_apart(tmp_path, monkeypatch):
+    blink = LAYOUTS["blink"][2]
+    rows = [blink | {"idx": "same"}, blink | {
+        "idx": "words", "choices": ["cat", "dog", "cow"], "answer": "(B)",
+        "prompt": "Which?\n(A) cat\n(B) dog\n(C) cow"}]
+    write_parquet(rows, tmp_path / "BLINK" / "Jigsaw" / "val-0.parquet")
+    asked = []
+
+    def answer(model, processor, samples, orders, n, cfg, greedy):
+        asked.extend(order for its_orders in orders for order in its_orders)
+        assert not greedy and cfg.temperature == 0.5
+        return [[SimpleNamespace(text=r"\boxed{B}", truncated=False) for _ in its_orders]
+                for its_orders in orders]
+
+    monkeypatch.setattr(ev, "sample_groups", answer)
+    ev.main(["--benchmarks", "blink", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out"),
+             "--orders", "2", "--temperature", "0.5", "--rotate-options"])
+    r = json.loads((tmp_path / "out" / "tiny" / "blink" / "results.json").read_text())
+    # Two orders and as many times the given one, a rotation; three rotations in one order.
+    assert len(asked) == 4 + 1 + 3
+    assert (r["score"], r["n"], r["all rotations"]["value"], r["all rotations"]["n"]) == (
+        0.5, 2, 0, 2)
+    assert (r["orders"]["bias"]["value"], r["orders"]["bias"]["n"]) == (1, 1)
+    assert (r["orders"]["flip"]["value"], r["orders"]["control"]["value"]) == (1, 0)
 
 # ---- step cost -----------------------------------------------------------------------------------
 
