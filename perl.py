@@ -61,7 +61,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -332,12 +332,13 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
 
 def image_problem(image: str, folder: Path) -> str:
     """Why `image` is no readable picture inside `folder`; '' if it is one."""
-    if not Path(image).resolve().is_relative_to(folder.resolve()):
-        return f"lies outside the JSONL's folder {folder}"
     try:
-        with Image.open(image) as picture:
-            picture.load()  # verify() would not notice a truncated file
-    except (OSError, SyntaxError, ValueError) as error:
+        if not Path(image).resolve().is_relative_to(folder.resolve()):
+            return f"lies outside the JSONL's folder {folder}"
+        if not Path(image).is_file():  # to open a pipe would wait for ever
+            return "is no file"
+        read_image(image)  # whole: to look at its size would not notice a truncated one
+    except Exception as error:  # what a decoder raises on broken bytes is no closed list
         return f"is no readable image: {error}"
     return ""
 
@@ -492,12 +493,23 @@ def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedM
     model.model.visual.requires_grad_(not cfg.freeze_vision)                # FAMILY
     return model.eval()
 
+def read_image(file) -> Image.Image:
+    """In RGB, upright (EXIF), transparent parts white; of an animation the first frame. Other
+    formats are refused: their decoders are little used, and EPS would run Ghostscript."""
+    with Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP")) as image:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "I;16":  # convert would cut at 255, which leaves a white image
+        image = image.point(lambda value: value / 256)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
 def load_pictures(sample: Sample, processor) -> dict[str, Picture]:
     """Path -> picture: each image preprocessed once, for all orders of its question."""
     pictures = {}
     for path in dict.fromkeys(sample.images):
-        with Image.open(path) as image:
-            inputs = processor.image_processor([image.convert("RGB")], return_tensors="pt")
+        inputs = processor.image_processor([read_image(path)], return_tensors="pt")
         grid = inputs["image_grid_thw"]
         tokens = int(grid.prod()) // processor.image_processor.merge_size ** 2
         pictures[path] = Picture(inputs["pixel_values"], grid, tokens)

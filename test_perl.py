@@ -11,9 +11,11 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +108,152 @@ def test_bad_files(folder, content, message):
         (folder / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.jsonl.*{message}"):
         perl.load_samples(folder / "bad.jsonl")
+
+# ---- Images: what may stand in a data folder -----------------------------------------------------
+
+def png_of(width, height):
+    """A tiny file that says it is a huge picture: one bit a pixel, all alike."""
+    def chunk(name, content):
+        body = name + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * ((width // 8 + 1) * height), 9)
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), chunk(b"IDAT", pixels),
+                     chunk(b"IEND", b"")])
+
+def noise(width=84, height=56):
+    return Image.effect_noise((width, height), 60).convert("RGB")
+
+def a_file(content):
+    return lambda path: path.write_bytes(content)
+
+def half_of(image, format):
+    file = io.BytesIO()
+    image.save(file, format)
+    return file.getvalue()[:file.tell() // 2]
+
+def link_to(target):
+    return lambda path: path.symlink_to(target)
+
+BAD_IMAGES = {
+    "truncated.png": (a_file(half_of(noise(), "PNG")), "is no readable image: .*truncated"),
+    "truncated.jpg": (a_file(half_of(noise(), "JPEG")), "is no readable image: .*truncated"),
+    "header.png": (a_file(png_of(9, 9)[:20]), "is no readable image"),
+    "zero.png": (a_file(b""), "is no readable image: cannot identify"),
+    "bomb.png": (a_file(png_of(20_000, 20_000)), "is no readable image: .*decompression bomb"),
+    "folder.png": (lambda path: path.mkdir(), "is no file"),
+    "none.png": (lambda path: None, "is no file"),
+    "pipe.png": (os.mkfifo, "is no file"),
+    "loop.png": (link_to("loop.png"), "is no readable image: Symlink loop|is no file"),
+    "out.png": (link_to("../outside.png"), "lies outside"),
+    "../outside.png": (lambda path: None, "lies outside"),
+    "/etc/hostname": (lambda path: None, "lies outside"),
+    "a\0.png": (lambda path: None, "is no readable image: .*null byte"),
+    "\ud800.png": (lambda path: None, "is no readable image: .*surrogates"),
+    "x" * 300 + ".png": (lambda path: None, "is no readable image: .*too long"),
+    # Needs another program to draw it, which would run what it finds in the file.
+    "vector.eps": (lambda path: noise().save(path), "is no readable image: cannot identify")}
+
+@table("name", BAD_IMAGES)
+def test_a_bad_image_is_named(folder, name):
+    make, message = BAD_IMAGES[name]
+    make(folder / name)
+    row = GOOD | {"id": "q2", "images": ["a.png", name, "c.png"]}
+    signal.alarm(20)
+    with pytest.raises(SystemExit, match=rf"bad\.jsonl, line 2, field images: .* ?{message}"):
+        perl.load_questions(str(write_rows(folder / "bad.jsonl", GOOD, row)), PROCESSOR,
+                            tiny_config(), ACCELERATOR)
+
+def grey_16_bit(levels):
+    """A 16-bit picture of the given levels of grey, from 0 to 65535."""
+    return Image.frombytes("I;16", (len(levels), 1), struct.pack(f"<{len(levels)}H", *levels))
+
+def drawn(mode, *colours, **options):
+    """A row of pixels of the given colours, and how to save it."""
+    image = Image.new(mode, (len(colours), 1))
+    for k, colour in enumerate(colours):
+        image.putpixel((k, 0), colour)
+    return image, options
+
+def animation(first, *others):
+    frames = [Image.new("RGB", (3, 1), colour) for colour in (first, *others)]
+    return frames[0], dict(save_all=True, append_images=frames[1:])
+
+def palette():
+    """A row of red and blue pixels; blue, number 1 of the palette, counts as transparent."""
+    image, _ = drawn("P", 0, 1, 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    return image, dict(transparency=1)
+
+RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
+
+@table("name, image, pixels", [
+    ("rgba.png", drawn("RGBA", (255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128)),
+     [RED, WHITE, (127,) * 3]),
+    ("la.png", drawn("LA", (0, 255), (0, 0)), [BLACK, WHITE]),
+    ("palette.png", palette(), [RED, WHITE, RED]),
+    ("16.png", (grey_16_bit([0, 32768, 65535]), {}), [BLACK, (128,) * 3, WHITE]),
+    ("bits.png", drawn("1", 0, 1), [BLACK, WHITE]),
+    ("grey.png", drawn("L", 0, 99), [BLACK, (99,) * 3]),
+    ("cmyk.jpg", (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), dict(quality=100)), [RED] * 8),
+    ("moving.gif", animation("red", "blue"), [RED] * 3),
+    ("moving.webp", animation("red", "blue"), [RED] * 3),
+    ("rgb.bmp", drawn("RGB", RED, BLUE), [RED, BLUE])])
+def test_pictures_of_all_kinds_are_read_as_they_look(folder, name, image, pixels):
+    image, options = image
+    image.save(folder / name, **options)
+    read = perl.read_image(folder / name)
+    assert read.mode == "RGB" and read.size == image.size
+    for k, colour in enumerate(pixels):
+        assert read.getpixel((k, 0)) == pytest.approx(colour, abs=2)
+    row = dict(id="x", images=[name], question="<image>?", order_rule="index", answer="1")
+    asked, = perl.load_samples(write_rows(folder / "one.jsonl", row))
+    assert_reads(asked, [name])
+
+def assert_reads(asked, names):
+    """The prompt has the pixels of these files as read_image shows them, and its length is known
+    before they are decoded."""
+    prompt = perl.encode_prompt(asked, PROCESSOR)
+    assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
+    for picture, path, name in zip(prompt.pictures, asked.images, names):
+        assert path.endswith(name)
+        plain = PROCESSOR.image_processor([perl.read_image(path)], return_tensors="pt")
+        assert torch.equal(picture.pixels, plain["pixel_values"])
+
+@table("suffix", ["jpg", "png", "webp"])
+@table("orientation", range(1, 9))
+def test_exif_rotation_is_applied(folder, orientation, suffix):
+    upright = Image.new("RGB", (112, 56), "white")
+    upright.paste("black", (0, 0, 28, 28))  # a mark in the upper left corner
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Image.Transpose
+    stored = upright if undo is None else upright.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(folder / f"turned.{suffix}", exif=exif)
+    read = perl.read_image(folder / f"turned.{suffix}")
+    assert read.size == (112, 56)
+    corners = [read.getpixel(place)[0] < 128 for place in ((9, 9), (99, 9), (9, 47), (99, 47))]
+    assert corners == [True, False, False, False]
+    row = dict(id="x", images=[f"turned.{suffix}"], question="<image>?", order_rule="index",
+               answer="1")
+    asked, = perl.load_samples(write_rows(folder / "one.jsonl", row))
+    assert perl.encode_prompt(asked, PROCESSOR).pictures[0].grid.tolist() == [[1, 4, 8]]
+    assert_reads(asked, [f"turned.{suffix}"])
+
+@table("size, tokens", [((1, 1), 1), ((28, 5000), 179), ((5000, 28), 179), ((10_000, 10), None)])
+def test_pictures_of_odd_sizes(folder, size, tokens):
+    """One pixel is scaled up; a strip of 200 : 1 or more has no place in the vision tower."""
+    Image.new("RGB", size).save(folder / "odd.png")
+    row = dict(id="odd one", images=["odd.png"], question="<image>?", order_rule="index",
+               answer="1")
+    path = write_rows(folder / "one.jsonl", row)
+    if tokens is None:
+        with pytest.raises(SystemExit, match="odd one, field images: .*odd.png: .*aspect ratio"):
+            perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
+    else:
+        asked, = perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
+        assert [p.tokens for p in perl.encode_prompt(asked, PROCESSOR).pictures] == [tokens]
+        assert_reads(asked, ["odd.png"])
 
 # ---- Permutation (Eq. 1) -------------------------------------------------------------------------
 
