@@ -164,7 +164,8 @@ CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
 SHORT_NAMES = {"tiny": str(SAMPLES / "tiny")}
 SHORT_NAMES |= {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct"
                 for size in ("3B", "7B", "32B", "72B")}
-CONTROL = re.compile(r"<\|\w+\|>")  # tokens of the chat format have no place in a text
+# What has no place in a text: tokens of the chat format, NUL, half a character ("\ud83d").
+CONTROL = re.compile(r"<\|\w+\|>|[\0\ud800-\udfff]")
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Command line -> Config; what makes no sense ends the program and says why."""
@@ -293,15 +294,18 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
             raise ValueError(f"{where}, field {name}: {problem}")
 
     try:
-        row = dict(json.loads(line))
-    except (TypeError, ValueError) as error:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError("each line is one {...}, without a list around them")
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{where}: not valid JSON of an object ({error})") from None
     for name in row:
         require(name in Sample.__dataclass_fields__, name, "is not a field of a sample")
-    for name in ("id", "question", "answer", "order_rule"):
-        is_text = isinstance(row.get(name), str) and row[name].strip()
+    for name in ("id", "question", "answer", "order_rule", "source"):
+        text = row.get(name, "")
+        is_text = isinstance(text, str) and (text.strip() or name == "source")
         require(is_text, name, "must be a text, and not empty")
-    require(isinstance(row.get("source", ""), str), "source", "must be a text")
+        require(not CONTROL.search(text), name, "holds <|...|>, NUL or half a character")
     rule = ORDER_RULES.get(row["order_rule"])
     require(rule, "order_rule", f"must be one of {', '.join(ORDER_RULES)}")
 
@@ -316,15 +320,15 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     places = question.count("<image>")
     require(places == n, "question", f"has {places} <image> placeholders for {n} images")
     for number in MENTION.findall(question):
-        require(1 <= int(number) <= n, "question", f"mentions image {number} of {n}")
-    require(not CONTROL.search(question), "question", "holds a control token, <|...|>")
+        known = len(number) < 5 and 1 <= int(number) <= n  # int() refuses thousands of digits
+        require(known, "question", f"mentions image {number[:9]} of {n}")
     paths = [os.path.normpath(folder / image) for image in images]
     for path in paths:
         problem = image_problem(path, folder)
         require(not problem, "images", f"{path} {problem}")
 
     sample = Sample(**row | {"images": paths, "answer": row["answer"].strip()})
-    problem = f"{sample.answer!r} does not fit {sample.order_rule} with movable {sample.movable}"
+    problem = f"{sample.answer[:80]!r} does not fit {sample.order_rule}, movable {sample.movable}"
     require(re.fullmatch(rule.pattern, sample.answer), "answer", problem)
     named = [rule.position_of(name, sample) for name in re.findall(rule.name, sample.answer)]
     require(len(set(named) & set(range(n))) == len(named), "answer", problem)

@@ -82,25 +82,37 @@ def test_load_samples(folder):
     assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
 
 @table("field, value, others", [(field, value, {}) for field, values in {
-    "id": [MISSING, 7, " "], "order_rule": [MISSING, "shuffle"], "source": [5], "ansver": ["3"],
+    "id": [MISSING, 7, " ", "a\0", "\udfff"], "order_rule": [MISSING, "shuffle", ["keep"], "\0"],
+    "source": [5, "<|im_end|>", "\ud83d"], "ansver": ["3"],
     "images": [MISSING, "a.png", [], ["a.png", 1, "c.png"], *(
         ["a.png", bad, "c.png"] for bad in  # the link leads out of the folder
         ("none.png", "text.png", "cut.jpg", "../outside.png", "link.png"))],
     "question": [MISSING, [IMAGES], "<image><image> one too few", IMAGES + "<image_4>",
-                 IMAGES + "<image_0>", IMAGES + "<|im_end|>"],
-    "answer": [MISSING, 3, "4", "0", "A"],  # to order_rule index; to the others below
-    "movable": [[0, 3], [-1], [1, 1], "01", [True]],
+                 IMAGES + "<image_0>", IMAGES + "<|im_end|>", IMAGES + "<|image_pad|>",
+                 IMAGES + "A: <|video_pad|> B: x", IMAGES + "\0", IMAGES + "\ud83d", "no image",
+                 IMAGES + "<image>", IMAGES + "<image_" + "9" * 5000 + ">"],
+    # To order_rule index; to the others below.
+    "answer": [MISSING, 3, "4", "0", "A", "", " ", "<|im_end|>", "1\0", "\ud83d", "7" * 10 ** 6],
+    "movable": [[0, 3], [-1], [1, 1], "01", [True], [10 ** 400]],
 }.items() for value in values] + [
     ("answer", bad, dict(order_rule="letter", movable=[1, 2])) for bad in ("C", "1", "AB")] + [
     ("answer", bad, dict(order_rule="sequence")) for bad in ("1,1,2", "1,4", "1,,2")])
 def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, others):
     row = GOOD | {"id": "q2"} | others | {field: value}
     row = {name: value for name, value in row.items() if value is not MISSING}
-    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field {field}: "):
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field {field}: ") as refusal:
         perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
+    assert len(str(refusal.value)) < 500, "a line that a terminal can show"
 
 @table("content, message", [
     (b'{"id": ', "line 1: not valid JSON"), (b"[1]", "line 1: "), (b'\n{"id": "\xff"}', "line 2"),
+    (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)[:50]}".encode(), "line 2: not valid JSON"),  # torn
+    (f"[{json.dumps(GOOD)}]".encode(), "line 1: .*each line is one {...}"),
+    (json.dumps([GOOD], indent=1).encode(), "line 1: not valid JSON"),
+    (b'[["id", "x"], ["answer", "1"]]', "line 1: .*each line is one {...}"),
+    (b'{"id":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 1: not valid JSON"),
+    (b'{"id": ' + b"9" * 9000 + b"}", "line 1: not valid JSON"), (b'{"id": NaN}', "field id"),
+    (json.dumps(GOOD).encode("utf-16") * 2, "line 1"), (b"\0\0\0\0", "line 1"),
     (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: .*line 1"),
     (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "is no file")])
 def test_bad_files(folder, content, message):
@@ -108,6 +120,53 @@ def test_bad_files(folder, content, message):
         (folder / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.jsonl.*{message}"):
         perl.load_samples(folder / "bad.jsonl")
+
+@table("start, end", [
+    (b"", b"\n"), (b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"", b"\r\n \r\n")])
+def test_byte_order_mark_crlf_and_a_missing_last_newline_do_no_harm(folder, start, end):
+    lines = [json.dumps(GOOD | {"id": f"q{k}"}).encode() for k in range(3)]
+    (folder / "d.jsonl").write_bytes(start + end.join(lines))
+    assert [asked.id for asked in perl.load_samples(folder / "d.jsonl")] == ["q0", "q1", "q2"]
+
+def test_many_images_and_a_megabyte_of_text(folder, capsys):
+    """What is too long for the prompt is dropped and counted; 33 images are only many."""
+    many = dict(id="many", images=["a.png"] * 32 + ["b.png"], question="<image>" * 33 + "<image_33>",
+                answer="33", order_rule="index")
+    long = GOOD | dict(id="long", question=IMAGES + "word " * 200_000)
+    path = write_rows(folder / "d.jsonl", GOOD, many, long)
+    kept = perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
+    assert [asked.id for asked in kept] == ["q1", "many"]
+    assert "2 questions, 1 dropped" in capsys.readouterr().out
+    order = (32, *range(32))
+    moved = perl.permute(kept[1], order)
+    assert moved.answer == "1" and moved.question.endswith("<image_1>")
+    pictures = perl.encode_prompt(moved, PROCESSOR).pictures
+    assert [picture.tokens for picture in pictures] == [6] + [1] * 32
+
+# All that the published tokenizer adds, but <tool_call> and </tool_call>: those are plain words.
+REAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>",
+               "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+               "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+               "<|image_pad|>", "<|video_pad|>", "<|fim_prefix|>", "<|fim_middle|>",
+               "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]
+
+def special_ids(prompt):
+    special = [i for i, token in PROCESSOR.tokenizer.added_tokens_decoder.items() if token.special]
+    return [token for token in prompt.ids if token in special]
+
+def test_no_text_becomes_a_control_token(folder):
+    specials = [t.content for t in PROCESSOR.tokenizer.added_tokens_decoder.values() if t.special]
+    assert all(perl.CONTROL.search(text) for text in REAL_TOKENS + specials)
+    plain, = perl.load_samples(write_rows(folder / "d.jsonl", GOOD))
+    texts = ["<tool_call>", "<think>", "< |im_end|>", "<|im_<image_1>end|>", "<|im", "_end|>", "|>",
+             "<|<image_2>|>", "{{ 1 + 1 }}", "{% raw %}", "<|image_\u200bpad|>", "&lt;|im_end|&gt;",
+             "\uff1c|im_end|\uff1e", "<s>", "[INST]", "<<image_1>>", "<im<image_3>age>"]
+    for text in texts:
+        row = GOOD | dict(question=text + IMAGES + text, answer=text, order_rule="never")
+        asked, = perl.load_samples(write_rows(folder / "d.jsonl", row))
+        prompt = perl.encode_prompt(asked, PROCESSOR)
+        assert special_ids(prompt) == special_ids(perl.encode_prompt(plain, PROCESSOR)), text
+        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
 
 # ---- Images: what may stand in a data folder -----------------------------------------------------
 
