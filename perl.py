@@ -261,7 +261,8 @@ def option_position(letter: str, sample: Sample) -> int:
     return dict(zip(LETTERS, sample.movable)).get(letter, -1)
 
 ORDER_RULES = {
-    "keep": OrderRule(),   # the answer stays as it is (the paper's S = 1)
+    # The answer stays as it is (the paper's S = 1); so it names no image by its number.
+    "keep": OrderRule(r"(?is)(?!.*\bimages?[ _]?#?\d).+"),
     "never": OrderRule(),  # it depends on the order: the images may not change places
     "index": OrderRule(NUMBER, NUMBER, *BY_NUMBER),  # an image number
     "sequence": OrderRule(rf"{NUMBER}(\s*,\s*{NUMBER})*", NUMBER, *BY_NUMBER),  # "2,1,3"
@@ -332,6 +333,11 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     require(re.fullmatch(rule.pattern, sample.answer), "answer", problem)
     named = [rule.position_of(name, sample) for name in re.findall(rule.name, sample.answer)]
     require(len(set(named) & set(range(n))) == len(named), "answer", problem)
+    too_many = sample.order_rule == "letter" and len(sample.movable) > len(LETTERS)
+    require(not too_many, "images", "has more options than there are letters")
+    movable_paths = [paths[k] for k in sample.movable]
+    twice = any(movable_paths.count(paths[k]) > 1 for k in named)  # one prompt, two answers
+    require(not twice, "images", "has one twice that the answer names: order_rule never?")
     return sample
 
 def image_problem(image: str, folder: Path) -> str:

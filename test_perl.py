@@ -81,6 +81,15 @@ def test_load_samples(folder):
     assert first.movable == (0, 1, 2), "all may move unless said otherwise"
     assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
 
+# What would not mean the same once the images have changed places.
+WOULD_CHANGE = [("answer", text, dict(order_rule="keep"))
+                for text in ("Image 2", "a, <image_3>", "x\nimages #1")]
+WOULD_CHANGE += [("images", ["a.png", "b.png", "a.png"], others) for others in (
+    dict(answer="1"), dict(answer="C", order_rule="letter"),
+    dict(answer="2,3", order_rule="sequence"))]
+WOULD_CHANGE += [("images", ["a.png"] * 27,
+                  dict(order_rule="letter", answer="A", question="<image>" * 27))]
+
 @table("field, value, others", [(field, value, {}) for field, values in {
     "id": [MISSING, 7, " ", "a\0", "\udfff"], "order_rule": [MISSING, "shuffle", ["keep"], "\0"],
     "source": [5, "<|im_end|>", "\ud83d"], "ansver": ["3"],
@@ -92,17 +101,25 @@ def test_load_samples(folder):
                  IMAGES + "A: <|video_pad|> B: x", IMAGES + "\0", IMAGES + "\ud83d", "no image",
                  IMAGES + "<image>", IMAGES + "<image_" + "9" * 5000 + ">"],
     # To order_rule index; to the others below.
-    "answer": [MISSING, 3, "4", "0", "A", "", " ", "<|im_end|>", "1\0", "\ud83d", "7" * 10 ** 6],
+    "answer": [MISSING, 3, "4", "0", "A", "", " ", "<|im_end|>", "1\0", "\ud83d", "7" * 10**6],
     "movable": [[0, 3], [-1], [1, 1], "01", [True], [10 ** 400]],
 }.items() for value in values] + [
     ("answer", bad, dict(order_rule="letter", movable=[1, 2])) for bad in ("C", "1", "AB")] + [
-    ("answer", bad, dict(order_rule="sequence")) for bad in ("1,1,2", "1,4", "1,,2")])
+    ("answer", bad, dict(order_rule="sequence")) for bad in ("1,1,2", "1,4", "1,,2")] + WOULD_CHANGE)
 def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, others):
     row = GOOD | {"id": "q2"} | others | {field: value}
     row = {name: value for name, value in row.items() if value is not MISSING}
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field {field}: ") as refusal:
         perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
     assert len(str(refusal.value)) < 500, "a line that a terminal can show"
+
+def test_an_image_may_come_twice_where_that_is_harmless(folder):
+    row = GOOD | dict(images=["a.png", "b.png", "a.png"])
+    rows = [row | dict(answer="2"), row | dict(answer="1", order_rule="never"),
+            row | dict(answer="Two of the images show it", order_rule="keep"),
+            row | dict(answer="B", order_rule="letter", movable=[1, 2])]  # the reference's copy
+    rows = [row | dict(id=f"q{k}") for k, row in enumerate(rows)]
+    assert len(perl.load_samples(write_rows(folder / "good.jsonl", *rows))) == 4
 
 @table("content, message", [
     (b'{"id": ', "line 1: not valid JSON"), (b"[1]", "line 1: "), (b'\n{"id": "\xff"}', "line 2"),
@@ -130,8 +147,8 @@ def test_byte_order_mark_crlf_and_a_missing_last_newline_do_no_harm(folder, star
 
 def test_many_images_and_a_megabyte_of_text(folder, capsys):
     """What is too long for the prompt is dropped and counted; 33 images are only many."""
-    many = dict(id="many", images=["a.png"] * 32 + ["b.png"], question="<image>" * 33 + "<image_33>",
-                answer="33", order_rule="index")
+    many = dict(id="many", images=["a.png"] * 32 + ["b.png"], answer="33", order_rule="index",
+                question="<image>" * 33 + "<image_33>")
     long = GOOD | dict(id="long", question=IMAGES + "word " * 200_000)
     path = write_rows(folder / "d.jsonl", GOOD, many, long)
     kept = perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
