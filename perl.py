@@ -37,6 +37,7 @@ of a prompt, T of a response, S of a row; H heads, D hidden width, V vocabulary.
 """
 import argparse
 import dataclasses
+import fcntl
 import functools
 import json
 import math
@@ -1264,13 +1265,17 @@ def newest(cfg, pattern: str) -> Path | None:
     return max(Path(cfg.out).glob(pattern), default=None, key=lambda path: [
         int(number) for number in re.findall(r"\d+", str(path.relative_to(cfg.out)))])
 
-def open_run(cfg, accelerator) -> None:
+def open_run(cfg, accelerator) -> int:
     """Make the run folder. Its top is the current run: an earlier one, of stage 1 say, moves
-    to stage1-1/, stage1-2/ .. in it, where later stages find it. Nothing is lost."""
+    to stage1-1/, stage1-2/ .. in it, where later stages find it. Nothing is lost. Returns what
+    holds the folder until it is closed, at the latest by the end of the process."""
     out = Path(cfg.out)
-    if accelerator.is_main_process and not cfg.resume:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+        if accelerator.is_main_process:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if accelerator.is_main_process and not cfg.resume:
             if (out / "config.json").exists():
                 stage = f"stage{json.loads((out / 'config.json').read_text())['stage']}"
                 archive = out / f"{stage}-{1 + len(list(out.glob(stage + '-*')))}"
@@ -1278,10 +1283,12 @@ def open_run(cfg, accelerator) -> None:
                 for entry in set(out.iterdir()) - set(out.glob("stage?-*")):
                     os.replace(entry, archive / entry.name)
                 print(f"the earlier run in {out} moved to {archive}")
-        except (OSError, TypeError, ValueError, KeyError) as error:
-            raise SystemExit(f"--out {out} is no folder to run in ({error!r})") from None
-        shutil.copy(__file__, out / "perl.py")
-        write_atomic(out / "config.json", json.dumps(vars(cfg), indent=1))
+            shutil.copy(__file__, out / "perl.py")
+            write_atomic(out / "config.json", json.dumps(vars(cfg), indent=1))
+    except BlockingIOError:
+        raise SystemExit(f"--out {out}: another run is at work in this folder") from None
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise SystemExit(f"--out {out} is no folder to run in ({error!r})") from None
     accelerator.wait_for_everyone()
     orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
     accelerator.print(
@@ -1290,6 +1297,7 @@ def open_run(cfg, accelerator) -> None:
         f"{accelerator.num_processes} process(es) on {accelerator.device}\nrun folder: {out}\n"
         f"batch: {cfg.questions_per_step} questions x {orders} orders x {n} = "
         f"{cfg.questions_per_step * orders * n} rollouts, {cfg.updates_per_step} update(s)")
+    return lock
 
 def save_checkpoint(cfg, step: int, model, processor, optimizer, rng: random.Random,
                     pool: list[int], accelerator) -> None:
@@ -1569,7 +1577,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if wanted else []
     if cfg.dry_run:
         return show_orders(cfg, processor, questions)
-    open_run(cfg, accelerator)
+    lock = open_run(cfg, accelerator)
     try:
         if cfg.stage == 0:
             score(cfg, processor, questions, accelerator)
@@ -1577,6 +1585,8 @@ def main(argv: list[str] | None = None) -> None:
             train(cfg, processor, questions, held_out, accelerator)
     except KeyboardInterrupt:
         raise SystemExit(f"\ninterrupted; go on with --resume {cfg.out}") from None
+    finally:
+        os.close(lock)
 
 if __name__ == "__main__":
     main()

@@ -1491,6 +1491,31 @@ def test_ctrl_c_finishes_the_step_and_saves(data, straight, tmp_path, monkeypatc
     perl.main(["--resume", str(out)])
     assert_equal_runs(out, straight)
 
+def run_apart(*argv):
+    """perl.py in a process of its own, its output taken."""
+    return subprocess.Popen([sys.executable, "-u", str(HERE / "perl.py"), *map(str, argv)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE)
+
+def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path):
+    """Whether new or resumed, and without a trace; until the first one ends, however it ends."""
+    out = tmp_path / "run"
+    first = run_apart(*arguments(data, out, steps=500, eval_every=0))
+    for line in first.stdout:
+        if line.startswith("step 2/"):
+            break
+    first.send_signal(signal.SIGSTOP)
+    before = files_of(out)
+    for argv in (arguments(data, out), arguments(data, out, stage=0), ["--resume", str(out)]):
+        with pytest.raises(SystemExit, match=f"{out}: another run is at work"):
+            perl.main(argv)
+        assert files_of(out) == before
+    perl.main(arguments(data, tmp_path / "another", steps=1, eval_every=0))
+    first.kill()
+    first.communicate()
+    perl.main(arguments(data, out))
+    assert (out / "stage1-1" / "metrics.jsonl").exists()
+    assert_equal_runs(out, straight)
+
 def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "again")
     perl.main(["--resume", str(tmp_path / "again")])
