@@ -1166,7 +1166,10 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
             append_line(out / "metrics.jsonl", metrics)
         last = step == steps or any(gather_object([stop.received]))
         if last or step % cfg.save_every == 0:
-            save_checkpoint(cfg, step, model, processor, optimizer, rng, pool, accelerator)
+            try:
+                save_checkpoint(cfg, step, model, processor, optimizer, rng, pool, accelerator)
+            except (RuntimeError, SafetensorError) as error:  # what torch makes of a full disk
+                raise OSError(f"checkpoint-{step} is not written: {error}") from None
         if last:
             break
     accelerator.print(f"done: {newest(cfg, 'checkpoint-*')}" if step == steps else
@@ -1585,6 +1588,8 @@ def main(argv: list[str] | None = None) -> None:
             train(cfg, processor, questions, held_out, accelerator)
     except KeyboardInterrupt:
         raise SystemExit(f"\ninterrupted; go on with --resume {cfg.out}") from None
+    except OSError as error:  # a full disk, a read-only one; the last checkpoint is whole
+        raise SystemExit(f"{error}; later, go on with --resume {cfg.out}") from None
     finally:
         os.close(lock)
 

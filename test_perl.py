@@ -3,12 +3,15 @@
     python -m pytest test_perl.py        # one CPU core, no network, one minute
 """
 import ast
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -105,7 +108,8 @@ WOULD_CHANGE += [("images", ["a.png"] * 27,
     "movable": [[0, 3], [-1], [1, 1], "01", [True], [10 ** 400]],
 }.items() for value in values] + [
     ("answer", bad, dict(order_rule="letter", movable=[1, 2])) for bad in ("C", "1", "AB")] + [
-    ("answer", bad, dict(order_rule="sequence")) for bad in ("1,1,2", "1,4", "1,,2")] + WOULD_CHANGE)
+    ("answer", bad, dict(order_rule="sequence")) for bad in ("1,1,2", "1,4", "1,,2")
+    ] + WOULD_CHANGE)
 def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, others):
     row = GOOD | {"id": "q2"} | others | {field: value}
     row = {name: value for name, value in row.items() if value is not MISSING}
@@ -1458,10 +1462,12 @@ def die(*_):
 
 def run_with(monkeypatch, name, call, event, argv):
     """perl.main(argv), with `event` happening before the call-th call of perl.`name`."""
-    real, calls = getattr(perl, name), []
+    *owners, name = name.split(".")  # of "SplitAdamW.step": the class in perl
+    owner = functools.reduce(getattr, owners, perl)
+    real, calls = getattr(owner, name), []
     with monkeypatch.context() as patch:
-        patch.setattr(perl, name, lambda *args: (
-            calls.append(args) or len(calls) == call and event() or real(*args)))
+        patch.setattr(owner, name, lambda *args, **kwargs: (
+            calls.append(args) or len(calls) == call and event() or real(*args, **kwargs)))
         perl.main(argv)
 
 def assert_equal_runs(one, other):
@@ -1490,6 +1496,90 @@ def test_ctrl_c_finishes_the_step_and_saves(data, straight, tmp_path, monkeypatc
     assert metrics_of(out) == metrics_of(straight)[:4]
     perl.main(["--resume", str(out)])
     assert_equal_runs(out, straight)
+
+@contextlib.contextmanager
+def full_disk(out, room, kind):
+    """Little room is left where `out` is: on a small disk, or under a limit of a file's size."""
+    if kind == "disk":
+        filler = out.parent / "filler"
+        left = shutil.disk_usage(out.parent).free - room
+        filler.write_bytes(b"x" * left)
+        try:
+            yield
+        finally:
+            filler.unlink()
+    else:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+def mounted(*argv):
+    """Whether it worked: it does not everywhere, and for root only."""
+    return subprocess.run(["mount", *map(str, argv)], capture_output=True).returncode == 0
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mounted("-t", "tmpfs", "-o", "size=64m", "tmpfs", disk):
+        pytest.skip("no right to mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+@table("kind", ["disk", "limit"])
+@table("room, place", [(10 ** 6, "save_checkpoint"), (4 * 10 ** 6, "save_checkpoint"),
+                       (0, "append_line"), (0, "log_group")])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+        data, straight, tmp_path, monkeypatch, request, kind, room, place):
+    """In the weights (2 MB), in the optimizer's state (6 MB), in a line of a log."""
+    folder = request.getfixturevalue("small_disk") if kind == "disk" else tmp_path
+    out, calls = folder / "run", dict(save_checkpoint=2, append_line=16, log_group=2)
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(SystemExit, match=f"(No space left|File too large|unexpected pos).*"
+                                             f"--resume {out}"):
+            run_with(monkeypatch, place, calls[place], lambda: stack.enter_context(
+                full_disk(out, room, kind)), arguments(data, out))
+    assert last_checkpoint(out) == out / "checkpoint-2"
+    perl.main(["--resume", str(out)])
+    assert_equal_runs(out, straight)
+    assert not (out / "checkpoint.tmp").exists()
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Makes a folder read-only, for root too."""
+    folders = []
+
+    def make(folder):
+        if os.geteuid():
+            folder.chmod(0o555)
+        elif not (mounted("--bind", folder, folder)
+                  and mounted("-o", "remount,ro,bind", folder, folder)):
+            pytest.skip("root writes everywhere, and may not mount here")
+        folders.append(folder)
+    yield make
+    for folder in folders:
+        if os.geteuid():
+            folder.chmod(0o755)
+        else:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+def test_a_read_only_run_folder(data, straight, tmp_path, read_only):
+    out, empty = tmp_path / "run", tmp_path / "empty"
+    shutil.copytree(straight, out)
+    empty.mkdir()
+    for folder in (out, empty):
+        read_only(folder)
+    before = files_of(out)
+    for argv, message in ((["--resume", str(out)], "(Read-only|Permission).*--resume"),
+                          (arguments(data, empty / "new"), f"--out {empty}/new is no folder"),
+                          (arguments(data, empty), f"--out {empty} is no folder"),
+                          (arguments(data, out), f"--out {out} is no folder")):
+        with pytest.raises(SystemExit, match=message):
+            perl.main(argv)
+    assert files_of(out) == before and not list(empty.iterdir())
 
 def run_apart(*argv):
     """perl.py in a process of its own, its output taken."""
