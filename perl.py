@@ -1096,7 +1096,8 @@ class StopSignal:
     def receive(self, number, frame) -> None:
         signal.signal(number, signal.default_int_handler)
         self.received = True
-        print("\nstopping after this step (again: at once, unsaved)", flush=True)
+        # NOTE: not print, which fails where it interrupts another print.
+        os.write(2, b"\nstopping after this step (again: at once, unsaved)\n")
 
 def find_questions(cfg, questions: list[Sample]) -> list[Sample]:
     """With --filter offline, those that a stage 0 in the run folder kept; else all."""

@@ -1497,6 +1497,56 @@ def test_ctrl_c_finishes_the_step_and_saves(data, straight, tmp_path, monkeypatc
     perl.main(["--resume", str(out)])
     assert_equal_runs(out, straight)
 
+# Where a step may be when the signal comes: a function, and which of its calls; in the middle of
+# the run, in the last line in the evaluation and the saving of step 2.
+PHASES = dict(draw_questions=3, draw_orders=12, load_pictures=15, encode_prompt=30, generate=5,
+              grade=80, set_advantages=3, verdict=11, store_logprobs=3, policy_loss=4,
+              step_metrics=3, log_group=2, append_line=13) | {"SplitAdamW.step": 3}
+PHASES |= {"evaluate": 2, "save_checkpoint": 1, "shutil.rmtree": 1, "torch.save": 2}
+
+TWICE = ["encode_prompt", "generate", "policy_loss", "SplitAdamW.step", "append_line", "torch.save",
+         "shutil.rmtree"]
+
+@table("phase, signals", [(phase, 1) for phase in PHASES] + [(phase, 2) for phase in TWICE])
+def test_sigterm_in_any_phase_of_a_step(
+        data, straight, tmp_path, monkeypatch, capfd, phase, signals):
+    """Once: it ends the step, saves and stops. Twice: at once, back to the last checkpoint."""
+    out = tmp_path / "stopped"
+
+    def receive():
+        for _ in range(signals):
+            signal.raise_signal(signal.SIGTERM)
+
+    if signals == 1:
+        run_with(monkeypatch, phase, PHASES[phase], receive, arguments(data, out))
+        checkpoint, last = last_checkpoint(out), metrics_of(out)[-1]["step"]
+        assert checkpoint == out / f"checkpoint-{last}" and 1 <= last <= 3
+        assert f"stopped after step {last}; go on with --resume" in capfd.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="interrupted; go on with --resume"):
+            run_with(monkeypatch, phase, PHASES[phase], receive, arguments(data, out))
+        checkpoint = last_checkpoint(out)
+        assert checkpoint in (None, out / "checkpoint-2")
+    perl.main(["--resume", str(out)])
+    assert_equal_runs(out, straight)
+
+def test_sigterm_while_a_line_is_printed(monkeypatch):
+    """A print that waits for its reader takes no other print in between."""
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, content):
+            signal.raise_signal(signal.SIGTERM)
+            return len(content)
+
+    stop = perl.StopSignal()
+    out = io.TextIOWrapper(io.BufferedWriter(Full()))
+    monkeypatch.setattr(sys, "stdout", out)
+    print("step 1/4", flush=True)
+    monkeypatch.undo()
+    assert stop.received
+
 @contextlib.contextmanager
 def full_disk(out, room, kind):
     """Little room is left where `out` is: on a small disk, or under a limit of a file's size."""
