@@ -10,7 +10,9 @@ import io
 import json
 import math
 import os
+import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -23,9 +25,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pyarrow
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -1347,6 +1351,42 @@ def test_weights_cut_short_or_of_another_kind_end_with_one_sentence(real_layout)
     with pytest.raises(SystemExit, match="Could not load"):
         perl.load_model(str(real_layout), tiny_config(), CPU)
 
+class Hostile:
+    """Unpickled, it makes a folder."""
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.flag),)
+
+def test_no_pickle_is_run(real_layout, straight, tmp_path):
+    flag, out = tmp_path / "executed", tmp_path / "run"
+    (real_layout / "model.safetensors").unlink()
+    torch.save({NORM: Hostile(flag)}, real_layout / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="Could not load"):
+        perl.load_model(str(real_layout), tiny_config(), CPU)
+    shutil.copytree(straight, out)
+    torch.save({"model.norm.weight": Hostile(flag)}, out / "checkpoint-4" / "optimizer-0.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        perl.main(["--resume", str(out)])
+    assert not flag.exists()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(real_layout / "pytorch_model.bin", weights_only=True)
+    torch.load(real_layout / "pytorch_model.bin", weights_only=False)
+    assert flag.exists(), "it would have been"
+
+def test_a_vocabulary_larger_than_the_weights_is_refused(real_layout):
+    tokenizer = AutoTokenizer.from_pretrained(real_layout)
+    rows = json.loads((real_layout / "config.json").read_text())["text_config"]["vocab_size"]
+    tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(real_layout)
+    with pytest.raises(SystemExit, match="its tokenizer belongs to another model"):
+        perl.load_processor(str(real_layout), tiny_config())
+    config = json.loads((real_layout / "config.json").read_text())
+    edit(real_layout / "config.json", text_config=config["text_config"] | {"vocab_size": rows + 64})
+    with pytest.raises(SystemExit, match="mismatched keys such as .*embed_tokens"):
+        perl.load_model(str(real_layout), tiny_config(), CPU)
+
 def test_a_tokenizer_of_another_model_is_refused(real_layout):
     config = json.loads((real_layout / "config.json").read_text())
     edit(real_layout / "config.json", image_token_id=config["image_token_id"] + 1)
@@ -1819,6 +1859,237 @@ def test_runs_of_two_processes_and_their_resume(data, straight, tmp_path, dtype)
     one = states_of(tmp_path / "one" / "checkpoint-4")
     assert one.keys() == whole.keys()
     assert len(list((tmp_path / "one" / "checkpoint-4").glob("optimizer-*"))) == 1
+
+# ---- Fuzz: FUZZ=N for N times as many examples, drawn anew each time -----------------------------
+
+FUZZ = int(os.environ.get("FUZZ", 0))
+
+def fuzz(n_examples):
+    """Call a test with n_examples draws; the same ones each time, unless FUZZ is set."""
+    settings = hypothesis.settings(
+        max_examples=n_examples * max(FUZZ, 1), derandomize=not FUZZ, database=None, deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck))
+    return lambda test: settings(hypothesis.given(st.data())(test))
+
+@pytest.fixture(scope="module")
+def fuzz_folder(tmp_path_factory):
+    """Good pictures g0.png .. g4.png of different sizes, and files that are none."""
+    outside = tmp_path_factory.mktemp("fuzz")
+    folder = outside / "data"
+    folder.mkdir()
+    for k in range(5):
+        noise(28 * (k + 1), 28).save(folder / f"g{k}.png")
+    noise().save(outside / "outside.png")
+    (folder / "empty.png").touch()
+    (folder / "out.png").symlink_to(outside / "outside.png")
+    Image.new("RGB", (5000, 10)).save(folder / "strip.png")
+    return folder
+
+def load_alone(folder, *lines, most_tokens=120):
+    """What a user gets for a file of these lines: the questions kept and how many were dropped, or
+    the sentence that the program ends with. Anything else that is raised fails the test."""
+    (folder / "fuzz.jsonl").write_bytes(b"\n".join(lines))
+    said = []
+    try:
+        kept = perl.load_questions(str(folder / "fuzz.jsonl"), PROCESSOR, tiny_config(
+            max_prompt_tokens=most_tokens), SimpleNamespace(print=said.append))
+    except SystemExit as end:
+        assert isinstance(end.code, str) and len(end.code) < 2000
+        if "none left" not in end.code:
+            return None, end.code
+        kept = []
+    dropped = int(re.search(r"questions, (\d+) dropped", said[0])[1])
+    assert f" {len(kept)} questions, " in said[0] and len(kept) + dropped == len(lines)
+    return kept, ""
+
+HARMLESS = st.sampled_from([
+    "Which?", " like ", "\n", "<image_1>", "<image_01>", "<image", "_1>", "<imagE>", "images",
+    "{{x}}", "{% if %}", "<think>", "</think>", "<tool_call>", "<|", "|>", "im_end", "\\boxed{2}",
+    "1", "B", "\U0001f600", "'", '"', "\\", "\u202e", "\x1b", "\u2028"]) | st.text(max_size=4)
+HARMFUL = st.sampled_from([
+    "<image_2>", "<image_3>", "<image_0>", "<image_99>", "<image_\u0662>", "image 2", "Image #1",
+    "<image>", "<|im_end|>", "<|image_pad|>", "\0", "\ud83d"])
+TEXTS = st.builds(lambda *parts: "".join(sum(parts, [])), st.lists(HARMLESS, max_size=4), st.one_of(
+    *[st.just([])] * 7, st.lists(HARMFUL, max_size=1)), st.lists(HARMLESS, max_size=2))
+JUNK = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner),
+                    max_leaves=4)
+BAD_PATHS = ["empty.png", "none.png", "out.png", "../outside.png", "strip.png", ".", "", "g0.png\0"]
+
+@st.composite
+def rows(draw):
+    """A record: half of them as they should be, the others with something wrong in them."""
+    n = draw(st.sampled_from([1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 26, 27, 33]))
+    images = [f"g{k % 5}.png" for k in draw(st.permutations(range(n)))]
+    if draw(st.integers(0, 9)) == 0:
+        images[draw(st.integers(0, n - 1))] = draw(st.sampled_from([*images, *BAD_PATHS]))
+    places = sorted(draw(st.lists(st.integers(0, n - 1), unique=True, max_size=n)))
+    movable = draw(st.sampled_from([None, places]))
+    named = list(range(n)) if movable is None else movable
+    rule = draw(st.sampled_from(sorted(perl.ORDER_RULES)))
+    listed = draw(st.permutations(range(1, n + 1)))[:draw(st.integers(1, 4))]
+    answer = {"index": str(listed[0]), "letter": perl.LETTERS[listed[0] % 26 % max(len(named), 1)],
+              "sequence": draw(st.sampled_from([",", ", ", " , "])).join(map(str, listed))
+              }.get(rule) or "7" + draw(TEXTS)
+    pieces = draw(st.permutations(["<image>"] * n + draw(st.lists(TEXTS, max_size=2))))
+    row = dict(id=draw(st.sampled_from("vwxyz") | TEXTS.map(lambda text: "q" + text)),
+               images=images, question="".join(pieces), answer=answer, order_rule=rule)
+    row |= {} if movable is None else {"movable": movable}
+    if draw(st.integers(0, 7)) == 0:
+        field = draw(st.sampled_from([*Sample.__dataclass_fields__, "extra"]))
+        row[field] = draw(JUNK)
+        if draw(st.booleans()):
+            del row[field]
+    return row
+
+@st.composite
+def lines(draw):
+    """A record as bytes; one in ten is cut short, has a byte changed, or is no object."""
+    line = json.dumps(draw(rows()), ensure_ascii=True).encode()
+    kind = draw(st.integers(0, 29))
+    cut = draw(st.integers(0, len(line)))
+    return {0: line[:cut], 1: line[:cut] + draw(st.binary(max_size=3)) + line[cut + 1:],
+            2: b"[" + line + b"]"}.get(kind, line).replace(b"\n", b" ").strip() or b"{"
+
+def meaning(images, movable, sample):
+    """What a question and its answer say with pictures in the place of their names, read from the
+    README's table; nothing of perl.permute is used. Images: a label for each."""
+    def picture(number):
+        return f"[{images[int(number) - 1]}]"
+
+    question = re.sub(r"<image_(\d+)>", lambda found: picture(found[1]), sample.question)
+    answer = sample.answer
+    if sample.order_rule == "index":
+        answer = picture(answer)
+    if sample.order_rule == "sequence":
+        answer = [picture(number) for number in answer.split(",")]
+    if sample.order_rule == "letter":
+        answer = picture(sorted(movable)["ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(answer)] + 1)
+    if sample.order_rule == "keep":
+        assert not re.search(r"\bimages?[\s_#]*\d", answer, re.IGNORECASE)
+    return question, answer
+
+def assert_permutations_keep_the_meaning(asked, row, rng):
+    n, labels = len(asked.images), [f"picture {k}" for k in range(len(asked.images))]
+    movable = row.get("movable", list(range(n)))
+    free = [] if asked.order_rule == "never" else sorted(movable)
+    before, answers = meaning(labels, movable, asked), {}
+    for _ in range(4):
+        order, shuffled = list(range(n)), rng.sample(free, len(free))
+        for new, old in zip(free, shuffled):
+            order[new] = old
+        permuted = perl.permute(asked, tuple(order))
+        moved = [labels[old] for old in order]
+        assert permuted.images == tuple(asked.images[old] for old in order)
+        assert meaning(moved, movable, permuted) == before
+        shown = permuted.images, permuted.question  # what the model sees has one answer
+        assert answers.setdefault(shown, permuted.answer) == permuted.answer
+    for order in perl.draw_orders(asked, 3, 1.0, rng):
+        assert all(order[k] == k for k in range(n) if k not in free) and set(order) == {*range(n)}
+
+SEEN = Counter()
+
+@fuzz(100)
+def test_fuzz_records(fuzz_folder, data):
+    """Each record alone, then all as one file: loaded, dropped and counted, or refused by name."""
+    some = data.draw(st.lists(lines(), min_size=2, max_size=5))
+    rng = random.Random(data.draw(st.integers(0, 99)))
+    ids, fit, first_refused, strips = set(), 0, None, 0
+    for number, line in enumerate(some, 1):
+        kept, why = load_alone(fuzz_folder, line)
+        SEEN["records"] += 1
+        SEEN["records refused"] += kept is None
+        is_strip = re.search("field images: .*strip.png: absolute aspect ratio", why) is not None
+        if kept is None and not is_strip:
+            assert re.search(r"fuzz\.jsonl, line 1(, field (?s:.*))?: ", why), why
+            first_refused = first_refused or number
+            continue
+        row = json.loads(line)
+        if row["id"] in ids:
+            first_refused = first_refused or number
+        ids.add(row["id"])
+        strips += is_strip
+        for asked in kept or []:
+            fit += 1
+            assert_permutations_keep_the_meaning(asked, row, rng)
+            assert_only_its_own_control_tokens(asked, rng)
+    kept, why = load_alone(fuzz_folder, *some)
+    if first_refused:
+        assert kept is None and f"fuzz.jsonl, line {first_refused}" in why
+    elif strips:  # found once all lines are read
+        assert kept is None and "strip.png: absolute aspect ratio" in why
+    else:
+        assert len(kept) == fit
+
+def assert_only_its_own_control_tokens(asked, rng):
+    """Neither a text nor a new order adds to those of the same images without a text."""
+    bare = dataclasses.replace(asked, question="<image>" * len(asked.images))
+    permuted = perl.permute(asked, perl.draw_orders(asked, 1, 1.0, rng)[1])
+    controls = {*PROCESSOR.tokenizer.all_special_ids, *PROCESSOR.banned_ids, *PROCESSOR.eos_ids}
+    counts = []
+    for sample in (bare, asked, permuted):
+        ids = perl.encode_prompt(sample, PROCESSOR).ids
+        assert len(ids) == perl.prompt_length(sample, PROCESSOR)
+        counts.append(Counter(token for token in ids if token in controls))
+    assert counts[0] == counts[1] == counts[2]
+
+@st.composite
+def image_files(draw):
+    """(bytes, suffix) of a picture of any mode, size and format; three of four are damaged."""
+    suffix, modes = draw(st.sampled_from([
+        ("png", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]), ("jpg", ["L", "RGB", "CMYK"]),
+        ("webp", ["RGB", "RGBA"]), ("gif", ["1", "L", "P", "RGB"]), ("bmp", ["1", "L", "P", "RGB"]),
+        ("tiff", ["F", "I;16", "RGB"])]))
+    mode, side = draw(st.sampled_from(modes)), st.integers(1, 90) | st.sampled_from([1, 300, 4000])
+    size = draw(side), draw(st.integers(1, 90))
+    image = Image.frombytes("L", size, random.Random(draw(st.integers(0, 99))).randbytes(
+        size[0] * size[1]))
+    image = image.quantize(9) if mode == "P" else image.convert(mode)
+    options = {}
+    if draw(st.booleans()) and suffix in ("png", "jpg", "webp"):
+        exif = Image.Exif()
+        exif[0x0112] = draw(st.integers(0, 9))
+        options["exif"] = draw(st.sampled_from([exif.tobytes(), b"Exif\0\0" + bytes(9), b"x"]))
+    if mode == "P" and suffix in ("png", "gif"):
+        options["transparency"] = draw(st.integers(0, 8))
+    if suffix in ("png", "webp", "gif") and draw(st.integers(0, 4)) == 0:
+        options |= dict(save_all=True, append_images=[image])
+    file = io.BytesIO()
+    try:
+        image.save(file, {"jpg": "JPEG"}.get(suffix, suffix.upper()), **options)
+    except Exception:  # Pillow writes not every mix; what is read is another matter
+        return draw(st.binary(max_size=50)), suffix
+    content = bytearray(file.getvalue())
+    for _ in range(draw(st.sampled_from([0, 1, 1, 3]))):
+        place = draw(st.integers(0, len(content)) | st.integers(0, min(60, len(content))))
+        length = draw(st.sampled_from([0, 1, 1, 4, len(content)]))
+        content[place:place + length] = draw(st.binary(max_size=length and 4))
+    return bytes(content), suffix
+
+@fuzz(25)
+def test_fuzz_images(fuzz_folder, data):
+    """Whatever the bytes: a prompt whose length was foreseen, or a refusal that names the file."""
+    content, suffix = data.draw(image_files())
+    path = fuzz_folder / f"image.{suffix}"
+    path.write_bytes(content)
+    row = dict(id="x", images=["g0.png", path.name], question="<image><image>?", answer="2",
+               order_rule="index")
+    SEEN["images"] += 1
+    kept, why = load_alone(fuzz_folder, json.dumps(row).encode(), most_tokens=8192)
+    SEEN["images refused"] += kept is None
+    if kept is None:
+        assert re.search(rf"(line 1|x), field images: .*{path.name}", why), why
+    for asked in kept or []:
+        prompt = perl.encode_prompt(asked, PROCESSOR)
+        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
+        assert all(picture.pixels.isfinite().all() for picture in prompt.pictures)
+
+def test_fuzz_ran():
+    """Hypothesis may stop early: so the examples are counted. pytest -s shows them."""
+    print(", ".join(f"{n} {what}" for what, n in sorted(SEEN.items())))
+    assert SEEN["records"] >= max(250 * FUZZ, 200) and SEEN["images"] >= 25 * max(FUZZ, 1)
+    for what in ("records", "images"):
+        assert 0.1 < SEEN[f"{what} refused"] / SEEN[what] < 0.9, "both ends are tried"
 
 # ---- The README's forks --------------------------------------------------------------------------
 
