@@ -504,10 +504,11 @@ def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedM
     model.model.visual.requires_grad_(not cfg.freeze_vision)                # FAMILY
     return model.eval()
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no EPS, which would run Ghostscript
+
 def read_image(file) -> Image.Image:
-    """In RGB, upright (EXIF), transparent parts white; of an animation the first frame. Other
-    formats are refused: their decoders are little used, and EPS would run Ghostscript."""
-    with Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP")) as image:
+    """In RGB, upright (EXIF), transparent parts white; of an animation the first frame."""
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
         image = ImageOps.exif_transpose(image)
     if image.mode == "I;16":  # convert would cut at 255, which leaves a white image
         image = image.point(lambda value: value / 256)
@@ -552,11 +553,11 @@ def encode_prompt(sample: Sample, processor, pictures: dict[str, Picture] = None
     return Prompt(sample, ids, in_order)
 
 def prompt_length(sample: Sample, processor) -> int:
-    """Tokens of a prompt, from its images' sizes."""
+    """Tokens of a prompt, from its images' sizes: as many, whichever way EXIF turns them."""
     images = processor.image_processor
     length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
     for path in sample.images:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             try:
                 patches = images.get_number_of_image_patches(image.height, image.width)
             except ValueError as error:  # a strip of 200 : 1
