@@ -431,16 +431,12 @@ def place_image(image, folder: Path | None, cache: Path) -> str:
     target = cache / f"{hashlib.sha1(content).hexdigest()}.png"
     if not target.exists():
         try:
-            picture = Image.open(io.BytesIO(content))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
+            picture = perl.read_image(io.BytesIO(content))
             cache.mkdir(parents=True, exist_ok=True)
             temporary = cache / f"{target.stem}-{os.getpid()}.png"
-            picture.convert("RGB").save(temporary)
+            picture.save(temporary)
             os.replace(temporary, target)
-        except (OSError, SyntaxError, ValueError):
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             pass
     return str(target)
 
