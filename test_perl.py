@@ -1971,7 +1971,7 @@ def meaning(images, movable, sample):
 
 def assert_permutations_keep_the_meaning(asked, row, rng):
     n, labels = len(asked.images), [f"picture {k}" for k in range(len(asked.images))]
-    movable = row.get("movable", list(range(n)))
+    movable = list(range(n)) if row.get("movable") is None else row["movable"]
     free = [] if asked.order_rule == "never" else sorted(movable)
     before, answers = meaning(labels, movable, asked), {}
     for _ in range(4):
