@@ -20,22 +20,22 @@ Stage 0 scores the questions with the start model and resamples them by difficul
 (the probability alpha of permuting falls from 1 to 0), 2 exploits (from 1's checkpoint, with
 the online filter of point 5): presets over plain flags.
 
-Where this departs from the paper or its released code: the standard deviation is the paper's
-(population), not the code's; how an answer moves is a field of the data (`order_rule`), and
-statements about "left" and "right" are never permuted; a question's permutations are distinct,
-and one random generator draws for the whole run; a group without variance leaves the loss
-whole; the number of updates does not depend on n_s; no dual clip, no KL clamp.
+Where this departs from the released code: the paper's standard deviation (population); how an
+answer moves is a field of the data (`order_rule`), statements about "left" and "right" stay
+unpermuted; permutations are distinct, from one random generator; a group without variance
+leaves the loss whole; updates do not depend on n_s; no dual clip, no KL clamp.
 
     python perl.py                                             # tiny model, CPU, minutes
     python perl.py --model Qwen2.5-VL-7B --stage 1             # one 80 GB GPU
     accelerate launch perl.py --model Qwen2.5-VL-7B --stage 1  # several
 
 A first reading may skip "Shared compute" (with --no-share nothing of it runs) and "Memory and
-machines". processor is a Processor, cfg a Config, accelerator an Accelerator everywhere. Shapes:
-Q questions, R = (n_s + 1) * n rollouts of a question; B rows of a batch, P prompts; L tokens
-of a prompt, T of a response, S of a row; H heads, D hidden width, V vocabulary.
+machines". Arguments: processor a Processor, cfg a Config, accelerator an Accelerator, rng a
+random.Random. Shapes: Q questions, R = (n_s + 1) * n rollouts of each; B rows of a batch, P
+prompts; L tokens of a prompt, T of a response, S of a row; H heads, D width, V vocabulary.
 """
 import argparse
+import copy
 import dataclasses
 import fcntl
 import functools
@@ -46,7 +46,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -60,22 +59,15 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # befor
 import accelerate
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig,
-                          Qwen2_5_VLForConditionalGeneration)
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import cached_file
 
 Order = tuple[int, ...]  # of the images of a question: new_images[j] = images[order[j]]
 SAMPLES = Path(__file__).resolve().parent / "data_samples"
@@ -90,7 +82,7 @@ def setting(default, prose: str, *, least: float = 1e-9, most: float = 1e9):
 class Config:
     # what runs
     model: str = setting("tiny", "Hub id, folder, tiny, Qwen2.5-VL-3B, -7B, -32B, -72B")
-    data: str = setting(str(SAMPLES / "train.jsonl"), "training questions (format: README)")
+    data: str = setting(str(SAMPLES / "train.jsonl"), "training questions; several: a.jsonl*2,b.jsonl")
     eval_data: str = setting(str(SAMPLES / "test.jsonl"), "held-out questions; '': none")
     stage: int = setting(1, "0: score the questions; 1: explore; 2: exploit", least=0)
     out: str = setting("", "run folder, shared by the stages; '': runs/MODEL-seedSEED")
@@ -113,8 +105,6 @@ class Config:
     score_rollouts: int = setting(10, "stage 0: answers to each question (K)")
     score_keep: float = setting(0.5, "stage 0: share of the questions to keep", most=1)
     # advantage and loss (Eq. 4-6)
-    baseline: str = setting("pooled", "a group: pooled over all orders, or per-order")
-    condition: str = setting("permuted", "loss on the order sampled, or clean: as given")
     clip_low: float = setting(0.2, "pi / pi_old is clipped below 1 - this", least=0)
     clip_high: float = setting(0.2, "pi / pi_old is clipped above 1 + this", least=0)
     beta: float = setting(0.01, "weight of KL; 0: no reference model", least=0)
@@ -138,33 +128,32 @@ class Config:
     # memory and speed: the method stays the same, random draws and rounding aside
     share: bool = setting(True, "compute once what rollouts have in common")
     rollout_batch: int = setting(96, "sequences in one call of generate, at least n")
-    max_tokens_per_micro_batch: int = setting(
-        16384, "tokens of a backward pass (of prompts to read: 4 times); a longer row goes alone")
+    max_tokens_per_micro_batch: int = setting(16384, "of a backward pass; prompts: 4 times")
     logit_chunk: int = setting(1024, "response tokens whose logits exist at one time")
     gradient_checkpointing: bool = setting(True, "recompute activations, save memory")
     cpu_threads: int = setting(0, "torch's threads on a CPU; 0: torch's choice", least=0)
     dtype: str = setting("auto", "of the weights: bf16, float32; auto: bf16 on a GPU")
     optimizer_device: str = setting("auto", "AdamW's float32 state: gpu, host; auto: if it fits")
+    lora_rank: int = setting(0, "train adapters of this rank instead of all weights", least=0)
     # evaluation, logging, checkpoints; in steps
     eval_every: int = setting(50, "evaluate, at start and end too; 0: never", least=0)
     eval_orders: int = setting(24, "evaluate a question in all its orders, up to so many")
     eval_questions: int = setting(0, "evaluate on the first so many; 0: on all", least=0)
     log_every: int = setting(10, "print a rollout and write a whole group")
-    save_every: int = setting(50, "write a checkpoint, at the end too")
+    save_every: int = setting(20, "write a checkpoint, at the end too")
+    report_to: str = setting("none", "the metrics' copy: tensorboard, wandb, trackio")
 
 # Over the defaults stand the model's preset, then the stage's, then a flag as typed.
 MODEL_PRESETS = {"tiny": dict(
     questions_per_step=16, updates_per_step=1, lr=2e-5, beta=0.0, steps=40, max_new_tokens=64,
     rollout_batch=512, max_tokens_per_micro_batch=4096, gradient_checkpointing=False,
-    cpu_threads=1, eval_every=10)}
-STAGE_PRESETS = {0: dict(), 1: dict(alpha_start=1.0, alpha_end=0.0, filter="offline"),
-                 2: dict(alpha_start=0.0, alpha_end=0.0, filter="online")}
+    cpu_threads=1, eval_every=10, save_every=10)}
+STAGE_PRESETS = {0: dict(), 1: dict(), 2: dict(alpha_start=0.0, filter="online")}
 CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
-           "baseline": ("pooled", "per-order"), "condition": ("permuted", "clean"),
-           "dtype": ("auto", "bf16", "float32"), "optimizer_device": ("auto", "gpu", "host")}
-SHORT_NAMES = {"tiny": str(SAMPLES / "tiny")}
-SHORT_NAMES |= {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct"
-                for size in ("3B", "7B", "32B", "72B")}
+           "dtype": ("auto", "bf16", "float32"), "optimizer_device": ("auto", "gpu", "host"),
+           "report_to": ("none", "tensorboard", "wandb", "trackio")}
+SHORT_NAMES = {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct"
+               for size in ("3B", "7B", "32B", "72B")} | {"tiny": str(SAMPLES / "tiny")}
 # What has no place in a text: tokens of the chat format, NUL, half a character ("\ud83d").
 CONTROL = re.compile(r"<\|\w+\|>|[\0\ud800-\udfff]")
 
@@ -197,24 +186,19 @@ def new_config(typed: dict) -> Config:
         if f.type in (int, float) and not least <= value <= most:
             flag = "--" + f.name.replace("_", "-")
             raise ValueError(f"{flag} {value} is not in {least:g} .. {most:g}")
+    if cfg.lora_rank and "lr" not in typed:
+        cfg.lr *= 10  # adapters hardly move at the rate of the weights
     if "n_permutations" in typed and "rollouts_per_order" not in typed:
         budget = (Config.n_permutations + 1) * Config.rollouts_per_order
         cfg.rollouts_per_order, rest = divmod(budget, cfg.n_permutations + 1)
         if rest:
-            raise ValueError(f"--n-permutations: {budget} rollouts do not divide into "
-                             "its orders; give --rollouts-per-order too")
-    if cfg.filter_low > cfg.filter_high:
-        raise ValueError(f"--filter-low {cfg.filter_low} is above {cfg.filter_high}")
-    if CONTROL.search(cfg.instruction):
-        raise ValueError("--instruction holds a control token, <|...|>")
+            raise ValueError(f"--rollouts-per-order: {budget} does not divide by n_s + 1")
     cfg.out = cfg.out or f"runs/{Path(cfg.model).name}-seed{cfg.seed}"
     return cfg
 
 def resumed_config(typed: dict) -> Config:
     """Settings of the run to go on with. ValueError: not there, damaged, changed."""
     path = Path(typed["resume"]) / "config.json"
-    if (path.parent.parent / "config.json").exists():
-        raise ValueError(f"--resume: {path} was set aside by a later run in the folder above")
     try:
         saved = json.loads(path.read_text()) | {"resume": typed["resume"], "out": typed["resume"]}
         cfg = Config(**saved)
@@ -249,26 +233,22 @@ class OrderRule(NamedTuple):
     """How an answer names images, so that it can follow them. Positions are 0-based."""
     pattern: str = r"(?s).+"  # what an answer looks like
     name: str = r"\b\B"       # what in it names an image; this matches nothing
-    position_of: Callable[[str, Sample], int] = None  # the image that a name means
+    position_of: Callable[[str, Sample], int] = None  # the image that a name means, or -1
     name_of: Callable[[int, Sample], str] = None      # what the image there is called
 
 NUMBER = r"[1-9]\d{0,3}"
 BY_NUMBER = (lambda name, sample: int(name) - 1, lambda position, sample: str(position + 1))
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the k-th letter names the k-th movable image
-
-def option_position(letter: str, sample: Sample) -> int:
-    """Position of an option image; -1 if there is none of that letter."""
-    return dict(zip(LETTERS, sample.movable)).get(letter, -1)
-
+BY_LETTER = (lambda name, sample: dict(zip(LETTERS, sample.movable)).get(name, -1),
+             lambda position, sample: LETTERS[sample.movable.index(position)])
 ORDER_RULES = {
     # The answer stays as it is (the paper's S = 1); so it names no image by its number.
     "keep": OrderRule(r"(?is)(?!.*\bimages?[ _]?#?\d).+"),
     "never": OrderRule(),  # it depends on the order: the images may not change places
     "index": OrderRule(NUMBER, NUMBER, *BY_NUMBER),  # an image number
     "sequence": OrderRule(rf"{NUMBER}(\s*,\s*{NUMBER})*", NUMBER, *BY_NUMBER),  # "2,1,3"
-    "letter": OrderRule("[A-Z]", "[A-Z]", option_position,
-                        lambda position, sample: LETTERS[sample.movable.index(position)])}
+    "letter": OrderRule("[A-Z]", "[A-Z]", *BY_LETTER)}
 
 def load_samples(path: str | Path) -> list[Sample]:
     """Read a JSONL file. ValueError names file, line and field of what is wrong."""
@@ -296,11 +276,9 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
             raise ValueError(f"{where}, field {name}: {problem}")
 
     try:
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError("each line is one {...}, without a list around them")
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{where}: not valid JSON of an object ({error})") from None
+        row = dict(json.loads(line))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not valid JSON of one object a line ({error})") from None
     for name in row:
         require(name in Sample.__dataclass_fields__, name, "is not a field of a sample")
     for name in ("id", "question", "answer", "order_rule", "source"):
@@ -348,7 +326,9 @@ def image_problem(image: str, folder: Path) -> str:
             return f"lies outside the JSONL's folder {folder}"
         if not Path(image).is_file():  # to open a pipe would wait for ever
             return "is no file"
-        read_image(image)  # whole: to look at its size would not notice a truncated one
+        size = read_image(image).size  # whole: a truncated one has a size too
+        if max(size) > 200 * min(size):
+            return "is longer than 200 times its width, which the model does not take"
     except Exception as error:  # what a decoder raises on broken bytes is no closed list
         return f"is no readable image: {error}"
     return ""
@@ -362,8 +342,7 @@ def permute(sample: Sample, order: Order) -> Sample:
         raise ValueError(f"{sample.id}: {order} is no order of its images")
     moved = {old for new, old in enumerate(order) if new != old}
     if moved and (sample.order_rule == "never" or not moved <= set(sample.movable)):
-        raise ValueError(f"{sample.id}: {order} moves images that must stay (order_rule "
-                         f"{sample.order_rule}, movable {sample.movable})")
+        raise ValueError(f"{sample.id}: {order} moves images that must stay")
     new_position = {old: new for new, old in enumerate(order)}
     rule = ORDER_RULES[sample.order_rule]
 
@@ -382,8 +361,7 @@ def count_orders(sample: Sample) -> int:
     """How many orders of its images the sample allows."""
     return 1 if sample.order_rule == "never" else math.factorial(len(sample.movable))
 
-def draw_orders(sample: Sample, n_permutations: int, alpha: float,
-                rng: random.Random) -> list[Order]:
+def draw_orders(sample: Sample, n_permutations: int, alpha: float, rng) -> list[Order]:
     """The identity, then n_permutations permuted orders; with probability 1 - alpha, itself
     again: one Bernoulli draw a sample (Algorithm 1). Permuted orders differ from it and from
     each other as long as the sample has any left; then all may come again."""
@@ -412,7 +390,7 @@ def all_orders(sample: Sample, cap: int) -> list[Order]:
 
 # What is particular to Qwen2.5-VL: these four, and the lines marked FAMILY.
 FAMILY = "qwen2_5_vl"
-FAMILY_MODEL = Qwen2_5_VLForConditionalGeneration
+FAMILY_MODEL = transformers.Qwen2_5_VLForConditionalGeneration
 IMAGE_TOKEN = "<|image_pad|>"  # stands where an image's features go, once for each
 BANNED_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                  "<|video_pad|>"]  # never sampled, and of probability 0 in the loss
@@ -449,19 +427,17 @@ def load_pretrained(kind, name: str, **options):
         return kind.from_pretrained(path, **options)
     except (OSError, SafetensorError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"Could not load {path!r} ({reason}). --model takes a Hub id, a short "
-                         "name such as Qwen2.5-VL-7B, or a local folder") from None
+        raise SystemExit(f"--model: could not load {path!r}: {reason}") from None
 
 def chat_template(name: str, tokenizer) -> str:
     """The checkpoint's template for images: the tokenizer's, unless it is for text only; else
     chat_template.json's, which AutoTokenizer does not read; else that of the tiny model."""
-    if IMAGE_TOKEN in (tokenizer.chat_template or ""):
-        return tokenizer.chat_template
-    try:
-        path = cached_file(SHORT_NAMES.get(name, name), "chat_template.json")
+    template = tokenizer.chat_template or ""
+    path = transformers.utils.cached_file(
+        SHORT_NAMES.get(name, name), "chat_template.json",
+        _raise_exceptions_for_missing_entries=False)
+    if path and IMAGE_TOKEN not in template:
         template = json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"]
-    except OSError:
-        template = ""  # there is no such file
     if IMAGE_TOKEN not in template:
         print(f"{name} has no chat template for images: prompts take plain ChatML")
         template = (SAMPLES / "tiny" / "chat_template.jinja").read_text()
@@ -470,18 +446,18 @@ def chat_template(name: str, tokenizer) -> str:
 def load_processor(name: str, cfg) -> Processor:
     """Tokenizer and image processor of a checkpoint. NOTE: not AutoProcessor, which wants
     torchvision for videos and would preprocess the images anew for every order."""
-    config = load_pretrained(AutoConfig, name)
+    config = load_pretrained(transformers.AutoConfig, name)
     if config.model_type != FAMILY:
         raise SystemExit(f"{name} is a {config.model_type} model; perl.py knows {FAMILY} only")
-    tokenizer = load_pretrained(AutoTokenizer, name)
+    tokenizer = load_pretrained(transformers.AutoTokenizer, name)
     tokenizer.chat_template = chat_template(name, tokenizer)  # checkpoints carry it on
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if len(tokenizer) > config.text_config.vocab_size or image_id != config.image_token_id:
         raise SystemExit(f"{name}: its tokenizer belongs to another model")
-    image_processor = load_pretrained(AutoImageProcessor, name, config=config)
+    image_processor = load_pretrained(transformers.AutoImageProcessor, name, config=config)
     least = min(image_processor.size["shortest_edge"], cfg.max_pixels)  # pixels, both of them
     image_processor.size = {"longest_edge": cfg.max_pixels, "shortest_edge": least}
-    eos = load_pretrained(GenerationConfig, name).eos_token_id  # one, a list, or None
+    eos = load_pretrained(transformers.GenerationConfig, name).eos_token_id  # one, a list, or None
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     return Processor(tokenizer, image_processor, cfg.instruction, image_id,
                      pad_id=tokenizer.pad_token_id, eos_ids=sorted(eos_ids),
@@ -558,24 +534,26 @@ def prompt_length(sample: Sample, processor) -> int:
     length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
     for path in sample.images:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            try:
-                patches = images.get_number_of_image_patches(image.height, image.width)
-            except ValueError as error:  # a strip of 200 : 1
-                raise ValueError(f"{sample.id}, field images: {path}: {error}") from None
+            patches = images.get_number_of_image_patches(image.height, image.width)
         length += patches // images.merge_size ** 2 - 1
     return length
 
-def load_questions(path: str, processor, cfg, accelerator) -> list[Sample]:
-    """Samples whose prompts are short enough; the others are counted as dropped."""
+def load_questions(files: str, processor, cfg, accelerator) -> list[Sample]:
+    """Samples of "a.jsonl*2,b.jsonl" (a.jsonl's twice). Too long prompts are dropped, counted."""
     try:
-        samples = load_samples(path)
+        samples = []
+        for file in files.split(","):
+            path, times = re.fullmatch(r"(.*?)(?:\*([1-9]))?", file).groups()
+            samples += load_samples(path) * int(times or 1)
+        if len({sample.id for sample in samples}) < len(set(samples)):
+            raise ValueError(f"{files}, field id: an id occurs in two files")
         kept = [s for s in samples if prompt_length(s, processor) <= cfg.max_prompt_tokens]
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    accelerator.print(f"{path}: {len(kept)} questions, {len(samples) - len(kept)} dropped whose "
+    accelerator.print(f"{files}: {len(kept)} questions, {len(samples) - len(kept)} dropped whose "
                       f"prompts exceed {cfg.max_prompt_tokens} tokens")
     if not kept:
-        raise SystemExit(f"{path}: none left; raise --max-prompt-tokens or lower --max-pixels")
+        raise SystemExit(f"{files}: none left; raise --max-prompt-tokens or lower --max-pixels")
     return kept
 
 def collate(prompts: list[Prompt], responses: list[list[list[int]]], model, processor,
@@ -612,8 +590,8 @@ def collate(prompts: list[Prompt], responses: list[list[list[int]]], model, proc
 @dataclass
 class Rollout:
     """A response to one order of a question: what sampling, reward and loss hand on."""
-    prompt: Prompt             # what the loss is conditioned on: see --condition
-    order: Order               # image order it was sampled from
+    prompt: Prompt             # in the order that was answered: so is the loss (Eq. 6)
+    order: Order               # of the images
     gold: str                  # right answer in that order
     ids: list[int]             # response tokens, end token included
     text: str
@@ -635,13 +613,12 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg,
              greedy: bool = False) -> list[list[list[int]]]:
     """n responses to each prompt, in the prompts' order; padded behind their ends."""
     model.eval()  # NOTE: train mode with checkpointing would switch the KV cache off
-    sampling = GenerationConfig(  # from the distribution that the loss scores; or greedy
+    sampling = transformers.GenerationConfig(  # from the distribution that the loss scores; or greedy
         max_new_tokens=cfg.max_new_tokens, do_sample=not greedy, top_k=0, top_p=1.0,
         temperature=1.0 if greedy else cfg.temperature, repetition_penalty=1.0,
         suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id,
         eos_token_id=processor.eos_ids)
-    # NOTE: what it leaves None, generate fills from the checkpoint's own; Qwen2.5-VL's say
-    # top_k = 1, repetition_penalty = 1.05. So it takes their place meanwhile.
+    # NOTE: what it leaves None, generate fills from the checkpoint's own. So it replaces these.
     own_config, model.generation_config = model.generation_config, sampling
     lengths = [len(prompt.ids) for prompt in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda k: -lengths[k])
@@ -674,24 +651,22 @@ def sample_groups(model, processor, samples: list[Sample], orders: list[list[Ord
     responses = iter(generate(model, processor, sum(prompts, []), n, cfg, greedy))
     groups = []
     for sample_prompts, sample_orders in zip(prompts, orders):
-        group, given = [], sample_prompts[0]
+        group = []
         for prompt, order in zip(sample_prompts, sample_orders):
-            # Eq. 6: the loss sees the order that was answered, as the answer moved too.
-            conditioned_on = given if cfg.condition == "clean" else prompt
             for row in next(responses):
-                gold = prompt.sample.answer
-                rollout = make_rollout(row, conditioned_on, order, gold, processor)
+                rollout = make_rollout(row, prompt, order, processor)
                 grade(rollout, cfg)
                 group.append(rollout)
         groups.append(group)
     return groups
 
-def make_rollout(row: list[int], prompt: Prompt, order: Order, gold: str, processor) -> Rollout:
+def make_rollout(row: list[int], prompt: Prompt, order: Order, processor) -> Rollout:
     """A row of tokens from generate -> Rollout, not graded yet. The end token stays."""
     is_end = [token in processor.eos_ids for token in row]
     ids = row[:is_end.index(True) + 1] if any(is_end) else row
     text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-    return Rollout(prompt, order, gold, ids, text, not any(is_end), idle=len(row) - len(ids))
+    return Rollout(prompt, order, prompt.sample.answer, ids, text, truncated=not any(is_end),
+                   idle=len(row) - len(ids))
 
 def grade(rollout: Rollout, cfg) -> None:
     """The reward of a rollout, by rules on its text (A.3.2)."""
@@ -817,8 +792,7 @@ MATH_JUDGE = MathJudge()
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """Rewards (Q, R) -> advantages (Q, R); a row holds ALL rollouts of a question. (Eq. 4-5)
-    Example: [[1, 0, 0, 1], [1, 1, 1, 1]] gives [[1, -1, -1, 1], [0, 0, 0, 0]]: none without
-    variance, to the last bit."""
+    Example: [[1, 0, 0, 1], [1, 1, 1, 1]] gives [[1, -1, -1, 1], [0, 0, 0, 0]], exact zeros."""
     rewards = torch.as_tensor(rewards)
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     deviation = rewards - rewards.mean(dim=1, keepdim=True)                 # r - mean(r)
@@ -827,13 +801,11 @@ def group_advantages(rewards: Tensor) -> Tensor:
     varied = (rewards != rewards[:, :1]).any(dim=1, keepdim=True)           # (Q, 1)
     return advantages.where(varied, torch.zeros_like(advantages))
 
-def set_advantages(groups: list[list[Rollout]], cfg) -> None:
-    """Write each rollout's advantage; with --baseline per-order, an order is a group."""
+def set_advantages(groups: list[list[Rollout]]) -> None:
+    """Write each rollout's advantage: among all of its question, whatever their orders."""
     for group in groups:
-        rewards = torch.tensor([rollout.reward for rollout in group])
-        rows = cfg.n_permutations + 1 if cfg.baseline == "per-order" else 1
-        advantages = group_advantages(rewards.view(rows, -1))
-        for rollout, advantage in zip(group, advantages.flatten().tolist()):
+        rewards = torch.tensor([[rollout.reward for rollout in group]])     # (1, R)
+        for rollout, advantage in zip(group, group_advantages(rewards)[0].tolist()):
             rollout.advantage = advantage
 
 VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat")
@@ -841,9 +813,8 @@ VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat")
 def verdict(group: list[Rollout], cfg) -> str:
     """What becomes of a group. Kept: advantages, and a mean accuracy that --filter allows.
     Example, online, bounds .1 and .9, 12 rollouts: 6 right is kept, 11 too_easy, 12
-    all_right. flat: no advantages for another reason, as with the per-order baseline."""
-    online = (cfg.filter_low, cfg.filter_high)
-    low, high = {"none": (0, 1), "offline": (0, 1), "online": online}[cfg.filter]
+    all_right. flat: no advantages for another reason, as with an accuracy weight of 0."""
+    low, high = (cfg.filter_low, cfg.filter_high) if cfg.filter == "online" else (0, 1)
     accuracy = mean(rollout.accuracy for rollout in group)
     in_bounds = low <= accuracy <= high
     if in_bounds and any(rollout.advantage != 0 for rollout in group):
@@ -857,8 +828,7 @@ def verdict(group: list[Rollout], cfg) -> str:
 # Stage 0 keeps so many % of its questions with a score of 0, .1, .. 1 (read off Fig. 3b).
 SCORE_TARGET = (12, 11, 11, 12, 15, 17, 6, 5, 4, 3, 3)
 
-def resample_by_difficulty(scores: list[float], target: tuple[float, ...], size: int,
-                           rng: random.Random) -> list[int]:
+def resample_by_difficulty(scores: list[float], target: tuple, size: int, rng) -> list[int]:
     """Indices of about `size` questions, whose scores follow the histogram `target`. A bin
     that is short of questions gives all it has; none is drawn twice. Example: 100 scores of
     1.0 and 10 of 0.5, target half and half, size 40: the ten of 0.5 and twenty of 1.0."""
@@ -866,10 +836,9 @@ def resample_by_difficulty(scores: list[float], target: tuple[float, ...], size:
     for index, score in enumerate(scores):
         bins[round(score * (len(target) - 1))].append(index)
     kept = []
-    for k, members in enumerate(bins):  # rounded differences: the quotas add up to size
-        begin = round(size * sum(target[:k]) / sum(target))
-        end = round(size * sum(target[:k + 1]) / sum(target))
-        kept += rng.sample(members, min(end - begin, len(members)))
+    for members, share in zip(bins, target):
+        quota = round(size * share / sum(target))
+        kept += rng.sample(members, min(quota, len(members)))
     return sorted(kept)
 
 # ---- Log-probabilities and loss (Eq. 6) ------------------------------------------------
@@ -885,8 +854,7 @@ def predictors(hidden: Tensor, segment_lengths: list[list[int]]) -> Tensor:
             chosen += [prompt[-1:], response[:-1]]
     return hidden.flatten(0, 1)[torch.cat(chosen)]
 
-def response_logprobs(model, processor, rollouts: list[Rollout],
-                      cfg) -> tuple[Tensor, Tensor]:
+def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) of the response tokens at the sampling temperature, and their
     mask; zeros behind a response's end. Logits exist for `logit_chunk` tokens at a time and
     are made again in the backward pass: 152k floats for each token would not fit."""
@@ -950,7 +918,7 @@ def micro_batches(rollouts: list[Rollout], cfg) -> list[list[Rollout]]:
 
 def stack(rows: list[Tensor | None]) -> Tensor | None:
     """Rows of unequal length -> (B, T), zeros behind; None if the rows are None."""
-    return None if rows[0] is None else pad_sequence(rows, batch_first=True)
+    return None if rows[0] is None else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None,
                 advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float,
@@ -983,7 +951,7 @@ def total(values: dict[str, float], accelerator) -> dict[str, float]:
     rows = gather_object([values])
     return {name: sum(row[name] for row in rows) for name in values}
 
-def draw_questions(pool: list[int], n_questions: int, k: int, rng: random.Random) -> list[int]:
+def draw_questions(pool: list[int], n_questions: int, k: int, rng) -> list[int]:
     """The next k question numbers from the pool; every epoch is a fresh shuffle."""
     drawn = []
     while len(drawn) < k:
@@ -992,9 +960,8 @@ def draw_questions(pool: list[int], n_questions: int, k: int, rng: random.Random
         drawn.append(pool.pop())
     return drawn
 
-def collect_groups(model, processor, questions: list[Sample], pool: list[int],
-                   alpha: float, rng: random.Random, cfg,
-                   accelerator) -> dict[str, list[list[Rollout]]]:
+def collect_groups(model, processor, questions: list[Sample], pool: list[int], alpha: float,
+                   rng, cfg, accelerator) -> dict[str, list[list[Rollout]]]:
     """This process's groups of a step, by verdict. With the online filter, dropped questions
     are replaced until every process has its part of the batch, or for cfg.max_rounds."""
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -1006,7 +973,7 @@ def collect_groups(model, processor, questions: list[Sample], pool: list[int],
         orders = [draw_orders(sample, cfg.n_permutations, alpha, rng) for sample in chosen]
         sampled = sample_groups(model, processor, chosen[rank::world], orders[rank::world],
                                 cfg.rollouts_per_order, cfg)
-        set_advantages(sampled, cfg)
+        set_advantages(sampled)
         for group in sampled:
             groups[verdict(group, cfg)].append(group)
         missing = max(gather_object([wanted - len(groups["kept"])]))
@@ -1021,7 +988,11 @@ def update(model, ref_model, optimizer, processor, kept: list[list[Rollout]], cf
     rollouts = sum(kept, [])
     if cfg.updates_per_step > 1:  # with one, the policy trained is the one that sampled
         store_logprobs(model, processor, rollouts, "old_logprobs", cfg)
-    if ref_model is not None:  # it lies in host memory, and fits while there are no gradients
+    if cfg.beta and cfg.lora_rank:  # the start model is this one without its adapters
+        ref_model.disable_adapter_layers()
+        store_logprobs(model, processor, rollouts, "ref_logprobs", cfg)
+        ref_model.enable_adapter_layers()
+    elif cfg.beta:  # it lies in host memory, and fits while there are no gradients
         store_logprobs(ref_model.to(model.device), processor, rollouts, "ref_logprobs", cfg)
         ref_model.to("cpu")
     sums, norms = {"tokens": 0.0, "kl": 0.0, "clipped": 0.0}, []
@@ -1059,19 +1030,16 @@ def add_gradients(model, processor, rollouts: list[Rollout], denominator: float,
 def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: dict[str, float],
                  accelerator) -> dict[str, float]:
     """Metrics of one step over all processes. The README says what is healthy."""
-    rollouts = sum(sum(groups.values(), []), [])
-    counts = loss_sums | {name: len(groups[name]) for name in VERDICTS}
-    counts |= {"rollouts": len(rollouts), "length": sum(len(r.ids) for r in rollouts)}
-    for name in ("accuracy", "format", "reward", "truncated", "idle"):
-        counts[name] = sum(getattr(rollout, name) for rollout in rollouts)
-    totals = total(counts, accelerator)
-    metrics = {name: totals[name] for name in VERDICTS}
-    for name in ("accuracy", "format", "reward", "length", "truncated"):
-        metrics[name] = totals[name] / totals["rollouts"]
-    metrics["dropped"] = sum(totals[name] for name in VERDICTS[1:])
-    metrics["idle"] = totals["idle"] / (totals["idle"] + totals["length"])
-    metrics["kl"] = totals["kl"] / max(totals["tokens"], 1)
-    metrics["clip_fraction"] = totals["clipped"] / max(totals["tokens"], 1)
+    names = ("accuracy", "format", "reward", "truncated", "idle", "length")
+    rows = [(r.accuracy, r.format, r.reward, r.truncated, r.idle, len(r.ids))
+            for r in sum(sum(groups.values(), []), [])]
+    metrics = dict(zip(names, map(mean, zip(*gather_object(rows)))))
+    metrics["idle"] /= metrics["idle"] + metrics["length"]  # of all decode slots
+    metrics |= total(loss_sums | {name: len(groups[name]) for name in VERDICTS}, accelerator)
+    metrics["dropped"] = sum(metrics[name] for name in VERDICTS[1:])
+    tokens = max(metrics.pop("tokens"), 1)
+    metrics["kl"] /= tokens
+    metrics["clip_fraction"] = metrics.pop("clipped") / tokens
     return metrics
 
 STEP_LINE = (
@@ -1087,19 +1055,6 @@ def peak_gb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; on a Mac, bytes
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
-class StopSignal:
-    """Ctrl-C or SIGTERM: finish the step, save, stop. A second one stops at once."""
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame) -> None:
-        signal.signal(number, signal.default_int_handler)
-        self.received = True
-        # NOTE: not print, which fails where it interrupts another print.
-        os.write(2, b"\nstopping after this step (again: at once, unsaved)\n")
-
 def find_questions(cfg, questions: list[Sample]) -> list[Sample]:
     """With --filter offline, those that a stage 0 in the run folder kept; else all."""
     path = newest(cfg, "stage0-*/kept.json") if cfg.filter == "offline" else None
@@ -1111,22 +1066,24 @@ def find_questions(cfg, questions: list[Sample]) -> list[Sample]:
         raise SystemExit(f"{path}: scored on other data than {cfg.data}; run --stage 0 again")
     return chosen
 
-def find_start(cfg) -> str:
-    """Where training and KL start: --model; in stage 2, the last stage 1."""
-    trained = newest(cfg, "stage1-*/checkpoint-*") if cfg.stage == 2 else None
-    return str(trained or cfg.model)
-
 def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""
     out, is_main = Path(cfg.out), accelerator.is_main_process
-    questions, start = find_questions(cfg, questions), find_start(cfg)
+    questions = find_questions(cfg, questions)
+    trained = newest(cfg, "stage1-*/checkpoint-*") if cfg.stage == 2 else None
+    start = str(trained or cfg.model)  # of training, and what KL is measured from
     accelerator.print(f"training on {len(questions)} questions, from {start}")
     held_out = held_out[:cfg.eval_questions or None] if cfg.eval_every else []
     steps = cfg.steps or math.ceil(cfg.epochs * len(questions) / cfg.questions_per_step)
 
     resumed = newest(cfg, "checkpoint-*") if cfg.resume else None
-    model = load_model(str(resumed or start), cfg, accelerator.device)
-    ref_model = load_model(start, cfg, torch.device("cpu")) if cfg.beta else None
+    # With LoRA the weights stay those of the start, and a checkpoint's state has the adapters.
+    begin = start if cfg.lora_rank else str(resumed or start)
+    model, ref_model = load_model(begin, cfg, accelerator.device), None
+    if cfg.lora_rank:
+        ref_model = add_lora(model, cfg)
+    elif cfg.beta:
+        ref_model = load_model(start, cfg, torch.device("cpu"))
     optimizer = SplitAdamW(model, cfg, accelerator)
     rng, pool, step = random.Random(cfg.seed), [], 0
     if resumed:
@@ -1134,13 +1091,11 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
     if is_main and cfg.resume:
         cut_logs(out, step if resumed else -1)
     if held_out and not resumed:
-        clock = time.time()
         metrics = {"step": 0} | evaluate(model, processor, held_out, cfg, accelerator)
-        metrics["seconds_eval"] = time.time() - clock
+        accelerator.log(metrics, step=0)  # to the tracker of --report-to
         if is_main:
             append_line(out / "metrics.jsonl", metrics)
 
-    stop = StopSignal()
     for step in range(step + 1, steps + 1):
         clock = time.time()
         seed_sampling(cfg, step, accelerator)
@@ -1161,26 +1116,19 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
         if is_main and (step - 1) % cfg.log_every == 0:
             log_group(out / "rollouts.jsonl", step, sum(groups.values(), [])[0])
         if held_out and (step % cfg.eval_every == 0 or step == steps):
-            clock = time.time()
             metrics |= evaluate(model, processor, held_out, cfg, accelerator)
-            metrics["seconds_eval"] = time.time() - clock
+        accelerator.log(metrics, step=step)
         if is_main:
             append_line(out / "metrics.jsonl", metrics)
-        last = step == steps or any(gather_object([stop.received]))
-        if last or step % cfg.save_every == 0:
-            try:
-                save_checkpoint(cfg, step, model, processor, optimizer, rng, pool, accelerator)
-            except (RuntimeError, SafetensorError) as error:  # what torch makes of a full disk
-                raise OSError(f"checkpoint-{step} is not written: {error}") from None
-        if last:
-            break
-    accelerator.print(f"done: {newest(cfg, 'checkpoint-*')}" if step == steps else
-                      f"stopped after step {step}; go on with --resume {out}")
+        if step == steps or step % cfg.save_every == 0:
+            save_checkpoint(cfg, step, model, ref_model, processor, optimizer, rng, pool, accelerator)
+    accelerator.print(f"done: {newest(cfg, 'checkpoint-*')}")
 
 def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     """Stage 0, the rollout filter: the start model answers each question K times. Writes
     scores.json, and the ids of the resampled set in kept.json."""
     path = Path(cfg.out) / "scores.json"
+    questions = list(dict.fromkeys(questions))  # a file's weight counts in training only
     model = load_model(cfg.model, cfg, accelerator.device)
     scores = json.loads(path.read_text()) if path.exists() else {}  # resumed
     starts = range(0, len(questions), cfg.questions_per_step)
@@ -1218,14 +1166,15 @@ def evaluate(model, processor, samples: list[Sample], cfg, accelerator) -> dict[
     """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in
     [0, 1]: eval_accuracy, the mean over orders; eval_worst, right in every order;
     eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5)."""
-    rows = {}
+    rows, clock = {}, time.time()
     for start in range(0, len(samples), cfg.questions_per_step):  # a batch fits in memory
         batch = samples[start:start + cfg.questions_per_step]
         rows |= accuracies(model, processor, batch, cfg.eval_orders, 1, cfg, accelerator,
                            greedy=True)
     metrics = {"eval_accuracy": mean(map(mean, rows.values())),
                "eval_worst": mean(map(min, rows.values())),
-               "eval_bias": mean(max(row) - min(row) for row in rows.values())}
+               "eval_bias": mean(max(row) - min(row) for row in rows.values()),
+               "seconds_eval": time.time() - clock}
     accelerator.print("  eval | accuracy {eval_accuracy:.3f} worst {eval_worst:.3f} "
                       "bias {eval_bias:.3f}".format(**metrics))
     return metrics
@@ -1257,9 +1206,10 @@ def log_group(path: Path, step: int, group: list[Rollout]) -> None:
     """Write a group to rollouts.jsonl and print its first rollout."""
     for r in group:
         asked = r.prompt.sample
-        append_line(path, {"step": step, "id": asked.id, "order": r.order, "gold": r.gold,
-                           "question": asked.question, "response": r.text, "reward": r.reward,
-                           "accuracy": r.accuracy, "format": r.format, "advantage": r.advantage})
+        append_line(path, {
+            "step": step, "id": asked.id, "images": asked.images, "order": r.order,
+            "gold": r.gold, "question": asked.question, "response": r.text, "reward": r.reward,
+            "accuracy": r.accuracy, "format": r.format, "advantage": r.advantage})
     r, asked = group[0], group[0].prompt.sample
     print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  gold {r.gold} | "
           f"accuracy {r.accuracy:.0f} format {r.format:.0f} reward {r.reward:.1f} "
@@ -1272,8 +1222,7 @@ def newest(cfg, pattern: str) -> Path | None:
 
 def open_run(cfg, accelerator) -> int:
     """Make the run folder. Its top is the current run: an earlier one, of stage 1 say, moves
-    to stage1-1/, stage1-2/ .. in it, where later stages find it. Nothing is lost. Returns what
-    holds the folder until it is closed, at the latest by the end of the process."""
+    to stage1-1/, stage1-2/ .. in it, where later stages find it. Returns the folder's lock."""
     out = Path(cfg.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1290,10 +1239,9 @@ def open_run(cfg, accelerator) -> int:
                 print(f"the earlier run in {out} moved to {archive}")
             shutil.copy(__file__, out / "perl.py")
             write_atomic(out / "config.json", json.dumps(vars(cfg), indent=1))
-    except BlockingIOError:
-        raise SystemExit(f"--out {out}: another run is at work in this folder") from None
     except (OSError, TypeError, ValueError, KeyError) as error:
-        raise SystemExit(f"--out {out} is no folder to run in ({error!r})") from None
+        busy = "another run is at work there" if type(error) is BlockingIOError else repr(error)
+        raise SystemExit(f"--out {out} is no folder to run in: {busy}") from None
     accelerator.wait_for_everyone()
     orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
     accelerator.print(
@@ -1304,27 +1252,30 @@ def open_run(cfg, accelerator) -> int:
         f"{cfg.questions_per_step * orders * n} rollouts, {cfg.updates_per_step} update(s)")
     return lock
 
-def save_checkpoint(cfg, step: int, model, processor, optimizer, rng: random.Random,
-                    pool: list[int], accelerator) -> None:
+def save_checkpoint(cfg, step: int, model, ref_model, processor, optimizer,
+                    rng, pool: list[int], accelerator) -> None:
     """OUT/checkpoint-STEP: a Hugging Face folder, and in it each process's part of the state."""
     out, is_main = Path(cfg.out), accelerator.is_main_process
     temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step}"
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-        for part in (model, processor.tokenizer, processor.image_processor):
-            part.save_pretrained(temporary)
+        plain = copy.deepcopy(ref_model).merge_and_unload() if cfg.lora_rank else model
+        plain.save_pretrained(temporary)
+        processor.tokenizer.save_pretrained(temporary)
+        processor.image_processor.save_pretrained(temporary)
         torch.save({"step": step, "pool": pool, "rng": rng.getstate()},
                    temporary / "training_state.pt")
     accelerator.wait_for_everyone()
-    torch.save(optimizer.state_dict(), temporary / f"optimizer-{accelerator.process_index}.pt")
+    # NOTE: given a path, torch.save makes a RuntimeError of a full disk, not an OSError.
+    with open(temporary / f"optimizer-{accelerator.process_index}.pt", "wb") as file:
+        torch.save(optimizer.state_dict(), file)
     accelerator.wait_for_everyone()
     if is_main:
         os.replace(temporary, final)
         for other in set(out.glob("checkpoint-*")) - {final}:
             shutil.rmtree(other)
-    accelerator.wait_for_everyone()
 
-def load_state(folder: Path, optimizer, rng: random.Random) -> tuple[list[int], int]:
+def load_state(folder: Path, optimizer, rng) -> tuple[list[int], int]:
     """Restore what a checkpoint has beside the model -> pool of questions, step."""
     optimizer.load(folder)
     state = torch.load(folder / "training_state.pt", "cpu", weights_only=True)
@@ -1350,8 +1301,7 @@ def load_state(folder: Path, optimizer, rng: random.Random) -> tuple[list[int], 
 # `generate`. --no-share gives the same numbers for far more work.
 
 def encode_images(model, pictures: list[Picture]) -> list[Tensor]:
-    """Features (tokens, D) of each picture. The vision tower sees a picture once, however often
-    it comes."""
+    """Features (tokens, D) of each picture; one that comes several times is encoded once."""
     distinct = {id(picture): picture for picture in pictures}
     pixels = torch.cat([picture.pixels for picture in distinct.values()]).to(model.device)
     grids = torch.cat([picture.grid for picture in distinct.values()]).to(model.device)
@@ -1373,7 +1323,8 @@ def share_row(inputs: dict, segment_lengths: list[list[int]], pictures: list[Pic
                 begin += length
         inputs["position_ids"] = positions                                      # (3, B, S)
         inputs["attention_mask"] = {"full_attention": segment_lengths}
-    features = BaseModelOutputWithPooling(pooler_output=encode_images(model, pictures))
+    features = transformers.modeling_outputs.BaseModelOutputWithPooling(
+        pooler_output=encode_images(model, pictures))
     inputs["mm_encoder_outputs"] = {"image": features}
 
 class SharedPromptLayer(DynamicLayer):
@@ -1411,8 +1362,9 @@ def shared_prompt_attention(module, query, key, value, attention_mask, **kwargs)
         return tree_attention(query, key, value, attention_mask, scaling), None
     if isinstance(key, tuple):  # prompts and responses, from SharedPromptLayer
         return decode_attention(query, key, value, attention_mask, scaling), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return SDPA(module, query, key, value, attention_mask, **kwargs)
 
+SDPA = transformers.AttentionInterface()["sdpa"]
 transformers.AttentionInterface.register("shared_prompt", shared_prompt_attention)
 transformers.AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
@@ -1439,24 +1391,22 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor,
                    segment_lengths: list[list[int]], scaling: float) -> Tensor:
     """Packed rows: the prompt sees itself, a response the prompt and itself, other pairs are
     not computed. query (B, H, S, d), key and value (B, h, S, d) -> (B, S, H, d)"""
-    def heads(x: Tensor) -> Tensor:
-        """A head of keys serves several of the queries."""
-        return x.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-
+    shared_by = query.shape[1] // key.shape[1]  # so many query heads use one head of keys
+    key, value = (x.repeat_interleave(shared_by, dim=1) for x in (key, value))
     rows = []
     for b, lengths in enumerate(segment_lengths):
         padding, prompt, *responses = query[b:b + 1].split(lengths, dim=2)
         _, prompt_keys, *keys = key[b:b + 1].split(lengths, dim=2)
         _, prompt_values, *values = value[b:b + 1].split(lengths, dim=2)
         parts = [padding.to(value.dtype), scaled_dot_product_attention(
-            prompt, heads(prompt_keys), heads(prompt_values), is_causal=True, scale=scaling)]
+            prompt, prompt_keys, prompt_values, is_causal=True, scale=scaling)]
         for q, k, v in zip(responses, keys, values):
             seen_keys = torch.cat([prompt_keys, k], dim=2)
             seen_values = torch.cat([prompt_values, v], dim=2)
             mask = q.new_ones(q.shape[2], seen_keys.shape[2], dtype=torch.bool)
             mask = mask.tril(diagonal=prompt.shape[2])  # the prompt, and itself causally
             parts.append(scaled_dot_product_attention(
-                q, heads(seen_keys), heads(seen_values), attn_mask=mask, scale=scaling))
+                q, seen_keys, seen_values, attn_mask=mask, scale=scaling))
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows).transpose(1, 2)
 
@@ -1538,35 +1488,46 @@ class SplitAdamW:
         if missing:
             raise SystemExit(f"{folder} lacks the optimizer's state of {min(missing)}")
 
-def start_processes() -> Accelerator:
+def add_lora(model, cfg):
+    """Freeze the model and put low-rank adapters in float32 beside the language layers'
+    projections. Returns what switches and merges them; the model is used as before."""
+    from peft import LoraConfig, LoraModel
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+    torch.manual_seed(cfg.seed)  # the same in all processes
+    targets = r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"      # FAMILY
+    config = LoraConfig(r=cfg.lora_rank, lora_alpha=32, target_modules=targets)
+    adapters = LoraModel(model, config, "default")
+    cast_adapter_dtype(model, "default")  # to float32
+    return adapters.eval()
+
+def start_processes(cfg) -> accelerate.Accelerator:
     """Join the processes that a launcher started. A rank that dies ends all, through the
     launcher, so that the rest may wait for hours for one that saves or evaluates."""
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     # NOTE: without a GPU, accelerate joins processes only when told that it is on a CPU.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[waiting])
-    launched = os.environ.get("WORLD_SIZE", 2 if "MASTER_ADDR" in os.environ else 1)
-    if accelerator.num_processes < int(launched):
-        raise SystemExit("The processes do not find each other: start them with accelerate "
-                         "launch --multi_gpu, or on a CPU with torchrun")
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(), kwargs_handlers=[waiting],
+        log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=cfg.out)
+    if cfg.report_to != "none" and not accelerator.log_with:  # accelerate drops it silently
+        raise SystemExit(f"--report-to {cfg.report_to} needs: pip install {cfg.report_to}")
     return accelerator
 
 # ---- Main ------------------------------------------------------------------------------
 
 def show_orders(cfg, processor, questions: list[Sample]) -> None:
-    """Print what the model would read: a question with many images, in its orders."""
-    moving = [q for q in questions if q.order_rule not in ("keep", "never")] or questions
-    sample = max(moving, key=lambda question: len(question.images))
+    """Print what the model would read: a question with many orders, in some of them."""
+    sample = max(questions, key=count_orders)
     for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
-        asked = permute(sample, order)
-        print(f"order {order}, {len(encode_prompt(asked, processor).ids)} tokens, "
-              f"answer {asked.answer}: {prompt_text(asked, processor)}")
+        prompt = encode_prompt(permute(sample, order), processor)
+        print(f"order {order}, {len(prompt.ids)} tokens, answer {prompt.sample.answer}: "
+              f"{prompt_text(prompt.sample, processor)}")
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, load the questions, run the stage."""
     cfg = parse_config(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    accelerator = start_processes()
+    accelerator = start_processes(cfg)
     if cfg.cpu_threads:  # more are slower beside a busy process, and round differently
         torch.set_num_threads(cfg.cpu_threads)
     elif accelerator.device.type == "cuda":  # for AdamW on the host: torchrun leaves it one
@@ -1583,15 +1544,15 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.dry_run:
         return show_orders(cfg, processor, questions)
     lock = open_run(cfg, accelerator)
+    accelerator.init_trackers("perl", vars(cfg))
     try:
         if cfg.stage == 0:
             score(cfg, processor, questions, accelerator)
         else:
             train(cfg, processor, questions, held_out, accelerator)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\ninterrupted; go on with --resume {cfg.out}") from None
-    except OSError as error:  # a full disk, a read-only one; the last checkpoint is whole
-        raise SystemExit(f"{error}; later, go on with --resume {cfg.out}") from None
+        accelerator.end_training()  # closes the tracker
+    except (KeyboardInterrupt, OSError, SafetensorError) as error:  # Ctrl-C, or a full disk
+        raise SystemExit(f"{error!r}; go on with --resume {cfg.out}") from None
     finally:
         os.close(lock)
 
