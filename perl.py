@@ -183,9 +183,11 @@ def new_config(typed: dict) -> Config:
     cfg = Config(**presets | typed)
     for f in dataclasses.fields(Config):
         value, least, most = getattr(cfg, f.name), f.metadata["least"], f.metadata["most"]
+        flag = "--" + f.name.replace("_", "-")
         if f.type in (int, float) and not least <= value <= most:
-            flag = "--" + f.name.replace("_", "-")
             raise ValueError(f"{flag} {value} is not in {least:g} .. {most:g}")
+        if f.type is str and CONTROL.search(value):
+            raise ValueError(f"{flag} holds <|...|>, NUL or half a character")
     if cfg.lora_rank and "lr" not in typed:
         cfg.lr *= 10  # adapters hardly move at the rate of the weights
     if "n_permutations" in typed and "rollouts_per_order" not in typed:
@@ -433,9 +435,8 @@ def chat_template(name: str, tokenizer) -> str:
     """The checkpoint's template for images: the tokenizer's, unless it is for text only; else
     chat_template.json's, which AutoTokenizer does not read; else that of the tiny model."""
     template = tokenizer.chat_template or ""
-    path = transformers.utils.cached_file(
-        SHORT_NAMES.get(name, name), "chat_template.json",
-        _raise_exceptions_for_missing_entries=False)
+    path = transformers.utils.cached_file(SHORT_NAMES.get(name, name), "chat_template.json",
+                                          _raise_exceptions_for_missing_entries=False)
     if path and IMAGE_TOKEN not in template:
         template = json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"]
     if IMAGE_TOKEN not in template:
@@ -523,9 +524,8 @@ def encode_prompt(sample: Sample, processor, pictures: dict[str, Picture] = None
     for picture, piece in zip(in_order, pieces):
         text += IMAGE_TOKEN * picture.tokens + piece
     ids = processor.tokenizer(text, add_special_tokens=False).input_ids
-    wanted = sum(picture.tokens for picture in in_order)
-    if ids.count(processor.image_id) != wanted:
-        raise ValueError(f"{sample.id}: the prompt has not the {wanted} tokens of its images")
+    if ids.count(processor.image_id) != sum(picture.tokens for picture in in_order):
+        raise ValueError(f"{sample.id}: the prompt has not the tokens of its images")
     return Prompt(sample, ids, in_order)
 
 def prompt_length(sample: Sample, processor) -> int:
@@ -814,7 +814,8 @@ def verdict(group: list[Rollout], cfg) -> str:
     """What becomes of a group. Kept: advantages, and a mean accuracy that --filter allows.
     Example, online, bounds .1 and .9, 12 rollouts: 6 right is kept, 11 too_easy, 12
     all_right. flat: no advantages for another reason, as with an accuracy weight of 0."""
-    low, high = (cfg.filter_low, cfg.filter_high) if cfg.filter == "online" else (0, 1)
+    bounds = {"none": (0, 1), "offline": (0, 1), "online": (cfg.filter_low, cfg.filter_high)}
+    low, high = bounds[cfg.filter]
     accuracy = mean(rollout.accuracy for rollout in group)
     in_bounds = low <= accuracy <= high
     if in_bounds and any(rollout.advantage != 0 for rollout in group):
@@ -1533,8 +1534,7 @@ def main(argv: list[str] | None = None) -> None:
     elif accelerator.device.type == "cuda":  # for AdamW on the host: torchrun leaves it one
         torch.set_num_threads(max(os.cpu_count() // accelerator.num_processes, 1))
     if cfg.questions_per_step % accelerator.num_processes:
-        raise SystemExit(f"--questions-per-step {cfg.questions_per_step} does not divide "
-                         f"into {accelerator.num_processes} processes")
+        raise SystemExit("--questions-per-step is not a multiple of the number of processes")
     processor = load_processor(cfg.model, cfg)
     questions = load_questions(cfg.data, processor, cfg, accelerator)
     if cfg.data == Config.data and cfg.model != "tiny":

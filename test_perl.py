@@ -766,6 +766,10 @@ def test_resample_by_difficulty():
     assert [[round(scores[i] * 10) for i in kept].count(k) for k in range(11)] == [
         120, 110, 110, 120, 150, 170, 60, 50, 40, 30, 30]
 
+def test_an_unknown_filter_does_not_fall_through():
+    with pytest.raises(KeyError):
+        perl.verdict(scored_group([1, 0]), tiny_config(filter="disagree"))
+
 # ---- Loss (Eq. 6) --------------------------------------------------------------------------------
 
 def loss_of(logprobs, old, ref=None, advantages=(1.0,), mask=None, beta=0.0, denominator=4.0):
@@ -2165,7 +2169,7 @@ FORKS = {  # what a snippet changes: before and after
     "disagree": (lambda: [perl.verdict(
         [dataclasses.replace(r, order=(k // 2,)) for k, r in enumerate(scored_group(accuracies))],
         tiny_config(filter="disagree")) for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1])],
-        ["flat", "flat"], ["kept", "agree"]),
+        KeyError, ["kept", "agree"]),
     "per_order": (lambda: two_orders("advantage"),
                   pytest.approx([ROOT, -1 / ROOT, -1 / ROOT, -1 / ROOT]), [1, -1, 0, 0]),
     "clean": (lambda: two_orders("prompt"), list("ggpp"), list("gggg"))}
@@ -2255,7 +2259,7 @@ def test_the_number_of_permutations_keeps_the_number_of_rollouts(n_permutations,
     ("--n-permutations 4", "does not divide"),
     ("--n-permutations -1", "--n-permutations"), ("--steps -1", "--steps"),
     ("--beta nan", "--beta"), ("--micro-batch 0", "--micro-batch"),
-    ("--temperature 0", "--temperature"),
+    ("--temperature 0", "--temperature"), ("--instruction <|im_end|>", "--instruction"),
     ("--alpha-end -0.5", "--alpha-end"),
     ("--alpha-start 1.5", "--alpha-start")])
 def test_bad_flags_end_the_program(argv, message, capsys):
@@ -2267,7 +2271,7 @@ def test_bad_flags_end_the_program(argv, message, capsys):
     ("--model", "/no/such/model", "could not load '/no/such/model"),
     ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
     ("--out", TINY / "config.json", "--out .*config.json is no folder"),
-    ("--questions-per-step", 3, "--questions-per-step 3 does not divide into 2 processes")])
+    ("--questions-per-step", 3, "--questions-per-step is not a multiple")])
 def test_a_run_that_cannot_start_ends_with_one_sentence(
         data, tmp_path, monkeypatch, flag, value, message):
     if flag == "--questions-per-step":
