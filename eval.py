@@ -34,7 +34,6 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageFile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import perl
 from perl import (MODEL_PRESETS, SAMPLES, Config, Sample, all_orders, extract_answer, last_boxed,
@@ -484,15 +483,20 @@ def bare_value(text: str) -> str:
     text = plain(text.replace("掳", "°").replace("$", "").replace("~", " "))  # mojibake
     text = re.sub(r"^([^=]*)=\s*([a-z])$", r"\2=\1", text)  # "5 = s"
     text = re.sub(r"^[\w.\\(){}, ]*=(?=\s*\S)", "", text)
-    return UNIT.sub("", text).strip(" \\,;")
+    return UNIT.sub("", text).lstrip(" ,;").rstrip(" \\,;")
+
+LEFT_SIDE = re.compile(r"^\W*([a-z](?:_\w+)?)\s*=")
 
 def same_value(answer: str, gold: str) -> bool:
     """same_answer, where the left side ("Area =") and the unit may be missing."""
-    variable = re.compile(r"^\W*([a-z])\s*=")
-    if len({*variable.findall(answer), *variable.findall(gold)}) > 1:  # x = 0, y = 0
+    answer, gold = (re.sub(r"\\[][]", "", text) for text in (answer, gold))  # of display math
+    if len({*LEFT_SIDE.findall(answer), *LEFT_SIDE.findall(gold)}) > 1:  # x = 0, y = 0
         return False
-    value = bare_value(answer)
-    return same_answer(answer, gold) or value != "" and same_answer(value, bare_value(gold))
+    value, gold_value = bare_value(answer), bare_value(gold)
+    mine, wanted = (re.findall(r"-?\d+(?:\.\d+)?", text) for text in (value, gold_value))
+    if mine != wanted and re.search(r"(?i)(?<![\\\w])[a-z]{4}", gold_value):  # among words
+        return False
+    return same_answer(answer, gold) or value != "" and same_answer(value, gold_value)
 
 def remi_right(task: str, answer: str, label: str) -> bool:
     """ReMI's own rules: lower case, nothing behind a %, a tolerance for each task."""
@@ -804,7 +808,7 @@ def compare(folder_a: Path, folder_b: Path) -> str:
 
 # ---- --step-cost: what a training step costs, with and without sharing -----------------
 
-QWEN_7B = Qwen2_5_VLConfig(
+QWEN_7B = transformers.Qwen2_5_VLConfig(
     text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
                      num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
     vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584))
@@ -828,7 +832,7 @@ def count_flops(config, cfg, shape: list[int]) -> tuple[dict, dict]:
     token once in sampling, forward and backward in the loss, only pairs that are seen. The
     vision tower's are torch's count without weights, the others arithmetic (see the test)."""
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = perl.FAMILY_MODEL(config)
     rollouts = full_rollouts(cfg, shape, config.vision_config, 0, 1)
     prompt, layers = rollouts[0].prompt, model.model.language_model.layers
     B, T, L, P = len(rollouts), cfg.max_new_tokens, len(prompt.ids), cfg.n_permutations + 1
@@ -903,7 +907,7 @@ def step_cost(args, perl_flags: list[str]) -> None:
     if min(shape) < 1 or shape[2] <= shape[0] or cfg.max_new_tokens < 3:
         raise SystemExit(f"--step-cost: {shape}: it takes images of one token or more, more "
                          "text tokens than images, and --max-new-tokens of 3 or more")
-    config = QWEN_7B if cfg.model == "tiny" else perl.load_pretrained(AutoConfig, cfg.model)
+    config = QWEN_7B if cfg.model == "tiny" else perl.load_pretrained(transformers.AutoConfig, cfg.model)
     parts, row = {}, {}  # parts: {"flops_shared": {"vision": .., ..}, ..}
     for way in tqdm(("shared", "plain"), "time"):
         its_cfg = dataclasses.replace(cfg, share=way == "shared")

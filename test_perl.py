@@ -2638,7 +2638,13 @@ def test_golds_of_mathverse(gold, options, right, wrong):
     ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "5.4", "44", "440 cm"]), ("212°T", ["212", "212°"], ["221"]),
     (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"1225\pi"]),
     ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("$x=0$", ["x=0", "0"], ["y=0"]),
-    ("118掳T", ["118"], ["118.5"]), ("2191.7 metres", ["2191.7"], ["2.1917"])])
+    ("118掳T", ["118"], ["118.5"]), ("2191.7 metres", ["2191.7"], ["2.1917"]),
+    (r"\frac{25}{2} \text{ units}", ["12.5"], ["12"]), ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
+    (r"\[g(x)=(x + 4)^2 - 5\].", ["(x+4)^2-5"], [r"(x + 5)^2 - 5\]."]),
+    ("domain: [-4, 0) and range: (-3, 1]", ["Domain: [-4, 0), range: (-3, 1]"],
+     [f"domain: {first} and range: (-3, 1]" for first in ("[-5, 0)", "[4, 0)", "[-40, 0)")]),
+    (r"\text { local maximum: }(-3,60) \text {, local minimum: }(3, -60)",
+     ["(-3,60) (3, -60)"], ["(-4,60) (3, -60)"])])
 def test_left_side_and_unit_are_optional(gold, right, wrong):
     for answers, verdict in ((right, True), (wrong, False)):
         for answer in answers:
