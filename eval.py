@@ -36,8 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import perl
-from perl import (MODEL_PRESETS, SAMPLES, Config, Sample, all_orders, extract_answer, last_boxed,
-                  permute, plain, prompt_length, same_answer, sample_groups, write_atomic)
+from perl import (LETTERS, MODEL_PRESETS, SAMPLES, Config, Sample, all_orders, extract_answer,
+                  last_boxed, permute, plain, prompt_length, same_answer, sample_groups)
 
 class Benchmark(NamedTuple):
     """Where a benchmark's rows are, how many there are, and how its score is made."""
@@ -75,7 +75,6 @@ BENCHMARKS = {
 
 # ---- Choices: the letter that a free text settles on -----------------------------------
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 ORDINALS = "- first second third fourth fifth sixth seventh eighth ninth tenth".split()
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?!But\b|However\b)|\n+")
@@ -644,7 +643,7 @@ def score(folder: Path) -> dict:
         "tasks": {task: summary(column) for task, column in sorted(as_given.items())},
         "orders": order_measures(permuted) if permuted else {},
         "all rotations": summary(rotated) if rotated else {}, "config": config}
-    write_atomic(folder / "results.json", json.dumps(result, indent=1))
+    perl.write_atomic(folder / "results.json", json.dumps(result, indent=1))
     return result
 
 # ---- Asking the model ------------------------------------------------------------------
@@ -705,7 +704,7 @@ def open_folder(folder: Path, config: dict, accelerator) -> set[tuple]:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_atomic(path, json.dumps(config, indent=1))
+            perl.write_atomic(path, json.dumps(config, indent=1))
         if samples.exists():  # cut off a line torn by a kill
             os.truncate(samples, samples.read_bytes().rfind(b"\n") + 1)
     accelerator.wait_for_everyone()
@@ -907,7 +906,8 @@ def step_cost(args, perl_flags: list[str]) -> None:
     if min(shape) < 1 or shape[2] <= shape[0] or cfg.max_new_tokens < 3:
         raise SystemExit(f"--step-cost: {shape}: it takes images of one token or more, more "
                          "text tokens than images, and --max-new-tokens of 3 or more")
-    config = QWEN_7B if cfg.model == "tiny" else perl.load_pretrained(transformers.AutoConfig, cfg.model)
+    config = perl.load_pretrained(transformers.AutoConfig, cfg.model)
+    config = QWEN_7B if cfg.model == "tiny" else config
     parts, row = {}, {}  # parts: {"flops_shared": {"vision": .., ..}, ..}
     for way in tqdm(("shared", "plain"), "time"):
         its_cfg = dataclasses.replace(cfg, share=way == "shared")
@@ -974,7 +974,7 @@ def ask_and_report(args) -> None:
         if not folders:
             raise SystemExit(f"{out} holds no responses; run without --score-only first")
         text = report({folder.name: score(folder) for folder in folders}, out.name)
-        write_atomic(out / "summary.md", text)
+        perl.write_atomic(out / "summary.md", text)
         print(text)
 
 def main(argv: list[str] | None = None) -> None:

@@ -82,7 +82,8 @@ def setting(default, prose: str, *, least: float = 1e-9, most: float = 1e9):
 class Config:
     # what runs
     model: str = setting("tiny", "Hub id, folder, tiny, Qwen2.5-VL-3B, -7B, -32B, -72B")
-    data: str = setting(str(SAMPLES / "train.jsonl"), "training questions; several: a.jsonl*2,b.jsonl")
+    data: str = setting(
+        str(SAMPLES / "train.jsonl"), "training questions; several: a.jsonl*2,b.jsonl")
     eval_data: str = setting(str(SAMPLES / "test.jsonl"), "held-out questions; '': none")
     stage: int = setting(1, "0: score the questions; 1: explore; 2: exploit", least=0)
     out: str = setting("", "run folder, shared by the stages; '': runs/MODEL-seedSEED")
@@ -613,7 +614,7 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg,
              greedy: bool = False) -> list[list[list[int]]]:
     """n responses to each prompt, in the prompts' order; padded behind their ends."""
     model.eval()  # NOTE: train mode with checkpointing would switch the KV cache off
-    sampling = transformers.GenerationConfig(  # from the distribution that the loss scores; or greedy
+    sampling = transformers.GenerationConfig(  # what the loss scores; or greedy
         max_new_tokens=cfg.max_new_tokens, do_sample=not greedy, top_k=0, top_p=1.0,
         temperature=1.0 if greedy else cfg.temperature, repetition_penalty=1.0,
         suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id,
@@ -903,9 +904,8 @@ def row_length(row: list[Rollout]) -> int:
     return len(row[0].prompt.ids) + sum(len(rollout.ids) for rollout in row)
 
 def pack(rollouts: list[Rollout], cfg) -> list[list[Rollout]]:
-    """Neighbours that answer the same prompt, in rows of at most a micro-batch's tokens.
-    Example, at most 9: responses of 2, 2 and 3 tokens to a prompt of 4 make two rows, of
-    4 + 2 + 2 and 4 + 3 tokens. With --no-share every row has one."""
+    """Neighbours that answer the same prompt, in rows of at most a micro-batch's tokens: at most
+    9, say, with responses of 2, 2 and 3 tokens to a prompt of 4, makes rows of 8 and 7."""
     limit = cfg.max_tokens_per_micro_batch if cfg.share else 0
     return fill(rollouts, lambda row: row[-1].prompt is row[0].prompt
                 and row_length(row) <= limit)
@@ -1122,7 +1122,8 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
         if is_main:
             append_line(out / "metrics.jsonl", metrics)
         if step == steps or step % cfg.save_every == 0:
-            save_checkpoint(cfg, step, model, ref_model, processor, optimizer, rng, pool, accelerator)
+            save_checkpoint(cfg, step, model, ref_model, processor, optimizer, rng, pool,
+                            accelerator)
     accelerator.print(f"done: {newest(cfg, 'checkpoint-*')}")
 
 def score(cfg, processor, questions: list[Sample], accelerator) -> None:
@@ -1359,7 +1360,7 @@ def prefill(model, inputs: dict, n: int) -> dict:
 def shared_prompt_attention(module, query, key, value, attention_mask, **kwargs):
     """The model's attention: packed rows, decoding against shared prompts, or sdpa."""
     scaling = kwargs["scaling"]
-    if isinstance(attention_mask, list):  # segment lengths, from add_shared
+    if isinstance(attention_mask, list):  # segment lengths, from share_row
         return tree_attention(query, key, value, attention_mask, scaling), None
     if isinstance(key, tuple):  # prompts and responses, from SharedPromptLayer
         return decode_attention(query, key, value, attention_mask, scaling), None
@@ -1414,10 +1415,9 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor,
 # ---- Memory and machines: skip it on a first reading -----------------------------------
 
 class SplitAdamW:
-    """AdamW on float32 copies of the weights (or on these, if float32 and in place), in host
-    memory where the GPU is too small, split over processes by whole tensors (ZeRO-1): the owner
-    gets the sum of gradients, steps, hands the weight round. Processes may differ in
-    micro-batches; FSDP wants equal ones, and saves nothing if weights stay whole to decode."""
+    """AdamW on float32 copies of the weights (or on themselves), in host memory where the GPU is
+    too small, split over processes by whole tensors (ZeRO-1): the owner gets the gradients' sum,
+    steps, hands the weight round. FSDP wants equal micro-batches, and saves nothing in decoding."""
     def __init__(self, model, cfg, accelerator):
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.max_grad_norm = cfg.max_grad_norm
