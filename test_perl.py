@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -41,6 +43,9 @@ from transformers import (AutoImageProcessor, AutoTokenizer, GenerationConfig,
 import eval as ev
 import perl
 from perl import Rollout, Sample
+
+sys.path.append(str(Path(perl.__file__).parent / "data_samples"))
+import curate
 
 HERE, TINY, CPU = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"]), torch.device("cpu")
 FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
@@ -2212,6 +2217,131 @@ def test_a_fork_runs(data, tmp_path, monkeypatch):
     exec(snippet, {})
     row, = metrics_of(tmp_path / "run")
     assert row["kept"] + row["agree"] >= 5 and row["agree"] == row["dropped"]
+
+# ---- Real data -----------------------------------------------------------------------------------
+
+def test_order_labels_are_right_where_images_may_move():
+    """On 157 labelled questions, 52 of them by someone who had not seen the rules."""
+    text = curate.score_labels(HERE / "data_samples" / "order_labels.jsonl")
+    assert "held-out: 26 of 26 labels" in text and "rules: 54 of 54 labels" in text
+    assert "26 of 35 questions" in text and "54 of 58 questions" in text and "wrong" not in text
+
+def picture_of(color, form="PNG", size=(40, 30)):
+    """An image with something to see in it."""
+    image, content = Image.new("RGB", size, color), io.BytesIO()
+    for k in range(0, 28, 7):
+        image.paste(tuple(255 - c for c in color), (k, k, k + 5, k + 3))
+    image.rotate(sum(color) % 360).save(content, form)
+    return content.getvalue()
+
+@pytest.fixture
+def public(tmp_path):
+    """Rows as the data sets document them: Mantis-Instruct with a zip, MMK12, images/problem/answer.
+    Nine of them are unfit, each in another way."""
+    folder = tmp_path / "public"
+    def say(*texts):
+        roles = itertools.cycle(("user", "assistant"))
+        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    def row(id, names, *texts):
+        images = [{"bytes": None, "path": f"train_images/{name}.png"} for name in names]
+        return {"id": id, "images": images, "conversation": say(*texts), "source": "nlvr2"}
+    statement = ("<image> <image> This sentence describes the two images: {} Is it true or false?\n"
+                 "Options:\n(A) True\n(B) False")
+    both = statement.format("Both images show a dog.")
+    write_parquet([
+        row("n0", "ab", both, "A"), row("n1", "cd", statement.format("The left image is red."), "B"),
+        row("n2", "ba", both, "A"), row("n3", "ab", both.replace("dog", "dogs"), "A"),
+        row("n4", "ax", both, "A"), row("n5", "abc", both, "A"),
+        row("n6", "ab", both, "A picture of dogs"), row("n7", "ae", both, "B"),
+        row("n8", "", both, "B"), row("n0", "cb", both, "(B) False", "And why?", "So.")],
+        folder / "mantis" / "nlvr2" / "train-00000-of-00001.parquet")
+    archive = zipfile.ZipFile(folder / "mantis" / "nlvr2" / "train_images.zip", "w")
+    for k, name in enumerate("abcd"):
+        archive.writestr(f"train_images/{name}.png", picture_of((10 + 60 * k, 90, 200 - 40 * k)))
+    archive.writestr("train_images/e.png", b"\x89PNG no more")
+    archive.close()
+    write_parquet([
+        {"id": "m0", "question": "<image>Find x.", "answer": "$$6$$", "subject": "math",
+         "image": {"bytes": picture_of((9, 200, 30)), "path": None}},
+        {"id": "m1", "question": "Which angle is it?", "answer": "the obtuse one at the top",
+         "subject": "math", "image": {"bytes": picture_of((90, 20, 30)), "path": None}}],
+        folder / "mmk12" / "data" / "train-00000.parquet")
+    write_parquet([
+        {"images": [{"bytes": picture_of((0, 0, 99), "JPEG"), "path": None}],
+         "problem": "<image>Find $y$.", "answer": r"3\sqrt{2}"},
+        {"images": [], "problem": "<image>?", "answer": "1"}],
+        folder / "geometry3k" / "train.parquet")
+    return folder
+
+def curated(public, out, *more):
+    curate.main([f"mantis:nlvr2={public / 'mantis'}", f"mmk12={public / 'mmk12'}",
+                 f"problems:hiyouga/geometry3k={public / 'geometry3k'}", "--out", str(out), *more])
+    return read_rows(out / "train.jsonl")
+
+def test_public_rows_become_samples(public, tmp_path, capsys):
+    rows = curated(public, tmp_path / "out")
+    assert [(row["id"], row["answer"], row["order_rule"]) for row in rows] == [
+        ("mantis:nlvr2-n0", "A", "keep"), ("mantis:nlvr2-n1", "B", "never"),
+        ("mantis:nlvr2-n0-2", "B", "keep"), ("mmk12-m0", "6", "never"),
+        ("problems:hiyouga/geometry3k-0", r"3\sqrt{2}", "never")]
+    assert len(perl.load_samples(tmp_path / "out" / "train.jsonl")) == 5
+    report = (tmp_path / "out" / "report.md").read_text()
+    for why in ("mantis:nlvr2: duplicate: same images, same text | 1", "nearly the same text | 1",
+                "an image is missing | 1", "as many <image> as images are wanted | 1",
+                "perl.py refuses its images | 1", "mantis:nlvr2: answer in words",
+                "mantis:nlvr2: 0 or more than 8 images | 1", "mmk12: answer in words",
+                "geometry3k: 0 or more than 8 images | 1"):
+        assert why in report, why
+    assert "9 rows dropped" in capsys.readouterr().out and (tmp_path / "out" / "report.png").exists()
+    perl.main(["--data", str(tmp_path / "out" / "train.jsonl"), "--dry-run", "--eval-data", ""])
+    assert "5 questions, 0 dropped" in capsys.readouterr().out
+
+def test_a_stopped_curation_goes_on_to_the_same_bytes(public, tmp_path, monkeypatch):
+    curated(public, tmp_path / "whole")
+    calls, real = [], curate.keep_images
+    monkeypatch.setattr(curate, "keep_images", lambda *args: (
+        calls.append(args) or len(calls) == 4 and die() or real(*args)))
+    with pytest.raises(Killed):
+        curated(public, tmp_path / "killed")
+    journal, = (tmp_path / "killed" / "work").glob("*/rows.jsonl")
+    with open(journal, "a") as file:
+        file.write('{"number": 3, "samp')
+    before = len(calls)
+    curated(public, tmp_path / "killed")
+    assert len(calls) - before == 6, "only rows that were not done"
+    for name in ("train.jsonl", "report.md", "report.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+def test_benchmarks_are_left_out(public, tmp_path):
+    known = tmp_path / "known"
+    known.mkdir()
+    with Image.open(io.BytesIO(picture_of((9, 200, 30)))) as image:  # larger, and as a JPEG
+        image.resize((160, 120)).save(known / "other.jpg", quality=90)
+    both = ("This sentence describes the two images: The left image is red. Is it true or false?\n"
+            "Options:\n(A) True\n(B) False")
+    (known / "test.json").write_text(json.dumps([{"question": both}, {"other": 1}]))
+    rows = curated(public, tmp_path / "out", "--against", str(known))
+    assert [row["id"] for row in rows] == ["mantis:nlvr2-n0", "mantis:nlvr2-n0-2",
+                                           "problems:hiyouga/geometry3k-0"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "mmk12: an image of a benchmark | 1" in report
+    assert "mantis:nlvr2: a question of a benchmark | 1" in report
+
+def test_questions_of_one_image_and_of_several_train_together(public, data, tmp_path):
+    rows = curated(public, tmp_path / "out")
+    assert {len(row["images"]) for row in rows} == {1, 2}
+    argv = arguments(f"{data},{tmp_path / 'out' / 'train.jsonl'}*2", tmp_path / "run", steps=3,
+                     questions_per_step=6, eval_every=0, beta=0, log_every=1)
+    perl.main(argv)
+    assert [row["kept"] + row["dropped"] for row in metrics_of(tmp_path / "run")] == [6, 6, 6]
+
+@table("argv, message", [
+    (["nonsense", "--out", "x"], "nonsense is no source"), (["mmk12"], "--out FOLDER"),
+    (["mmk12", "--out", "x", "--against", "/no/folder"], "/no/folder is no folder")])
+def test_what_curate_cannot_do_is_said(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        curate.main(argv)
+    assert message in capsys.readouterr().err + str(ended.value)
 
 # ---- Config --------------------------------------------------------------------------------------
 
