@@ -2,7 +2,7 @@
 r"""Builds everything else in this folder, the same on every run:
 
     python make_samples.py --only data    # images/, train.jsonl, test.jsonl: seconds
-    python make_samples.py --only data --first-share 0.5    # with another skew
+    python make_samples.py --only data --first-share 0.5 --out DIR    # with another skew, elsewhere
     python make_samples.py --only tiny    # tiny/, the start checkpoint: 7 minutes on one core
     python make_samples.py                # both
 
@@ -11,7 +11,7 @@ r"""Builds everything else in this folder, the same on every run:
    Train and test share no image.
 2. Questions are of six kinds (KINDS). In the train set the right image stands first in 95 % of
    the questions (--first-share), as a favoured place does in much real data; in the test set it
-   stands everywhere equally often.
+   stands everywhere equally often (--first-share balanced: in the train set too).
 3. The start checkpoint has Qwen2.5-VL's architecture and 0.5M parameters, and learns from
    demonstrations of two sorts. Careful ones read every image and keep a running state. Hasty ones
    stop after the first images and answer from what they have seen. Hasty ones are in the majority:
@@ -151,22 +151,22 @@ def make_record(name: str, kind: str, digits: list[int], pool: dict, rng: random
     return record | ({"movable": list(range(1, n))} if kind == "match" else {})
 
 
-def write_split(split: str, pool: dict, first_share: float) -> None:
-    """Write all questions of a split: the right image takes its places in turn (test), or stands
-    first with probability first_share (train)."""
+def write_split(split: str, pool: dict, first_share: float | None, folder: Path) -> None:
+    """Write all questions of a split: the right image takes its places in turn (test, and train
+    without a first_share), or stands first with probability first_share."""
     rng, records = random.Random(f"{SEED} {split}"), []
     for kind, counts in KINDS.items():
         for n, count in counts.items():
             places = n - 1 if kind == "match" else n
             for i in range(count * (TRAIN_COPIES if split == "train" else 1)):
                 place = i % places
-                if split == "train":
+                if split == "train" and first_share is not None:
                     place = 0 if rng.random() < first_share else rng.randrange(1, places)
                 digits = draw_digits(kind, n, rng, place, yes=i % 2 == 0)
                 records.append(make_record(f"{split}-{kind}-{n}-{i:03d}", kind, digits, pool, rng))
     rng.shuffle(records)
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (HERE / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     print(f"{split}: {len(records)} questions, {sum(map(len, pool.values()))} images")
 
 
@@ -401,17 +401,31 @@ def print_row(kind: str, groups: list[list[perl.Rollout]]) -> None:
               f"{mean(values):.2f}" for _, values in sorted(places.items())))
 
 
+def share_of(text: str) -> float | None:
+    """The value of --first-share: a probability, or None for "balanced"."""
+    share = None if text == "balanced" else float(text)
+    if share is not None and not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 .. 1")
+    return share
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Builds the sample data and the start checkpoint.")
     parser.add_argument("--only", choices=("data", "tiny"), help="build this part only")
-    parser.add_argument("--first-share", type=float, default=FIRST_SHARE, metavar="P",
-                        help="how often the right image stands first in the train set [%(default)s]")
+    parser.add_argument("--first-share", type=share_of, default=FIRST_SHARE, metavar="P",
+                        help="how often the right image stands first in the train set, or balanced: "
+                             "everywhere equally often [%(default)s]")
+    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR",
+                        help="a new folder for the data; with --only data")
     args = parser.parse_args()
+    if args.out != HERE and (args.only != "data" or args.out.exists()):
+        parser.error("--out goes with --only data, and makes a new folder")
     torch.set_num_threads(1)  # the number of threads changes the order of sums, so the checkpoint
-    pools = save_images(HERE / "images")
+    args.out.mkdir(parents=True, exist_ok=True)
+    pools = save_images(args.out / "images")
     if args.only != "tiny":
         for split, pool in pools.items():
-            write_split(split, pool, args.first_share)
+            write_split(split, pool, args.first_share, args.out)
     if args.only != "data":
         cold_start(pools["train"])
 
