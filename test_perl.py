@@ -45,6 +45,7 @@ import perl
 from perl import Rollout, Sample
 
 sys.path.append(str(Path(perl.__file__).parent / "data_samples"))
+import ablate
 import curate
 
 HERE, TINY, CPU = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"]), torch.device("cpu")
@@ -2342,6 +2343,258 @@ def test_what_curate_cannot_do_is_said(argv, message, capsys):
     with pytest.raises(SystemExit) as ended:
         curate.main(argv)
     assert message in capsys.readouterr().err + str(ended.value)
+
+# ---- Ablation ------------------------------------------------------------------------------------
+
+def test_the_t_interval():
+    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2; and each quantile cuts off 2.5 %
+    of its distribution, integrated by trapezoids."""
+    assert ablate.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
+    assert ablate.interval([5.0]) == (5.0, math.inf)
+    for freedom, quantile in enumerate(ablate.T_QUANTILES, 1):
+        constant = math.gamma((freedom + 1) / 2) / (
+            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
+        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
+        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
+
+CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
+
+@table("changed, same", [
+    (CODE.replace("return", "# why\n\n    return  "), True), (CODE.replace("What", "Which"), True),
+    (CODE.replace('    """What."""\n', ""), True), ('"""Module."""\n' + CODE, True),
+    (CODE.replace("+ 1", "+ 2"), False), (CODE + "f(1)\n", False),
+    (CODE.replace('"""What."""', 'y = "What."'), False)])
+def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, same):
+    assert (ablate.code_hash(changed) == ablate.code_hash(CODE)) is same
+
+def test_the_hash_of_an_arm_is_of_its_flags_fork_data_and_what_all_share():
+    arm, base = ablate.Arm("title", ("--seed 1",)), "base"
+    others = [ablate.arm_hash(arm._replace(**change), base) for change in (
+        dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(share="0.5"),
+        dict(share="0.8"), dict(scored=True), dict(fork=ablate.reward_agreement),
+        dict(fork=ablate.permute_by_gap))] + [ablate.arm_hash(arm, "other")]
+    assert len({ablate.arm_hash(arm, base), *others}) == len(others) + 1
+    assert ablate.arm_hash(arm._replace(title="other"), base) == ablate.arm_hash(arm, base)
+
+def test_the_main_arms_run_first_then_the_training_sets_then_the_rest():
+    queue = ablate.queue_of(["clean", "grpo-0.5", "perl-0.5", "grpo", "perl"], [3, 4])
+    assert queue == [("perl", 3), ("grpo", 3), ("perl", 4), ("grpo", 4),
+                     ("perl-0.5", 3), ("grpo-0.5", 3), ("perl-0.5", 4), ("grpo-0.5", 4),
+                     ("clean", 3), ("clean", 4)]
+
+def write_run(out, worst, *stages):
+    """metrics.jsonl of runs of two steps; `stages`: folders of earlier ones."""
+    for folder in (*stages, ""):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0)
+        evaluation = dict(eval_accuracy=0.75, eval_bias=0.25, places={"1": 1.0, "2": 0.5})
+        write_rows(out / folder / "metrics.jsonl",
+                   evaluation | dict(step=0, eval_worst=0.25), step | dict(step=1),
+                   step | evaluation | dict(step=2, eval_worst=worst))
+
+class Ended:
+    """A process of a run that has ended."""
+    def __init__(self, status):
+        self.status = status
+
+    def poll(self):
+        return self.status
+
+    def kill(self):
+        pass
+
+@pytest.fixture
+def ablation(tmp_path, monkeypatch):
+    """run_all on runs that end at once: worst order .5, .6 .. by seed, less .1 for plain GRPO;
+    those in `broken` fail. Returns what is called, the runs started, `broken`, and the file."""
+    started, broken, path = [], set(), tmp_path / "ablation.jsonl"
+
+    def start(name, seed, scratch):
+        started.append((name, seed))
+        out = ablate.run_folder(name, seed, scratch)
+        scratch.mkdir(exist_ok=True)
+        if (name, seed) in broken:
+            Path(f"{out}.log").write_text(f"loading\n{HERE}/perl.py: out of memory\n")
+            return Ended(1)
+        write_run(out, worst=0.5 + seed / 10 - 0.1 * (name == "grpo"))
+        (out / "checkpoint-2").mkdir(exist_ok=True)
+        return Ended(0)
+
+    monkeypatch.setattr(ablate, "start", start)
+    monkeypatch.setattr(ablate, "base_hash", lambda: "now")
+    monkeypatch.setattr(ablate.time, "sleep", lambda seconds: None)
+
+    def run_all(names=("perl", "grpo"), seeds=(0, 1, 2)):
+        started.clear()
+        queue = ablate.queue_of(names, seeds)
+        return ablate.run_all(queue, 2, path, tmp_path / "scratch")
+
+    return run_all, started, broken, path
+
+def test_a_finished_run_is_not_run_again_until_its_code_changes(ablation, tmp_path, monkeypatch):
+    run_all, started, _, path = ablation
+    assert run_all() == 0 and len(started) == 6
+    assert not list(tmp_path.glob("scratch/*/checkpoint-*")), "their weights are not kept"
+    assert run_all() == 0 and started == []
+    assert run_all(seeds=(2, 3)) == 0 and started == [("perl", 3), ("grpo", 3)]
+    line = read_rows(path)[0]
+    assert line.pop("seconds") >= 0 and line == dict(
+        arm="perl", seed=0, hash=ablate.present_hashes()["perl"],
+        flags=["--eval-orders 6 --eval-every 20 --eval-every 5"],
+        curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]], places={"1": 1.0, "2": 0.5},
+        kept=0.25, training_seconds=6.0)
+    monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
+    text = ablate.tables(read_rows(path), ablate.present_hashes())
+    assert text == "0 runs; 0 failed; 8 lines of other code or data are left out."
+    assert run_all(seeds=(0,)) == 0 and started == [("perl", 0), ("grpo", 0)]
+    text = ablate.tables(read_rows(path), ablate.present_hashes())
+    assert text.startswith("2 runs; 0 failed; 8 lines of other code or data are left out.")
+
+def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation):
+    run_all, started, broken, path = ablation
+    broken.add(("perl", 1))
+    assert run_all() == 1 and len(started) == 6
+    failed, = [line for line in read_rows(path) if "error" in line]
+    assert (failed["arm"], failed["seed"]) == ("perl", 1)
+    assert failed["error"] == "status 1: ./perl.py: out of memory", "no path of a machine"
+    text = ablate.tables(read_rows(path), ablate.present_hashes())
+    assert text.startswith("5 runs; 1 failed;") and "- perl, seed 1 failed: status 1" in text
+    broken.clear()
+    assert run_all() == 0 and started == [("perl", 1)]
+    text = ablate.tables(read_rows(path), ablate.present_hashes())
+    assert text.startswith("6 runs; 0 failed; 0 lines")
+
+def test_code_that_changes_during_a_run_makes_it_fail(ablation, monkeypatch):
+    run_all, _, _, path = ablation
+    changes = itertools.count()
+    monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
+    assert run_all(names=("perl",), seeds=(0,)) == 1
+    assert read_rows(path)[0]["error"] == "code or data changed during the run"
+
+def test_tables_by_hand(ablation):
+    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but for seed 2, which only PeRL
+    has: the paired difference is over two seeds and without spread."""
+    run_all, _, _, path = ablation
+    run_all(seeds=(0, 1))
+    run_all(names=("perl",), seeds=(2,))
+    text = ablate.tables(read_rows(path), ablate.present_hashes())
+    assert ("| PeRL (n_s = 1) | 3 | 75.0 ± 0.0 | 60.0 ± 24.8 | 25.0 ± 0.0 | "
+            "+10.0 (+10.0 to +10.0) |  | 25% | 6 |") in text
+    assert "| plain GRPO (n_s = 0) | 2 |" in text and "- worse: plain GRPO (n_s = 0)" in text
+    assert "| start model |  | 75.0 | 25.0 | 25.0 |" in text
+    assert "| PeRL (n_s = 1) | 100.0 | 50.0 |" in text, "by position"
+    assert "| 0.95 | 2 | 60.0 ± 24.8 | 45.0 ± 63.5 | +10.0 (+10.0 to +10.0) |" in text, "by skew"
+
+def test_the_picture_is_drawn_and_small(ablation, tmp_path, capsys):
+    run_all, _, _, path = ablation
+    run_all(names=("perl", "grpo", "grpo-1", "perl-0.5"))
+    runs = ablate.by_arm(ablate.finished(read_rows(path), ablate.present_hashes()))
+    ablate.draw(runs, tmp_path / "ablation.png")
+    with Image.open(tmp_path / "ablation.png") as picture:
+        assert picture.width > 1500 and picture.getpixel((0, 0))[3] == 0, "round corners"
+        assert picture.getpixel((picture.width // 2, 40))[:3] == (255, 255, 255)
+    assert (tmp_path / "ablation.png").stat().st_size < 200_000
+
+def test_the_curve_of_several_stages_is_one(tmp_path):
+    write_run(tmp_path, 0.5, "stage1-1")
+    (tmp_path / "stage0-1").mkdir()
+    found = ablate.read_run(tmp_path)
+    assert [point[0] for point in found["curve"]] == [0, 2, 4]
+    assert (found["kept"], found["training_seconds"]) == (0.25, 12.0)
+
+def answered(text, order=(0, 1)):
+    """A rollout of the answer `text` to a question of two images, whose first one is right."""
+    asked = perl.permute(sample("index", "1", n=len(order)), order)
+    accuracy = float(text == asked.answer)
+    return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
+                   truncated=False, accuracy=accuracy, reward=accuracy)
+
+@table("text, order, given", [
+    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
+    ("3", (1, 0), None), ("none", (1, 0), "none"), ("", (1, 0), None)])
+def test_an_answer_moved_back_to_the_given_order(text, order, given):
+    assert ablate.answer_as_given(answered(text, order)) == given
+
+def group_of(*texts, orders=((0, 1), (1, 0))):
+    """Answers order by order, as many in each."""
+    n = len(texts) // len(orders)
+    return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
+
+ONE_ORDER = group_of("1", "1", "1", "1", orders=((0, 1), (0, 1)))
+
+@table("fork, group, rewards", [  # columns: the first answers of both orders, then the second ones
+    ("reward_agreement", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
+    ("reward_agreement", group_of("2", "9", "1", "9"), [0.9, 0, 0.9, 0]),
+    ("reward_agreement", ONE_ORDER, [1, 1, 1, 1]),
+    ("reward_agree_and_right", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
+    ("reward_agree_and_right", group_of("2", "1", "1", "2"), [0, 1.9, 0, 1.9]),
+    ("reward_agree_and_right", ONE_ORDER, [1, 1, 1, 1])])
+def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
+    """Agreement pays whether right or wrong; being right together pays on top; a question in one
+    order only has nothing to agree with."""
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    group = [dataclasses.replace(rollout) for rollout in group]
+    getattr(ablate, fork)()
+    perl.set_advantages([group])
+    assert [rollout.reward for rollout in group] == pytest.approx(rewards)
+    assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
+
+def test_the_forks_of_baseline_and_condition(monkeypatch):
+    """Advantages of pooled rewards 1, 0, 0, 0, and of those of each order; then what is learned."""
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    group = group_of("1", "9", "9", "9")
+    for fork, expected in ((None, [ROOT] + [-1 / ROOT] * 3), ("baseline_per_order", [1, -1, 0, 0])):
+        if fork:
+            getattr(ablate, fork)()
+        perl.set_advantages([group])
+        assert [rollout.advantage for rollout in group] == pytest.approx(expected)
+    assert [rollout.prompt.sample.answer for rollout in group] == ["1", "1", "2", "2"]
+    ablate.loss_on_clean_order()
+    perl.set_advantages([group])
+    assert [rollout.prompt.sample.answer for rollout in group] == ["1"] * 4
+
+def test_permuting_follows_a_questions_own_gap(monkeypatch):
+    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
+    answers = {"biased": [1.0, 1, 0, 0], "fair": [1.0, 0, 1, 0], "fixed": [1.0, 0]}
+    asked = []
+    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
+    monkeypatch.setattr(perl, "accuracies", lambda *args: asked.append(args[3:5]) or answers)
+    ablate.permute_by_gap()
+    for stage in (0, 1):
+        perl.accuracies(None, None, [], 1, 4, tiny_config(stage=stage), ACCELERATOR)
+    assert asked == [(2, 2), (1, 4)]
+    rng = random.Random(0)
+    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
+        asked_for = dataclasses.replace(sample("keep"), id=name)
+        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
+        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
+
+def test_accuracy_by_the_position_of_the_right_image():
+    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on."""
+    letter = sample("letter", "B", movable=(1, 2))
+    option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
+                                 accuracy=0.0)
+    rollouts = group_of("1", "1", "1", "2") + [option]
+    assert ablate.places_of(rollouts) == {"1": 1.0, "2": 0.5, "3": 0.0}
+
+def test_an_arm_runs_with_its_fork_and_notes_positions(tmp_path, monkeypatch, data):
+    for target in ("evaluate", "sample_groups", "set_advantages"):
+        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
+    short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
+    monkeypatch.setattr(ablate, "EVALUATION", short)
+    ablate.run("agree", 100, tmp_path)
+    found = ablate.read_run(tmp_path / "agree-seed100")
+    assert [point[0] for point in found["curve"]] == [0, 1] and found["places"]
+
+def test_a_training_set_without_a_favoured_place(tmp_path):
+    pytest.importorskip("sklearn")
+    folder = ablate.training_set("balanced", tmp_path)
+    assert (folder / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
+    answers = [row["answer"] for row in read_rows(folder / "train.jsonl")
+               if row["source"] == "largest" and len(row["images"]) == 4]
+    assert Counter(answers) == dict.fromkeys("1234", 30)
+    assert ablate.training_set("balanced", tmp_path) == folder, "made once"
 
 # ---- Config --------------------------------------------------------------------------------------
 
