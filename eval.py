@@ -5,9 +5,8 @@
     python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU has 25 GB
     python eval.py --step-cost                             # of a training step
 
-Greedy, with the prompt and the grader of training. What cannot be read, asked or parsed
-counts as wrong: denominators are fixed. eval_runs/MODEL/BENCHMARK/ holds config.json,
-samples.jsonl (a line a response) and results.json. The same command goes on after a kill.
+Greedy, with the prompt and the grader of training; what cannot be read, asked or parsed is
+wrong. eval_runs/MODEL/BENCHMARK/ holds all of it; the same command goes on after a kill.
 """
 import argparse
 import dataclasses
@@ -576,10 +575,9 @@ MEASURES = ("mean", "worst", "best", "bias", "same choice", "flip", "unread", "c
             "first - last")
 
 def order_measures(groups: list[list[dict]]) -> dict:
-    """How answers depend on image order: shares of the questions, given their graded rows,
-    one an order; orders without a row are wrong. Example: right in 3 of 4 orders -> mean
-    .75, worst 0, best 1, bias 1. flip: different choices among those read in six orders;
-    unread: not all were; control: flips of one order; rstd: deviation over positions."""
+    """How answers depend on image order, from graded rows, one an order; one that is missing is
+    wrong. Example: right in 3 of 4 orders -> mean .75, worst 0, best 1, bias 1. flip: different
+    choices in six orders; unread: not all could be read; control: flips of one order."""
     values, control, by_place = [], [], {}
     for rows in groups:
         n = rows[0]["orders"]
@@ -774,8 +772,7 @@ def report(results: dict[str, dict], model: str) -> str:
             found = orders.get(measure)
             cells.append(percent(found["value"], found.get("interval", ())) if found else "")
         places = orders.get("by position", {})
-        texts = [f"{k}: {percent(places[k]['value'])}" for k in places]
-        columns.append(cells + [", ".join(texts)])
+        columns.append(cells + [", ".join(f"{k}: {percent(places[k]['value'])}" for k in places)])
         notes += f"{name}: mean over {benchmark.mean}; {benchmark.scoring}\n"
     return f"{model}\n\n{table([*zip(*columns)])}\n{notes}"
 
@@ -827,9 +824,8 @@ def full_rollouts(cfg, shape: list[int], vision, text_id: int, image_id: int) ->
             for prompt in prompts for k in range(cfg.rollouts_per_order)]
 
 def count_flops(config, cfg, shape: list[int]) -> tuple[dict, dict]:
-    """FLOPs of a step by part, and their minimum: each image and prompt once, each response
-    token once in sampling, forward and backward in the loss, only pairs that are seen. The
-    vision tower's are torch's count without weights, the others arithmetic (see the test)."""
+    """FLOPs of a step by part, and their minimum: all images and prompts once, only pairs that
+    are seen. The vision tower's are torch's count without weights, the others arithmetic."""
     with torch.device("meta"):
         model = perl.FAMILY_MODEL(config)
     rollouts = full_rollouts(cfg, shape, config.vision_config, 0, 1)
@@ -937,6 +933,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     add("--max-new-tokens", type=int, default=0, help="longest response [2048; tiny: 64]")
     add("--score-only", action="store_true", help="grade saved responses, load no model")
     add("--compare", nargs=2, metavar="RUN", help="two model folders: paired differences")
+    add("--page", metavar="RUN", help="write RUN/page.html: a training run's curves and groups")
     add("--step-cost", action="store_true", help="of training; takes perl.py's settings too")
     add("--benchmark-images", type=int, default=4, help="step cost: images of its question")
     add("--benchmark-image-tokens", type=int, default=256, help="step cost: tokens of each")
@@ -985,6 +982,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.compare:
             print(compare(*map(Path, args.compare)))
+        elif args.page:
+            sys.path.append(str(SAMPLES))
+            import page  # data_samples/page.py, needed here only
+            print(f"wrote {page.write(Path(args.page))}")
         elif args.time_step:
             cfg, shape = json.loads(args.time_step)
             print(json.dumps(time_step(Config(**cfg), shape)))
@@ -993,8 +994,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             ask_and_report(args)
     except KeyboardInterrupt:
-        what = "nothing is kept" if args.step_cost else "the same command goes on"
-        raise SystemExit(f"\ninterrupted; {what}") from None
+        raise SystemExit("\ninterrupted; run the same command again to go on") from None
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
     python -m pytest test_perl.py        # one CPU core, no network, one minute
 """
 import ast
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -2596,6 +2597,28 @@ def test_a_training_set_without_a_favoured_place(tmp_path):
     assert Counter(answers) == dict.fromkeys("1234", 30)
     assert ablate.training_set("balanced", tmp_path) == folder, "made once"
 
+def section_of(name):
+    """The banner above a function of perl.py."""
+    before = (HERE / "perl.py").read_text().split(f"\ndef {name}(")[0]
+    return re.findall(r"(?m)^# ---- (.*?) -+$", before)[-1]
+
+def test_the_reading_map():
+    """README's table from the paper to the code: each name is there, and where an equation is named,
+    the function or its section says so; of other places in the paper, one function of the row."""
+    readme = (HERE / "README.md").read_text()
+    table = readme.partition("| paper | code |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.strip().split("\n")[1:]]
+    assert len(rows) >= 9
+    fields = {f.name for kind in (Sample, Rollout) for f in dataclasses.fields(kind)}
+    for paper, code in rows:
+        names = set(re.findall(r"`([A-Za-z_]+)`", code)) - fields
+        assert names and names <= vars(perl).keys(), f"{paper}: not all of {code} is in perl.py"
+        functions = [name for name in names if isinstance(getattr(perl, name), type(section_of))]
+        said = [f"{getattr(perl, name).__doc__} {section_of(name)}" for name in functions]
+        for place in re.findall(r"Eq\. [\d-]+|Algorithm 1|A\.[\d.]*\d", paper):
+            found = [place in text for text in said]
+            assert all(found) if place.startswith("Eq") else any(found), (place, functions)
+
 # ---- Config --------------------------------------------------------------------------------------
 
 def test_every_field_is_read():
@@ -3148,7 +3171,7 @@ def test_ctrl_c_during_the_step_cost_is_one_sentence():
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
-    assert process.returncode == 1 and "interrupted; nothing is kept" in err
+    assert process.returncode == 1 and "interrupted; run the same command again" in err
     assert "Traceback" not in err
 
 # ---- measures ------------------------------------------------------------------------------------
@@ -3214,7 +3237,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
         return sample_groups(*args, **kwargs)
 
     monkeypatch.setattr(ev, "sample_groups", dies)
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="run the same command again to go on"):
         run(tmp_path / "b")
     samples = tmp_path / "b" / "tiny" / "digits" / "samples.jsonl"
     lines = samples.read_bytes().count(b"\n")
@@ -3262,3 +3285,53 @@ def test_the_report_stands_beside_the_paper():
     text = ev.report({"blink": result, "mathvista": result}, "mine")
     assert "50.0 [40.0, 60.0]" in text and "100 of 1901" in text and "58.53" in text
     assert "below judged" in text and "52.00" not in text  # MMIU was not run
+
+# ---- page of a run -------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def paged(tmp_path_factory):
+    """A run of two steps with a kept and a dropped group, whose texts try to break out."""
+    run = tmp_path_factory.mktemp("paged") / "run"
+    Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
+    shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
+                  format=1.0)
+    hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
+    rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
+                          reward=right, advantage=2 * right - 1)
+            for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
+    rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
+                              reward=1.0, advantage=0.0))
+    write_rows(run / "rollouts.jsonl", *rows)
+    write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
+               dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
+                    length=9.0, kl=0.0, idle=.1, truncated=0.0))
+    ev.main(["--page", str(run)])
+    return run / "page.html"
+
+def test_a_page_needs_nothing_else(paged):
+    text = paged.read_text()
+    assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text)
+    assert "<b>bold" not in text and text.count("</script>") == 1
+    data = json.loads(re.search(r"const DATA = (.*);", text)[1])
+    assert [(group["verdict"], group["mean"], len(group["orders"])) for group in data["groups"]] == [
+        ("kept", 0.5, 2), ("all_right", 1.0, 1)]
+    red, gone = data["images"].values()
+    with Image.open(io.BytesIO(base64.b64decode(red.partition(",")[2]))) as image:
+        assert image.width == 256 and gone == ""
+
+def test_the_page_in_a_browser(paged, tmp_path):
+    """Its script runs: curves are drawn, the group is shown, and model text is text."""
+    browser = shutil.which("chromium") or pytest.skip("no chromium")
+    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+             f"--disable-component-update --disable-sync --user-data-dir={tmp_path} --dump-dom")
+    shown = subprocess.run([browser, *flags.split(), f"file://{paged}"], capture_output=True,
+                           text=True, timeout=60).stdout
+    assert shown.count("<svg") == 6 and "<title>PeRL run</title>" in shown
+    assert "order 2, 1: 1 of 1 right" in shown and "mean reward 0.500" in shown
+    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
+
+def test_a_page_of_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="no metrics.jsonl of a training run"):
+        ev.main(["--page", str(tmp_path)])

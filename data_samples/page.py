@@ -1,0 +1,53 @@
+"""What `python eval.py --page RUN` writes: RUN/page.html, one file with a run's curves and its logged
+groups of rollouts, images included. page.html beside this file is the page without the data."""
+import base64
+import io
+import json
+from pathlib import Path
+from statistics import fmean, pstdev
+from types import SimpleNamespace
+
+import perl
+
+HERE = Path(__file__).resolve().parent
+
+def write(run: Path) -> Path:
+    """SystemExit: `run` is no run folder, or nothing is logged in it yet."""
+    rows, metrics = (perl.read_lines(run / name) for name in ("rollouts.jsonl", "metrics.jsonl"))
+    if not metrics:
+        raise SystemExit(f"--page {run}: no metrics.jsonl of a training run there")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    by_step = {}
+    for row in rows:
+        by_step.setdefault(row["step"], []).append(row)
+    groups = [describe(group, perl.Config(**config)) for group in by_step.values()]
+    images = {path: as_data(path) for row in rows for path in row["images"]}
+    data = {"run": run.name, "config": config, "metrics": metrics, "groups": groups,
+            "images": images}
+    # Model text stays text: "</script>" in it must not end the script, nor any tag begin.
+    content = json.dumps(data).replace("<", "\\u003c")
+    page = (HERE / "page.html").read_text(encoding="utf-8").replace("NO_DATA", content)
+    perl.write_atomic(run / "page.html", page)
+    return run / "page.html"
+
+def describe(rows: list[dict], cfg: perl.Config) -> dict:
+    """A group as the page shows it: its rollouts by order, mean and deviation of the rewards, and
+    what the filter did with it."""
+    rewards = [row["reward"] for row in rows]
+    orders = {}
+    for row in rows:
+        orders.setdefault(tuple(row["order"]), []).append(row)
+    verdict = perl.verdict([SimpleNamespace(**row) for row in rows], cfg)
+    return {"step": rows[0]["step"], "id": rows[0]["id"], "orders": list(orders.values()),
+            "mean": fmean(rewards), "deviation": pstdev(rewards), "verdict": verdict}
+
+def as_data(path: str) -> str:
+    """An image, at most 256 pixels wide and high, as the page's own; empty if it is gone."""
+    try:
+        image = perl.read_image(path)
+    except OSError:
+        return ""
+    image.thumbnail((256, 256))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
