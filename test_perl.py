@@ -33,7 +33,7 @@ import pyarrow
 import pytest
 import torch
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from pyarrow import parquet
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,7 +47,6 @@ from perl import Rollout, Sample
 
 sys.path.append(str(Path(perl.__file__).parent / "data_samples"))
 import ablate
-import curate
 
 HERE, TINY, CPU = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"]), torch.device("cpu")
 FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
@@ -2220,131 +2219,6 @@ def test_a_fork_runs(data, tmp_path, monkeypatch):
     row, = metrics_of(tmp_path / "run")
     assert row["kept"] + row["agree"] >= 5 and row["agree"] == row["dropped"]
 
-# ---- Real data -----------------------------------------------------------------------------------
-
-def test_order_labels_are_right_where_images_may_move():
-    """On 157 labelled questions, 52 of them by someone who had not seen the rules."""
-    text = curate.score_labels(HERE / "data_samples" / "order_labels.jsonl")
-    assert "held-out: 26 of 26 labels" in text and "rules: 54 of 54 labels" in text
-    assert "26 of 35 questions" in text and "54 of 58 questions" in text and "wrong" not in text
-
-def picture_of(color, form="PNG", size=(40, 30)):
-    """An image with something to see in it."""
-    image, content = Image.new("RGB", size, color), io.BytesIO()
-    for k in range(0, 28, 7):
-        image.paste(tuple(255 - c for c in color), (k, k, k + 5, k + 3))
-    image.rotate(sum(color) % 360).save(content, form)
-    return content.getvalue()
-
-@pytest.fixture
-def public(tmp_path):
-    """Rows as the data sets document them: Mantis-Instruct with a zip, MMK12, images/problem/answer.
-    Nine of them are unfit, each in another way."""
-    folder = tmp_path / "public"
-    def say(*texts):
-        roles = itertools.cycle(("user", "assistant"))
-        return [{"role": role, "content": text} for role, text in zip(roles, texts)]
-    def row(id, names, *texts):
-        images = [{"bytes": None, "path": f"train_images/{name}.png"} for name in names]
-        return {"id": id, "images": images, "conversation": say(*texts), "source": "nlvr2"}
-    statement = ("<image> <image> This sentence describes the two images: {} Is it true or false?\n"
-                 "Options:\n(A) True\n(B) False")
-    both = statement.format("Both images show a dog.")
-    write_parquet([
-        row("n0", "ab", both, "A"), row("n1", "cd", statement.format("The left image is red."), "B"),
-        row("n2", "ba", both, "A"), row("n3", "ab", both.replace("dog", "dogs"), "A"),
-        row("n4", "ax", both, "A"), row("n5", "abc", both, "A"),
-        row("n6", "ab", both, "A picture of dogs"), row("n7", "ae", both, "B"),
-        row("n8", "", both, "B"), row("n0", "cb", both, "(B) False", "And why?", "So.")],
-        folder / "mantis" / "nlvr2" / "train-00000-of-00001.parquet")
-    archive = zipfile.ZipFile(folder / "mantis" / "nlvr2" / "train_images.zip", "w")
-    for k, name in enumerate("abcd"):
-        archive.writestr(f"train_images/{name}.png", picture_of((10 + 60 * k, 90, 200 - 40 * k)))
-    archive.writestr("train_images/e.png", b"\x89PNG no more")
-    archive.close()
-    write_parquet([
-        {"id": "m0", "question": "<image>Find x.", "answer": "$$6$$", "subject": "math",
-         "image": {"bytes": picture_of((9, 200, 30)), "path": None}},
-        {"id": "m1", "question": "Which angle is it?", "answer": "the obtuse one at the top",
-         "subject": "math", "image": {"bytes": picture_of((90, 20, 30)), "path": None}}],
-        folder / "mmk12" / "data" / "train-00000.parquet")
-    write_parquet([
-        {"images": [{"bytes": picture_of((0, 0, 99), "JPEG"), "path": None}],
-         "problem": "<image>Find $y$.", "answer": r"3\sqrt{2}"},
-        {"images": [], "problem": "<image>?", "answer": "1"}],
-        folder / "geometry3k" / "train.parquet")
-    return folder
-
-def curated(public, out, *more):
-    curate.main([f"mantis:nlvr2={public / 'mantis'}", f"mmk12={public / 'mmk12'}",
-                 f"problems:hiyouga/geometry3k={public / 'geometry3k'}", "--out", str(out), *more])
-    return read_rows(out / "train.jsonl")
-
-def test_public_rows_become_samples(public, tmp_path, capsys):
-    rows = curated(public, tmp_path / "out")
-    assert [(row["id"], row["answer"], row["order_rule"]) for row in rows] == [
-        ("mantis:nlvr2-n0", "A", "keep"), ("mantis:nlvr2-n1", "B", "never"),
-        ("mantis:nlvr2-n0-2", "B", "keep"), ("mmk12-m0", "6", "never"),
-        ("problems:hiyouga/geometry3k-0", r"3\sqrt{2}", "never")]
-    assert len(perl.load_samples(tmp_path / "out" / "train.jsonl")) == 5
-    report = (tmp_path / "out" / "report.md").read_text()
-    for why in ("mantis:nlvr2: duplicate: same images, same text | 1", "nearly the same text | 1",
-                "an image is missing | 1", "as many <image> as images are wanted | 1",
-                "perl.py refuses its images | 1", "mantis:nlvr2: answer in words",
-                "mantis:nlvr2: 0 or more than 8 images | 1", "mmk12: answer in words",
-                "geometry3k: 0 or more than 8 images | 1"):
-        assert why in report, why
-    assert "9 rows dropped" in capsys.readouterr().out and (tmp_path / "out" / "report.png").exists()
-    perl.main(["--data", str(tmp_path / "out" / "train.jsonl"), "--dry-run", "--eval-data", ""])
-    assert "5 questions, 0 dropped" in capsys.readouterr().out
-
-def test_a_stopped_curation_goes_on_to_the_same_bytes(public, tmp_path, monkeypatch):
-    curated(public, tmp_path / "whole")
-    calls, real = [], curate.keep_images
-    monkeypatch.setattr(curate, "keep_images", lambda *args: (
-        calls.append(args) or len(calls) == 4 and die() or real(*args)))
-    with pytest.raises(Killed):
-        curated(public, tmp_path / "killed")
-    journal, = (tmp_path / "killed" / "work").glob("*/rows.jsonl")
-    with open(journal, "a") as file:
-        file.write('{"number": 3, "samp')
-    before = len(calls)
-    curated(public, tmp_path / "killed")
-    assert len(calls) - before == 6, "only rows that were not done"
-    for name in ("train.jsonl", "report.md", "report.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
-
-def test_benchmarks_are_left_out(public, tmp_path):
-    known = tmp_path / "known"
-    known.mkdir()
-    with Image.open(io.BytesIO(picture_of((9, 200, 30)))) as image:  # larger, and as a JPEG
-        image.resize((160, 120)).save(known / "other.jpg", quality=90)
-    both = ("This sentence describes the two images: The left image is red. Is it true or false?\n"
-            "Options:\n(A) True\n(B) False")
-    (known / "test.json").write_text(json.dumps([{"question": both}, {"other": 1}]))
-    rows = curated(public, tmp_path / "out", "--against", str(known))
-    assert [row["id"] for row in rows] == ["mantis:nlvr2-n0", "mantis:nlvr2-n0-2",
-                                           "problems:hiyouga/geometry3k-0"]
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "mmk12: an image of a benchmark | 1" in report
-    assert "mantis:nlvr2: a question of a benchmark | 1" in report
-
-def test_questions_of_one_image_and_of_several_train_together(public, data, tmp_path):
-    rows = curated(public, tmp_path / "out")
-    assert {len(row["images"]) for row in rows} == {1, 2}
-    argv = arguments(f"{data},{tmp_path / 'out' / 'train.jsonl'}*2", tmp_path / "run", steps=3,
-                     questions_per_step=6, eval_every=0, beta=0, log_every=1)
-    perl.main(argv)
-    assert [row["kept"] + row["dropped"] for row in metrics_of(tmp_path / "run")] == [6, 6, 6]
-
-@table("argv, message", [
-    (["nonsense", "--out", "x"], "nonsense is no source"), (["mmk12"], "--out FOLDER"),
-    (["mmk12", "--out", "x", "--against", "/no/folder"], "/no/folder is no folder")])
-def test_what_curate_cannot_do_is_said(argv, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        curate.main(argv)
-    assert message in capsys.readouterr().err + str(ended.value)
-
 # ---- Ablation ------------------------------------------------------------------------------------
 
 def test_the_t_interval():
@@ -3335,3 +3209,322 @@ def test_the_page_in_a_browser(paged, tmp_path):
 def test_a_page_of_no_run_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="no metrics.jsonl of a training run"):
         ev.main(["--page", str(tmp_path)])
+
+# ---- data_samples/curate.py ----------------------------------------------------------------------
+
+sys.path.append(str(HERE / "data_samples"))
+import curate  # noqa: E402
+import order_rules  # noqa: E402
+import pictures  # noqa: E402
+
+LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
+DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
+
+@table("part, least", [("rules", 58), ("held-out", 27)])
+def test_order_labels_other_than_never_are_right(part, least):
+    """The held-out questions were written without sight of the rules, and scored once."""
+    found = 0
+    for row in (row for row in LABELLED if row["set"] == part):
+        n = row["question"].count("<image>")
+        gold = order_rules.gold_of(row["answer"], row["question"], n)
+        label = order_rules.infer_label(row["question"], gold, n, row["style"])
+        if label.order_rule != "never":
+            mentions = [int(k) for k in perl.MENTION.findall(label.question)]
+            got = (label.order_rule, list(label.movable), label.answer, mentions)
+            assert got == (row["order_rule"], row["movable"], row["gold"], row["mentions"]), row
+            found += 1
+    assert found >= least
+
+@table("question, answer", [
+    ("<image><image> What is the number of the image that shows a cat?", "2"),
+    ("<image><image> Which image shows a cat?\nA. One\nB. Two", "A"),
+    ("<image><image> Which image shows a cat, and how many cats?", "2"),
+    ("<image><image> Is image one brighter than both other images?", "Yes"),
+    ("<image><image><image> Which image is closer to the reference image?", "2"),
+    ("Image 2: <image> Image 1: <image> Which image shows a cat?", "2"),
+    ("<image><image> Which image shows a cat?", "3"),
+    ("<image><image> The dogs in both images face each other. True or false?", "True"),
+    ("<image><image> The dog in one image is facing that in the other image. True?", "Yes"),
+    ("<image><image> What did the man pick up?\nA. A cup\nB. A book", "A"),
+    ("<image><image> Where in the images is the cat?", "the last one"),
+    ("<image><image><image> Which image shows a cat, 1 or 3?", "3"),
+    ("<image><image> What word do the letters in the images spell?", "on"),
+    ("<image><image> Give the rank of each image by size; sort the image numbers.", "2,1"),
+    ("<image><image> Sort the image numbers in reverse order.", "2,1"),
+    ("<image>Which is larger, A or B?\nA. <image>\nB. <image>", "A"),
+    ("<image><image> Answer with the 0-based index: which image shows a cat?", "1")])
+def test_in_doubt_never(question, answer):
+    label = order_rules.infer_label(question, answer, question.count("<image>"), "any")
+    assert label.order_rule == "never" and label.question == question
+
+def test_a_label_means_the_same_picture_in_every_order(tmp_path):
+    """Eq. 1 on the labelled questions: the picture that an answer names moves with it."""
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    for row in LABELLED:
+        n = row["question"].count("<image>")
+        gold = order_rules.gold_of(row["answer"], row["question"], n)
+        label = order_rules.infer_label(row["question"], gold, n, row["style"])
+        if label.order_rule not in ("index", "letter"):
+            continue
+        names = tuple(f"{k}.png" for k in range(n))
+        sample = Sample("q", names, label.question, label.answer, label.order_rule, label.movable)
+        for order in perl.all_orders(sample, 6):
+            moved = perl.permute(sample, order)
+            place = {"index": lambda s: int(s.answer) - 1,
+                     "letter": lambda s: s.movable["ABCDEFGHIJ".index(s.answer)]}[sample.order_rule]
+            assert moved.images[place(moved)] == sample.images[place(sample)]
+
+def digit(k, kind="PNG", mode="RGB"):
+    """The bytes of a real digit; kind JPEG is another encoding of the same picture."""
+    with Image.open(DIGITS[k]) as image:
+        return encoded(image.convert(mode), kind)["bytes"]
+
+def mantis_row(k, paths, question, answer):
+    images = [{"bytes": None, "path": path} for path in paths]
+    talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": str(k), "images": images, "conversation": talk, "source": "any"}
+
+def write_mantis(folder, config, rows, contents, parts=("train_images.zip",)):
+    """A subset of Mantis-Instruct as on the Hub: parquet, and the images in one or more zips."""
+    folder = folder / "Mantis-Instruct" / config
+    write_parquet(rows, folder / "train-00000-of-00001.parquet")
+    if len(parts) > 1:
+        (folder / "train_images_zips.txt").write_text("\n".join(parts))
+    for k, part in enumerate(parts):
+        with zipfile.ZipFile(folder / part, "w") as archive:
+            for name in sorted(contents)[k::len(parts)]:
+                archive.writestr(name, contents[name])
+
+OPTIONS = "\nA. <image>\nB. <image>\nC. <image>"
+DREAM = ("Answer the following multiple-choice question:\nHere are there images: <image> <image> "
+         "<image>. If image {} is the reference image, which image of the other two is more "
+         "similar to the reference image?\nOptions:\n(A) Image {}\n(B) Image {}")
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """Local copies in the layouts of the Hub; images of one name lie in several folders."""
+    root, contents, dream, icon = tmp_path_factory.mktemp("copies"), {}, [], []
+    for k in range(6):
+        paths = [f"nights/{k}/{j}.png" for j in range(3)]
+        contents |= {path: digit(3 * k + j) for j, path in enumerate(paths)}
+        dream.append(mantis_row(k, paths, DREAM.format(2, 1, 3), "AB"[k % 2]))
+    write_mantis(root, "dreamsim", dream, contents)
+    for k in range(6):
+        paths = [f"choose_img/{k}/{name}.png" for name in ("image", *"012")]
+        contents |= {path: digit(20 + 4 * k + j) for j, path in enumerate(paths)}
+        icon.append(mantis_row(k, paths, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B"))
+    write_mantis(root, "iconqa", icon, contents, ("part_0.zip", "part_1.zip"))
+    k12 = [{"id": str(k), "question": f"As shown, AB = {k}. How long is CD?", "answer": f"$${k}$$",
+            "subject": "math", "image": {"bytes": digit(50 + k, mode=mode), "path": None}}
+           for k, mode in enumerate(("RGB", "RGBA", "L", "P"))]
+    write_parquet(k12, root / "MMK12" / "data" / "train-00000-of-00001.parquet")
+    geometry = [{"images": [{"bytes": digit(60 + k), "path": None}], "answer": rf"{k}\sqrt{{2}}",
+                 "problem": "<image>Find x."} for k in range(3)]
+    write_parquet(geometry, root / "geometry3k" / "data" / "train-00000-of-00001.parquet")
+    return root
+
+ALL_SOURCES = ["mantis:dreamsim", "mantis:iconqa", "mmk12", "hiyouga/geometry3k"]
+
+def run_curate(copies, out, *more, sources=ALL_SOURCES):
+    curate.open_zip.cache_clear()
+    curate.main([*sources, "--data-dir", str(copies), "--out", str(out), *more])
+    return out
+
+@pytest.fixture(scope="module")
+def curated(copies, tmp_path_factory):
+    return run_curate(copies, tmp_path_factory.mktemp("curated") / "out")
+
+def test_rows_of_all_layouts_become_samples(curated):
+    samples = {sample.id: sample for sample in perl.load_samples(curated / "train.jsonl")}
+    assert Counter(s.source for s in samples.values()) == {
+        "mantis-dreamsim": 6, "mantis-iconqa": 6, "mmk12": 4, "geometry3k": 3}
+    dream, icon = samples["mantis-dreamsim-0000002"], samples["mantis-iconqa-0000001"]
+    assert (dream.answer, dream.order_rule, dream.movable) == ("B", "keep", (0, 1, 2))
+    assert "<image_2> is the reference" in dream.question and "(A) <image_1>" in dream.question
+    assert (icon.answer, icon.order_rule, icon.movable) == ("B", "letter", (1, 2, 3))
+    k12, geometry = samples["mmk12-0000003"], samples["geometry3k-0000002"]
+    assert (k12.answer, k12.order_rule) == ("2", "never") and k12.question.startswith("<image>As")
+    assert (geometry.answer, geometry.question) == (r"1\sqrt{2}", "<image>Find x.")
+    for sample, first in ((dream, 3), (icon, 20), (k12, 52), (geometry, 61)):
+        for k, path in enumerate(sample.images, first):  # the right picture stands at each place
+            with Image.open(path) as image, Image.open(DIGITS[k]) as source:
+                assert image.tobytes() == source.convert("RGB").tobytes()
+
+def test_the_report_counts_and_shows(curated):
+    text = (curated / "REPORT.md").read_text()
+    assert text.startswith("# 19 of 19 questions") and text.count("\n1. ") == 1
+    assert "| mantis-iconqa: option image | 0 | 0 | 0 | 6 | 6 |" in text
+    assert "| mantis-dreamsim: image | 3 | 3 | 0 | 0 | 6 |" in text, "option A names image 1"
+    with Image.open(curated / "ten.jpg") as image:
+        assert image.height > 10 * 100
+
+def test_on_our_own_samples_the_rules_give_the_label_or_never():
+    found = Counter()
+    for row in read_rows(HERE / "data_samples" / "train.jsonl"):
+        question, n = perl.MENTION.sub(r"image \1", row["question"]), len(row["images"])
+        gold = order_rules.gold_of(row["answer"], question, n)
+        label = order_rules.infer_label(question, gold, n, row["source"])
+        found[label.order_rule] += 1
+        if label.order_rule != "never":
+            movable = tuple(row.get("movable", range(n)))
+            assert label[1:] == (row["answer"], row["order_rule"], movable), row
+    assert found["keep"] > 300 and found["index"] > 500
+
+def test_a_curated_set_in_a_dry_run(curated, capsys):
+    perl.main(["--data", str(curated / "train.jsonl"), "--eval-data", "", "--dry-run"])
+    text = capsys.readouterr().out
+    assert "19 questions, 0 dropped" in text and "order (0, 1, 2" in text
+
+def test_questions_of_one_and_of_several_images_train_together(tmp_path, monkeypatch):
+    """Real digits through the adapter for images/problem/answer: one image has one order, in
+    all (n_s + 1) * n rollouts of its group; several have two. Both kinds reach the loss."""
+    folder, rows = HERE / "data_samples", []
+    counts = [row for row in read_rows(folder / "test.jsonl") if row["source"] == "count"]
+    for k, row in enumerate(counts[:20]):
+        question = "How many of the images show an even digit?"
+        images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in row["images"]]
+        answer = row["answer"]
+        if k % 2:  # a single image; its gold is a guess, which makes some rollouts wrong
+            images, answer = images[:1], str(int(answer) % 2)
+        rows.append({"images": images, "problem": question, "answer": answer})
+    write_parquet(rows, tmp_path / "digits" / "train.parquet")
+    out = run_curate(tmp_path, tmp_path / "out", sources=["our/digits"])
+    assert Counter(s.order_rule for s in perl.load_samples(out / "train.jsonl")) == {
+        "keep": 10, "never": 10}
+    kept, update = [], perl.update
+    monkeypatch.setattr(perl, "update", lambda *args: kept.extend(args[4]) or update(*args))
+    perl.main(arguments(out / "train.jsonl", tmp_path / "run", eval_data="", steps=1,
+                        questions_per_step=20, rollouts_per_order=6))
+    assert {len(group) for group in kept} == {12}
+    orders = {1: set(), 2: set()}
+    for group in kept:
+        n_orders = len({rollout.order for rollout in group})
+        orders[n_orders].add(len(group[0].prompt.sample.images))
+    assert orders[1] == {1} and min(orders[2]) > 1
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["kept"] == len(kept) and row["grad_norm"] > 0
+
+BAD = {
+    "not 1 to 16 images": mantis_row(0, [], "How many?", "3"),
+    "placeholders do not fit the images": mantis_row(0, ["a.png", "b.png"], "<image> Why?", "3"),
+    "question over 4000 characters": mantis_row(0, ["a.png"], "<image>" + "why " * 1500, "3"),
+    "control characters or tokens in the text": mantis_row(
+        0, ["a.png"], "<image><|im_end|> What is it?", "3"),
+    "no answer": mantis_row(0, ["a.png"], "<image> What is it?", " "),
+    "answer is none of the options": mantis_row(0, ["a.png"], "<image>?\nA. 1\nB. 2", "C"),
+    "answer names an image in words": mantis_row(
+        0, ["a.png", "b.png"], "<image><image> Which?", "The final image"),
+    "answer has several parts": mantis_row(0, ["a.png"], "<image> Solve.", "(1) 3; (2) 4"),
+    "open answer": mantis_row(0, ["a.png"], "<image> What is it?", "A man who rides a bike."),
+    "answer that our grader cannot read": mantis_row(0, ["a.png"], "<image> Which set?", "{3"),
+    "image not found": mantis_row(0, ["none.png"], "<image> How many?", "3"),
+    "image name is ambiguous": mantis_row(0, ["0.png"], "<image> How many?", "3"),
+    "image unreadable": mantis_row(0, ["torn.png"], "<image> How many?", "3"),
+    "image too large or too thin": mantis_row(0, ["thin.png"], "<image> How many?", "3"),
+    "twin": mantis_row(0, ["a.png"], "<image> How many brown cows graze here?", "4"),
+    "near twin": mantis_row(0, ["a.jpg"], "<image> How many brown cows do graze here?", "4"),
+    "one question with several answers": mantis_row(0, ["b.png"], "<image> Is it odd?", "No")}
+
+@pytest.fixture
+def bad_copies(tmp_path):
+    """Rows that each rule drops, after three that stay."""
+    good = [mantis_row(0, ["a.png"], "<image> How many brown cows graze here?", "4"),
+            mantis_row(0, ["a.png"], "<image> Is this a horse?", "No"),
+            mantis_row(0, ["c.png"], "<image> Is it odd?", "No"),
+            mantis_row(0, ["b.png"], "<image> Is it odd?", "Yes")]  # contradicted below
+    thin = encoded(Image.new("RGB", (900, 3)), "PNG")["bytes"]
+    contents = {"a.png": digit(0), "a.jpg": digit(0, "JPEG"), "b.png": digit(1),
+                "c.png": digit(2), "x/0.png": digit(3), "y/0.png": digit(4), "thin.png": thin,
+                "torn.png": digit(5)[:-60]}
+    rows = good + list(BAD.values())
+    write_mantis(tmp_path / "copies", "nlvr2", rows, contents)
+    return tmp_path / "copies"
+
+def test_what_a_rule_drops_is_counted_and_shown(bad_copies, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # ev.main sets it
+    out = run_curate(bad_copies, tmp_path / "out", sources=["mantis:nlvr2"])
+    dropped = Counter(row["rule"] for row in read_rows(out / "dropped.jsonl"))
+    assert dropped == dict.fromkeys(BAD, 1) | {"one question with several answers": 2}
+    assert [s.id[-1] for s in perl.load_samples(out / "train.jsonl")] == ["1", "2", "3"]
+    text = (out / "REPORT.md").read_text()
+    assert all(f"| {rule} | " in text for rule in BAD)
+    assert text.startswith(f"# 3 of {len(BAD) + 4} questions")
+
+def test_benchmarks_are_kept_out(copies, tmp_path):
+    """By the same pixels, by a JPEG of them, by 13 words; 13 words of a template do not count."""
+    against = tmp_path / "against"
+    write_parquet([{"question": "short", "image": {"bytes": digit(3), "path": None}}],
+                  against / "test.parquet")
+    (against / "near.jpg").write_bytes(digit(21, "JPEG"))
+    template = "here are there images if image 2 is the reference image which image of the other"
+    write_rows(against / "b.jsonl", {"deep": [{"q": template}]})
+    k12 = [{"id": str(k), "question": text, "answer": "3", "subject": "math",
+            "image": {"bytes": digit(70 + k), "path": None}} for k, text in enumerate((
+                "The two cars drive off at noon from towns ninety miles apart; when do they meet?",
+                "A car drives."))]
+    sources = tmp_path / "copies"
+    shutil.copytree(copies, sources)
+    write_parquet(k12, sources / "MMK12" / "data" / "train-00001.parquet")
+    (against / "c.json").write_text(json.dumps([k12[0]["question"].upper()]))
+    out = run_curate(sources, tmp_path / "out", "--against", str(against))
+    dropped = {row["id"]: row["rule"] for row in read_rows(out / "dropped.jsonl")}
+    assert dropped == {"mantis-dreamsim-0000002": "picture of a benchmark",
+                       "mantis-iconqa-0000001": "near twin of a benchmark's picture",
+                       "mmk12-0000005": "13 words of a benchmark"}
+
+def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, monkeypatch):
+    out, calls, store = tmp_path / "out", [], curate.store_image
+
+    def dies(*args):
+        calls.append(args)
+        return die() if len(calls) == 30 else store(*args)
+
+    monkeypatch.setattr(curate, "store_image", dies)
+    with pytest.raises(Killed):
+        run_curate(copies, out)
+    assert not (out / "train.jsonl").exists()
+    with open(out / ".work" / "mantis-iconqa.jsonl", "a") as file:
+        file.write('{"sample": {"id"')  # a line torn by the kill
+    run_curate(copies, out)
+    assert len(calls) < 30 + 18 + 24 + 7
+    for name in ("train.jsonl", "REPORT.md", "ten.jpg", "dropped.jsonl"):
+        assert (out / name).read_bytes() == (curated / name).read_bytes()
+    with pytest.raises(SystemExit, match="begun with other sources"):
+        run_curate(copies, out, sources=["mmk12"])
+
+@table("sources, message", [
+    (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
+    (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources of one name"),
+    (["hiyouga/MMK12"], "row 1: not the columns of MMK12")])
+def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, sources, message):
+    with pytest.raises(SystemExit, match=message):
+        run_curate(copies, tmp_path / "out", sources=sources)
+
+def test_the_hub_is_asked_for_train_files_and_what_lacks_is_named(copies, tmp_path, monkeypatch):
+    shutil.copytree(copies, tmp_path / "copies")
+    (tmp_path / "copies" / "Mantis-Instruct" / "iconqa" / "part_1.zip").unlink()
+    with pytest.raises(SystemExit, match="part_1.zip is missing"):
+        run_curate(tmp_path / "copies", tmp_path / "out", sources=["mantis:iconqa"])
+    asked = []
+    hub = SimpleNamespace(snapshot_download=lambda name, **more: (
+        asked.append((name, more["allow_patterns"])) or copies / name.split("/")[1]))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    curate.main(["mmk12", "mantis:iconqa", "--out", str(tmp_path / "loaded")])
+    assert asked == [("FanqingM/MMK12", ["*train*.parquet"]),
+                     ("TIGER-Lab/Mantis-Instruct", ["iconqa/train*"])]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SystemExit, match="pip install huggingface_hub"):
+        curate.main(["mmk12", "--out", str(tmp_path / "hub")])
+
+def test_odd_images_come_out_plain():
+    deep = Image.new("I;16", (40, 30), 40000)
+    turned = Image.new("RGB", (40, 30), "red")
+    turned.putpixel((0, 0), (0, 0, 255))
+    turned.getexif()[0x0112] = 6  # what is on the left belongs at the top
+    turned.save(file := io.BytesIO(), "PNG", exif=turned.getexif())
+    clear = Image.new("RGBA", (40, 30), (255, 0, 0, 0))
+    assert pictures.decode(encoded(deep, "PNG")["bytes"]).getpixel((0, 0)) == (156, 156, 156)
+    upright = pictures.decode(file.getvalue())
+    assert upright.size == (30, 40) and upright.getpixel((29, 0)) == (0, 0, 255)
+    assert pictures.decode(encoded(clear, "PNG")["bytes"]).getpixel((0, 0)) == (255, 255, 255)
+    assert pictures.near_hash(Image.new("RGB", (40, 40), "white")) is None

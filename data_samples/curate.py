@@ -1,500 +1,465 @@
 #!/usr/bin/env python3
-r"""Public training sets -> train.jsonl of perl.py, with its images beside it.
+"""Turns public training sets into the one format that perl.py reads (README: Real data).
 
-    python data_samples/curate.py mantis:nlvr2 mantis:dreamsim mmk12 --out data/mix
-    python data_samples/curate.py problems:hiyouga/geometry3k=/data/geometry3k --out data/geo
-    python data_samples/curate.py --score-labels
-    python perl.py --data data/mix/train.jsonl --stage 0
+    python curate.py mantis:nlvr2 mantis:iconqa mmk12 hiyouga/geometry3k --out DIR
+    python curate.py mantis:dreamsim --data-dir COPIES --against BENCHMARKS --out DIR
+    python curate.py --score-labels    # the rules for order labels on order_labels.jsonl
 
-A source is mantis:CONFIG (TIGER-Lab/Mantis-Instruct), mmk12 (FanqingM/MMK12) or
-problems:REPOSITORY (columns images, problem, answer), downloaded from the Hub or, with
-=FOLDER, read from a local copy of the same files. Each row passes, in turn:
+1. Adapters: the first question of a row, its images as plain RGB files named by their pixels.
+2. Rules drop what cannot be asked or graded, and say what a reordering does to the answer. A
+   wrong order_rule poisons training, a `never` only loses diversity: in doubt, never.
+3. Twins go, exact and near (same pictures, nearly the same text, same answer), pictures with
+   two answers to one question, and what --against FOLDER holds, by picture or by 13 words.
 
-  1. rules: one question, its images there and readable, an answer that the grader can check;
-  2. order labels: how the answer follows the images (`order_rule`, `movable`, <image_k>), from
-     the text alone; in doubt `never`, which only loses permutations of that question;
-  3. no duplicates: the same images and an equal or nearly equal text, in all sources;
-  4. --against FOLDER: no image and no question of the benchmarks that lie there.
-
-What is dropped is counted by its reason, with examples, in report.md. A run that was stopped
-goes on; the same rows give the same bytes.
+DIR gets train.jsonl, images/, REPORT.md, ten.jpg (ten random questions) and dropped.jsonl
+(examples of what each rule dropped). The same command goes on after a kill; the same input
+gives the same bytes. `perl.py --stage 0 --data DIR/train.jsonl` scores what is left.
 """
 import argparse
 import difflib
+import functools
 import hashlib
 import json
+import os
 import random
 import re
-import shutil
 import sys
-from collections import Counter
+import zipfile
+import zlib
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
-import torch
-from PIL import Image
-
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import eval as evaluation  # noqa: E402  (found through the line above)
-import perl  # noqa: E402
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import perl  # noqa: E402  (found through the line above)
+from eval import listed_options  # noqa: E402
+from order_rules import IMAGE, gold_of, infer_label, score_labels  # noqa: E402
+from pictures import (  # noqa: E402
+    Dropped, NearIndex, decode, draw_ten, near_hash, pixel_name, store_image)
 
-# ---- Order labels: what a change of the images' order does to the answer ---------------
+MAX_IMAGES, MAX_TEXT, MAX_ANSWER_WORDS = 16, 4000, 3
+MAX_BYTES = 50_000_000  # of an image file
+NEAR_TEXT = 0.9         # difflib's ratio of two texts that are near twins
+RUN_WORDS = 13          # words in a row that a benchmark's text and ours have in common
+TEMPLATE_USES = 10      # runs in more of our own questions are a template and prove nothing
+EXAMPLES = 5            # kept of what a rule dropped from a source
 
-class Label(NamedTuple):
-    """A question as perl.py wants it: mentions as <image_k>, positions 0-based."""
-    question: str
-    answer: str
-    order_rule: str
-    movable: tuple[int, ...] | None = None  # None: all, or none with `never`
-
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-PICTURE = r"(?:image|picture|photo)"
-# "image 3", "the second picture"; but not the title of a place: "Image 3: <image>".
-NAME = rf"\b(?:the )?(?:({'|'.join(ORDINALS)}) {PICTURE}|{PICTURE} #?(\d{{1,2}}))\b"
-TITLED = r"\s*(?:[:.)]\s*<image>|<image>(?!\s*<image>))"
-NAMED, TITLE = re.compile(rf"(?i){NAME}(?!{TITLED})"), re.compile(rf"(?i){NAME}(?={TITLED})")
-OPTION = re.compile(r"(?m)^\s*\(?([A-J])[).:]\s*(.+?)\s*$")
-# A question about one image that is described: what stands left in it does not matter.
-DESCRIBED = re.compile(r"(?i)\b(?:description|caption)\b")
-# Words that speak of images by their place or time. None of them may be left in a text.
-PLACE = (rf"left(?:most)? {PICTURE}|right(?:most)? {PICTURE}|{PICTURE}s? (?:on|to|at) the|former|"
-         rf"latter|last|final|{'|'.join(ORDINALS)}|\d+(?:st|nd|rd|th)|previous|prior|preceding|"
-         r"earlie(?:r|st)|late(?:r|st)|next|before|after|follow(?:s|ed)?|(?<!of the )following|"
-         r"same as|consecutive|successive|begin\w*|starts?|initial|ends?|sequence|in order")
-ANY_PLACE = (PLACE + r"|left\w*|right\w*|top|bottom|middle|upper|lower|above|below|adjacent|"
-             r"chang\w+|then|again|becomes?|turns?|now|still|already|no longer|anymore")
-BY_PLACE_IN_A_DESCRIPTION = re.compile(rf"(?i)\b(?:{PLACE})\b")
-BY_PLACE = re.compile(rf"(?i)\b(?:{ANY_PLACE})\b")
-PLURAL = re.compile(
-    rf"(?i)\b{PICTURE}s #?\d|\bwhich (?:two |three )?{PICTURE}s\b|\b{PICTURE} [A-J]\b")
-ONE_OF_SEVERAL = re.compile(rf"(?i)\b(?:the|this|that) {PICTURE}\b(?!s)")
-WHICH_IMAGE = re.compile(rf"(?i)\bwhich {PICTURE}\b|\bretrieve the target image\b")
-WHICH = re.compile(rf"(?i)\bwhich (?:{PICTURE}|one|of the)\b|\bretrieve the target image\b")
-COUNTED = re.compile(
-    rf"(?i)\bhow many (?:of the )?(?:\w+ )?{PICTURE}s\b|\bin every {PICTURE}\b|"
-    rf"\b(?:sum of|total of|product of|in all|in total)\b.*\b{PICTURE}s\b|"
-    rf"\b(?:all|across) (?:of )?(?:the )?{PICTURE}s\b.*\bhow many")
-SORTED = re.compile(r"(?i)\b(?:order|sort|arrange|rank)\b.*\bimage numbers\b")
-REFERENCE = re.compile(r"(?i)(?:\b(?<!is the )reference(?: image)?\s*[:(]?\s*<image>|"
-                       r"<image>\s*(?:is|as) (?:the|a) (?:reference|query))")
-OTHER_TITLE = re.compile(r"(?i)\b(\w+):\s*<image>")  # "Left: <image>"
-FRAMES = ("nextqa", "star", "visual_story_telling", "visual_story")  # of a video or a story
-
-def named_image(match: re.Match) -> int:
-    """The number of the image that a match of NAMED names, from 1."""
-    return ORDINALS.index(match[1].lower()) + 1 if match[1] else int(match[2])
-
-def clean_answer(answer: str, options: dict[str, str]) -> str:
-    """"Answer: (B) dogs" -> "B" where that is an option, "$$6$$" -> "6"."""
-    answer = re.sub(r"(?i)^\s*(?:the )?answer(?: is)?:?\s*", "", answer).strip()
-    answer = re.sub(r"^\$+|\$+$", "", answer).strip()
-    letter = re.match(r"\(?([A-J])(?:[).:]|$)", answer)
-    if letter and letter[1] in options:
-        return letter[1]
-    for name, option in options.items():
-        if answer.rstrip(".").casefold() == option.rstrip(".").casefold():
-            return name
-    return answer
-
-def order_label(text: str, answer: str, n_images: int, style: str = "") -> Label:
-    """What the text says about order; `never` in doubt. `style`: the subset. Example: the answer
-    to "<image> <image> Is the second image darker?" is kept, asked as "Is <image_2> darker?"."""
-    options = dict(OPTION.findall(text))
-    gold = clean_answer(answer, options)
-    in_doubt = Label(text, gold, "never")
-    if n_images < 2 or style in FRAMES or "_" in "".join(re.findall(r"<image_?\d*>", text)):
-        return in_doubt
-    spoken = TITLE.sub("", text)
-    others = set(OTHER_TITLE.findall(spoken.casefold())) - {"images", "pictures", "reference"}
-    mentions = [named_image(match) for match in NAMED.finditer(spoken)]
-    if PLURAL.search(spoken) or any(not 1 <= k <= n_images for k in mentions):
-        return in_doubt
-    rest = re.sub(r"(?i)next in the (?:pattern|row)", "", NAMED.sub("", spoken))
-    question = NAMED.sub(lambda match: f"<image_{named_image(match)}>", text)
-    by_place = (BY_PLACE_IN_A_DESCRIPTION if DESCRIBED.search(text) else BY_PLACE).search(rest)
-
-    if options and set(options.values()) == {"<image>"}:  # the options are images: the last ones
-        first = n_images - len(options)
-        fits = gold in options and text.count("<image>") == n_images and not mentions
-        if fits and not by_place and len(options) > 1:
-            return Label(text, gold, "letter", tuple(range(first, n_images)))
-        return in_doubt
-    if sorted(re.findall(r"\d+", gold)) == [str(k + 1) for k in range(n_images)]:
-        if SORTED.search(text) and re.fullmatch(r"\d+(?:\s*,\s*\d+)+", gold) and not mentions:
-            return Label(text, gold, "sequence")
-        return in_doubt
-    if by_place or others:
-        return in_doubt
-
-    movable = movable_images(text, n_images)
-    named = [named_image(match) for match in NAMED.finditer(gold)]
-    if not options and WHICH.search(spoken):
-        if re.fullmatch(r"\d{1,2}", gold) and WHICH_IMAGE.search(spoken):
-            named = [int(gold)]
-        if len(set(named)) == 1 and 1 <= named[0] <= n_images:
-            return Label(question, str(named[0]), "index", movable)
-        return in_doubt
-    if named or options and gold not in options:
-        return in_doubt
-    if any(re.fullmatch(r"[\d ,]+", option) for option in options.values()):
-        return Label(question, gold, "keep", movable) if COUNTED.search(spoken) else in_doubt
-    is_statement = {option.casefold() for option in options.values()} == {"true", "false"}
-    is_clear = (is_statement or mentions) and not ONE_OF_SEVERAL.search(rest)
-    fits = is_clear or COUNTED.search(spoken)
-    return Label(question, gold, "keep", movable) if fits else in_doubt
-
-def movable_images(text: str, n_images: int) -> tuple[int, ...] | None:
-    """All, but for one that the text shows as the reference where it stands."""
-    reference = REFERENCE.search(text)
-    if reference is None:
-        return None
-    fixed = text[:text.index("<image>", reference.start())].count("<image>")
-    return tuple(k for k in range(n_images) if k != fixed)
-
-def score_labels(path: Path) -> str:
-    """Precision of the labels that let images move, and recall, on the labelled questions."""
-    lines, rows = [], perl.read_lines(path)
-    for name in sorted({row["set"] for row in rows}):
-        given = wanted = right = 0
-        for row in rows:
-            if row["set"] != name:
-                continue
-            n_images = row["question"].count("<image>")
-            label = order_label(row["question"], row["answer"], n_images, row["style"])
-            given += label.order_rule != "never"
-            wanted += row["order_rule"] != "never"
-            if label.order_rule == "never":
-                continue
-            movable = list(range(n_images)) if label.movable is None else list(label.movable)
-            mentions = [int(k) for k in perl.MENTION.findall(label.question)]
-            found = [label.order_rule, movable, label.answer, mentions]
-            if found == [row.get(key) for key in ("order_rule", "movable", "gold", "mentions")]:
-                right += 1
-            else:
-                lines.append(f"  wrong: {row['question']!r} -> {found}, not {row['order_rule']}")
-        lines.insert(0, f"{name}: {right} of {given} labels that let images move are right; "
-                        f"{right} of {wanted} questions that allow it found")
-    return "\n".join(lines)
-
-# ---- Sources: a data set's rows, from the Hub or a local copy --------------------------
-
-class Row(NamedTuple):
-    """A row. images: names of files, or encoded; turns: (question, answer) pairs."""
-    id: str
-    images: list
-    turns: list[tuple[str, str]]
-
-def from_mantis(row: dict, number: int) -> Row:
-    """TIGER-Lab/Mantis-Instruct: a conversation about images of a zip beside the rows."""
-    images = [image["bytes"] and image or image["path"] for image in row["images"] or ()]
-    said = [turn["content"] for turn in row["conversation"]]
-    return Row(row["id"] or str(number), images, list(zip(said[::2], said[1::2])))
-
-def from_mmk12(row: dict, number: int) -> Row:
-    """FanqingM/MMK12: one embedded image."""
-    return Row(row["id"] or str(number), [row["image"]], [(row["question"], row["answer"])])
-
-def from_problems(row: dict, number: int) -> Row:
-    """The columns that sets for vision-language RL share: images, problem, answer."""
-    images = row["images"] if isinstance(row["images"], list) else [row["images"]]
-    return Row(row.get("id") or str(number), images, [(row["problem"], row["answer"])])
+# ---- Sources: rows of a data set, from the Hub or from a local copy --------------------
 
 class Source(NamedTuple):
-    name: str        # as on the command line, without =FOLDER
-    repository: str  # on the Hub
-    config: str      # folder of its rows in there, or empty
-    folder: str      # local copy, or empty
-    adapt: object    # a row and its number -> Row
+    """A data set on the Hub; --data-dir holds it under the name behind "/"."""
+    name: str    # in ids, and as the samples' source
+    hub: str
+    config: str  # a folder in it; "": none
 
 def parse_source(text: str) -> Source:
-    """"mantis:nlvr2=/data/mantis" -> Source. SystemExit: none of the known ones."""
-    name, _, folder = text.partition("=")
-    kind, _, rest = name.partition(":")
-    if kind == "mantis" and rest:
-        return Source(name, "TIGER-Lab/Mantis-Instruct", rest, folder, from_mantis)
-    if name == "mmk12":
-        return Source(name, "FanqingM/MMK12", "", folder, from_mmk12)
-    if kind == "problems" and rest:
-        return Source(name, rest, "", folder, from_problems)
-    raise SystemExit(f"{text} is no source: mantis:CONFIG, mmk12 or problems:REPOSITORY, "
-                     "each with =FOLDER for a local copy")
+    if text.startswith("mantis:") and text.removeprefix("mantis:"):
+        config = text.removeprefix("mantis:")
+        return Source(f"mantis-{config}", "TIGER-Lab/Mantis-Instruct", config)
+    if text == "mmk12":
+        return Source("mmk12", "FanqingM/MMK12", "")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return Source(text.split("/")[1], text, "")
+    raise SystemExit(f"{text}: a source is mantis:CONFIG, mmk12 or OWNER/NAME on the Hub")
 
-def find_rows(source: Source) -> tuple[Path, list[Path]]:
-    """A source's folder and its parquet files. SystemExit: not there."""
-    folder = Path(source.folder)
-    if not source.folder:
-        from huggingface_hub import snapshot_download  # needed here only
-        wanted = f"{source.config}/*".lstrip("/")
+def needed(module: str):
+    """Import what only some commands need."""
+    try:
+        return __import__(module, fromlist=["*"])
+    except ImportError:
+        raise SystemExit(f"this needs: pip install {module.split('.')[0]}") from None
+
+def find_folder(source: Source, data_dir: str) -> Path:
+    """The folder of a source's train files: in a local copy, or downloaded."""
+    folder = Path(data_dir, source.hub.split("/")[1])
+    if not data_dir:
+        wanted = f"{source.config}/train*" if source.config else "*train*.parquet"
         try:
-            folder = Path(snapshot_download(source.repository, repo_type="dataset",
-                                            allow_patterns=wanted))
+            folder = Path(needed("huggingface_hub").snapshot_download(
+                source.hub, repo_type="dataset", allow_patterns=[wanted]))
         except OSError as error:
-            raise SystemExit(f"{source.name}: could not load {source.repository}; pass a local "
-                             f"copy, {source.name}=FOLDER ({error})") from None
-    if (folder / source.config).is_dir():
-        folder = folder / source.config
-    files = sorted(path for path in folder.rglob("*.parquet") if "train" in path.name)
-    if not files:
-        raise SystemExit(f"{source.name}: no train*.parquet in {folder}")
-    return folder, files
+            raise SystemExit(f"could not load {source.hub}; pass a copy, --data-dir FOLDER "
+                             f"({error})") from None
+    folder = folder / source.config
+    if not any(folder.rglob("train*.parquet")):
+        raise SystemExit(f"no train*.parquet in {folder}")
+    return folder
 
-def unpack(folder: Path, work: Path) -> Path:
-    """The folder that holds the images of a source's zips: unpacked in `work`, once."""
-    archives = sorted(folder.rglob("*.zip"))
-    for archive in archives:
-        target = work / archive.relative_to(folder).with_suffix("")
-        if not (target / ".unpacked").exists():
-            shutil.unpack_archive(archive, target)
-            (target / ".unpacked").touch()
-    return work if archives else folder
+def read_table(path: Path) -> Iterator[dict]:
+    """Rows of a parquet file, a few at a time: images lie in them."""
+    for batch in needed("pyarrow.parquet").ParquetFile(path).iter_batches(batch_size=32):
+        yield from batch.to_pylist()
 
-def rows_of(source: Source, files: list[Path]) -> Iterator[tuple[int, dict]]:
-    """Numbered rows of a source, a batch in memory at a time."""
-    from pyarrow import parquet  # needed here only
-    batches = (batch for path in files for batch in parquet.ParquetFile(path).iter_batches(256))
-    yield from enumerate(row for batch in batches for row in batch.to_pylist())
+@functools.lru_cache(maxsize=None)  # opening reads the list of all members
+def open_zip(path: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"{path} is no readable zip: {error}") from None
 
-# ---- Rules: a row -> a sample of perl.py, or why not -----------------------------------
+def index_images(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """Last name of an image -> (zip, member) of each of that name; zip "": a loose file."""
+    parts = folder / "train_images_zips.txt"
+    listed = parts.read_text().split() if parts.exists() else []
+    for name in listed:
+        if not (folder / name).is_file():
+            raise SystemExit(f"{folder / name} is missing; {parts.name} lists it")
+    index = defaultdict(list)
+    for archive in sorted(folder.glob("*.zip")):
+        for member in open_zip(str(archive)).namelist():
+            index[Path(member).name].append((str(archive), member))
+    for path in sorted(folder.rglob("*.*")):
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+        if path.suffix not in (".zip", ".parquet") and is_inside:
+            index[path.name].append(("", str(path)))
+    return index
 
-class Unfit(Exception):
-    """Why a row is left out: the reason, by which it is counted."""
+def read_image(image, index: dict) -> bytes:
+    """The bytes of a row's image: in the row, or the one file whose path ends most like it."""
+    if isinstance(image, str):
+        image = {"path": image}
+    if image and image.get("bytes"):
+        return image["bytes"]
+    parts = Path((image or {}).get("path") or "").parts[::-1]
+    tails = defaultdict(list)  # folders that a path has in common with the row's, from the end
+    for archive, member in index.get(parts[0], []) if parts else ():
+        tail = os.path.commonprefix([parts, Path(member).parts[::-1]])
+        tails[len(tail)].append((archive, member))
+    best = tails[max(tails)] if tails else []
+    if len(best) != 1:
+        raise Dropped("image not found" if not best else "image name is ambiguous")
+    archive, member = best[0]
+    try:
+        if not archive:
+            return Path(member).read_bytes()
+        if open_zip(archive).getinfo(member).file_size > MAX_BYTES:
+            raise Dropped("image too large or too thin")
+        return open_zip(archive).read(member)
+    except (OSError, zipfile.BadZipFile, zlib.error):
+        raise Dropped("image unreadable") from None
 
-def is_checkable(gold: str, label: Label, options: dict[str, str]) -> bool:
-    """Whether the grader of training can tell a right answer: a letter, yes or no, an image, a
-    number or formula; not words, which could be put in other words."""
-    if label.order_rule in ("index", "letter", "sequence") or gold in options:
-        return True
-    if gold.casefold() in ("yes", "no", "true", "false"):
-        return True
-    if len(gold) > 60 or not re.search(r"\d|\\", gold) or re.search(r"(?<!\\)\b[a-z]{4}", gold):
-        return False
-    return perl.is_correct(rf"\boxed{{{gold}}}", gold)
-
-def sample_of(row: Row, source: Source, place, max_images: int) -> dict:
-    """A row -> a line of train.jsonl, image paths still where they are. Unfit: why not."""
-    if not row.turns or not all(map(str.strip, map(str, row.turns[0]))):
-        raise Unfit("no question or no answer")
-    question, answer = (str(text).strip() for text in row.turns[0])
-    if not 1 <= len(row.images) <= max_images:
-        raise Unfit(f"0 or more than {max_images} images")
+def adapt(row: dict, source: Source) -> tuple[str, str, list]:
+    """A row -> question, answer, images. Of a conversation the first turn, since later ones
+    lean on it; images without a placeholder of their own stand in front."""
+    if source.config:
+        turns = [turn["content"] for turn in row["conversation"] or ()] + ["", ""]
+        question, answer, images = *turns[:2], row["images"]
+    elif source.name == "mmk12":
+        question, answer, images = row["question"], row["answer"], [row["image"]]
+    else:
+        question, answer, images = row["problem"], row["answer"], row["images"]
+    question, answer, images = question or "", answer or "", images or []
     if "<image>" not in question:
-        question = "<image>" * len(row.images) + question
-    if question.count("<image>") != len(row.images):
-        raise Unfit("as many <image> as images are wanted")
-    label = order_label(question, answer, len(row.images), source.config)
-    if not is_checkable(label.answer, label, dict(OPTION.findall(question))):
-        raise Unfit("answer in words, or more than one")
-    sample = {"id": f"{source.name}-{row.id}", "images": list(map(place, row.images)),
-              "question": label.question, "answer": label.answer, "order_rule": label.order_rule,
-              "source": source.name}
-    if label.movable is not None:
-        sample["movable"] = list(label.movable)
-    return sample
+        question = "<image>" * len(images) + question
+    return question, answer, images
 
-def keep_images(sample: dict, out: Path) -> None:
-    """Copy a sample's images into OUT/images, named by their content, and check the sample as
-    perl.py will. Unfit: an image or a text that it refuses."""
-    copies = []
-    for image in sample["images"]:
-        path = Path(image)
-        if not path.is_file():
-            raise Unfit("an image is missing")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:20]
-        copy = out / "images" / f"{digest}{path.suffix.lower()}"
-        if not copy.exists():
-            temporary = copy.with_suffix(".tmp")
-            shutil.copyfile(path, temporary)
-            temporary.replace(copy)
-        copies.append(f"images/{copy.name}")
-    sample["images"] = copies
+# ---- Rules for a row -------------------------------------------------------------------
+
+ASK_NUMBER = " Answer with the number of the image."
+
+def make_sample(question: str, answer: str, images: list, *, number: int, source: Source,
+                index: dict, out: Path) -> dict:
+    """A question -> {sample, hashes of its images}. Dropped: some rule does not let it in."""
+    question = re.sub(r"\r\n?", "\n", question).strip()
+    if not 1 <= len(images) <= MAX_IMAGES:
+        raise Dropped(f"not 1 to {MAX_IMAGES} images")
+    if question.count("<image>") != len(images):
+        raise Dropped("placeholders do not fit the images")
+    if len(question) > MAX_TEXT:
+        raise Dropped(f"question over {MAX_TEXT} characters")
+    if re.search(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]|<\|\w+\|>|<image_", question + answer):
+        raise Dropped("control characters or tokens in the text")
+    options = listed_options(question)
+    gold = gold_of(answer, question, len(images))
+    if not gold:
+        raise Dropped("answer is none of the options" if options else "no answer")
+    check_answer(gold, options)
+    asks = not options and re.search(IMAGE, answer, re.IGNORECASE)
+    label = infer_label(question, gold, len(images), source.config)
+    stored = [store_image(read_image(image, index), out) for image in images]
+    text = label.question
+    if (label.order_rule == "index" or asks) and not re.search("(?i)image number", text):
+        text += ASK_NUMBER
+    sample = {"id": f"{source.name}-{number:07d}", "images": [path for path, _ in stored],
+              "question": text, "answer": gold, "order_rule": label.order_rule,
+              "source": source.name}
+    if label.order_rule != "never" and len(label.movable) < len(images):
+        sample["movable"] = list(label.movable)
     try:
         perl.parse_sample(json.dumps(sample).encode(), out, "row")
     except ValueError as error:
-        field = re.search(r"field (\w+)", str(error))
-        raise Unfit(f"perl.py refuses its {field[1] if field else 'row'}") from None
+        raise Dropped("perl.py would refuse it: " + str(error).partition(":")[0]) from None
+    return {"sample": sample, "hashes": [bits for _, bits in stored]}
 
-def read_source(source: Source, out: Path, max_images: int) -> list[dict]:
-    """A line a row, in OUT/work: the sample, or the reason and an example. Goes on behind the
-    last whole line of a run that was stopped."""
-    folder, files = find_rows(source)
-    rules = hashlib.sha256(f"{source[:4]} {max_images}".encode() + Path(__file__).read_bytes())
-    work = out / "work" / f"{re.sub(r'[^A-Za-z0-9]', '-', source.name)}-{rules.hexdigest()[:8]}"
-    work.mkdir(parents=True, exist_ok=True)
-    images = unpack(folder, work)
-    journal = work / "rows.jsonl"
-    done = perl.read_lines(journal)
-    perl.write_atomic(journal, "".join(json.dumps(line) + "\n" for line in done))
+def check_answer(gold: str, options: list[str]) -> None:
+    """Dropped: our grader could not compare it: a sentence, several parts, an image in
+    words ("the last image"), or nothing that would grade itself right."""
+    is_formula = re.search(r"[\\^=+]", gold) is not None
+    if not options and re.search(IMAGE, gold, re.IGNORECASE):
+        raise Dropped("answer names an image in words")
+    if re.search(r"(?:^|\s)\(?[1-9][).]\s|;|；|\n", gold):
+        raise Dropped("answer has several parts")
+    if len(gold.split()) > MAX_ANSWER_WORDS and not is_formula or len(gold) > 100:
+        raise Dropped("open answer")
+    if not perl.is_correct(f"\\boxed{{{gold}}}", gold):
+        raise Dropped("answer that our grader cannot read")
 
-    def place(image) -> str:
-        return evaluation.place_image(image, images, work / "images")
+def take_in(source: Source, args, work: Path) -> list[dict]:
+    """Rows of a source -> a line each in a log, kept or dropped, from where it broke off."""
+    folder = find_folder(source, args.data_dir)
+    log, index = work / f"{source.name}.jsonl", index_images(folder)
+    records = perl.read_lines(log)
+    perl.write_atomic(log, "".join(json.dumps(record) + "\n" for record in records))
+    number, done = 0, len(records)
+    for path in sorted(folder.rglob("train*.parquet")):
+        for row in read_table(path):
+            number += 1
+            if number <= done:
+                continue
+            try:
+                question, answer, images = adapt(row, source)
+            except (KeyError, TypeError) as error:
+                raise SystemExit(f"{path}, row {number}: not the columns of {source.name} "
+                                 f"({type(error).__name__}: {error})") from None
+            try:
+                record = make_sample(question, answer, images, number=number, source=source,
+                                     index=index, out=args.out)
+            except Dropped as dropped:
+                record = {"rule": str(dropped), "sample": {
+                    "id": f"{source.name}-{number:07d}", "source": source.name,
+                    "question": question[:MAX_TEXT], "answer": answer[:MAX_TEXT]}}
+            perl.append_line(log, record)
+            records.append(record)
+    return records
 
-    for number, raw in rows_of(source, files):
-        if number < len(done):
-            continue
-        line = {"number": number}
-        try:
-            row = source.adapt(raw, number)
-            line["sample"] = sample_of(row, source, place, max_images)
-            keep_images(line["sample"], out)
-        except Unfit as reason:
-            line = {"number": number, "dropped": str(reason), "example": row.turns[:1]}
-        except (AttributeError, KeyError, OSError, TypeError) as error:
-            line = {"number": number, "dropped": "columns that are not as documented",
-                    "example": repr(error)}
-        perl.append_line(journal, line)
-        done.append(line)
-    return done
+# ---- Rules for the whole: benchmarks, contradictions, twins ----------------------------
 
-# ---- Duplicates, benchmarks ------------------------------------------------------------
+def leaves(value) -> Iterator[str | bytes]:
+    """Every text and every image's bytes in a row, however deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from leaves(part)
+    elif isinstance(value, (str, bytes)):
+        yield value
 
-NEARLY = 0.9  # of the characters of two questions are the same, in the same order
-ALIKE = 236   # of the 256 cells of two images are equal
+def benchmark_leaves(folder: Path) -> Iterator[str | bytes]:
+    """The texts and images of a folder: rows of parquet and JSON files, files, zips."""
+    for path in sorted(folder.rglob("*.*")):
+        if path.suffix == ".parquet":
+            for row in read_table(path):
+                yield from leaves(row)
+        elif path.suffix in (".json", ".jsonl"):
+            texts = [path.read_text(encoding="utf-8")]
+            if path.suffix == ".jsonl":
+                texts = filter(str.strip, texts[0].split("\n"))
+            for text in texts:
+                yield from leaves(json.loads(text))
+        elif path.suffix == ".zip":
+            for member in open_zip(str(path)).namelist():
+                yield open_zip(str(path)).read(member)
+        elif path.is_file():
+            yield path.read_bytes()
 
-def words_of(question: str) -> str:
-    """A question's text, less what editions of it differ in."""
-    return " ".join(re.sub(r"<image(_\d+)?>", " ", question).casefold().split())
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.replace("<image>", "").casefold())
 
-def look_of(path: Path) -> torch.Tensor:
-    """(256,) of how an image looks: each of 16 x 16 cells brighter than its left neighbour, 1, or
-    not, -1. Nearly the same for other sizes and formats of it. A flat one: of its own pixels."""
-    image = perl.read_image(path)
-    cells = torch.tensor(list(image.convert("L").resize((17, 16), Image.Resampling.BOX).tobytes()))
-    brighter = cells.view(16, 17).diff(dim=1).flatten() > 0
-    if brighter.sum() < 16:
-        seed = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:4])
-        brighter = torch.rand(256, generator=torch.Generator().manual_seed(seed)) > 0.5
-    return 2.0 * brighter - 1
+def runs_of(text: str) -> set[str]:
+    """Every RUN_WORDS words in a row of a text."""
+    words = words_of(text)
+    return {" ".join(words[k:k + RUN_WORDS]) for k in range(len(words) - RUN_WORDS + 1)}
 
-def seen_in(folder: Path) -> tuple[torch.Tensor, set[str]]:
-    """Looks of all images (M, 256), and texts of all questions, in a folder of benchmarks."""
-    from pyarrow import parquet  # needed here only
-    looks, texts = [torch.zeros(256)], set()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
-            looks.append(look_of(path))
-        elif path.suffix in (".jsonl", ".json", ".parquet"):
-            if path.suffix == ".parquet":
-                rows = parquet.read_table(path).to_pylist()
-            elif path.suffix == ".jsonl":
-                rows = perl.read_lines(path)
-            else:
-                rows = json.loads(path.read_text(encoding="utf-8"))
-            for row in rows:
-                found = (row.get(name) for name in ("question", "problem", "prompt"))
-                texts |= {words_of(text) for text in found if isinstance(text, str)}
-    return torch.stack(looks), texts
+def read_benchmarks(folders: list[Path]) -> tuple[set[str], set[str], NearIndex]:
+    """Runs of words, names of pictures, and near hashes, of all that lies in the folders."""
+    runs, names, near = set(), set(), NearIndex()
+    for folder in folders:
+        if not folder.is_dir():
+            raise SystemExit(f"--against {folder} is no folder")
+        for leaf in benchmark_leaves(folder):
+            if isinstance(leaf, str):
+                runs |= runs_of(leaf)
+                continue
+            try:
+                picture = decode(leaf)
+            except Dropped:
+                continue  # no picture
+            names.add(pixel_name(picture))
+            bits = near_hash(picture)
+            if bits is not None:
+                near.add(bits)
+    return runs, names, near
 
-def without_known(samples: list[dict], out: Path, against: Path | None) -> Iterator[tuple]:
-    """(sample, why it is dropped or ""): duplicates of earlier ones, then known benchmarks."""
-    known_looks, known_texts = seen_in(against) if against else (torch.zeros(1, 256), set())
-    by_images = {}
-    for sample in samples:
-        text = words_of(sample["question"])
-        looks = torch.stack([look_of(out / image) for image in sample["images"]])  # (n, 256)
-        equal_cells = (256 + (looks @ known_looks.T).max()) / 2
-        twins = by_images.setdefault(tuple(sorted(map(str, looks.tolist()))), [])
-        if text in twins:
-            yield sample, "duplicate: same images, same text"
-        elif any(difflib.SequenceMatcher(None, text, twin).ratio() >= NEARLY for twin in twins):
-            yield sample, "duplicate: same images, nearly the same text"
-        elif equal_cells >= ALIKE:
-            yield sample, "an image of a benchmark"
-        elif len(text) > 60 and text in known_texts:  # shorter ones are asked of any image
-            yield sample, "a question of a benchmark"
-        else:
-            yield sample, ""
-        twins.append(text)
+def drop_benchmarks(records: list[dict], folders: list[Path]) -> None:
+    """Drop what shares a picture or a run of words with the benchmarks in these folders."""
+    runs, names, near = read_benchmarks(folders)
+    uses = Counter()
+    for record in records:
+        uses.update(runs_of(record["sample"]["question"]) & runs)
+    runs = {run for run, count in uses.items() if count <= TEMPLATE_USES}
+    for record in records:
+        sample = record["sample"]
+        for path, bits in zip(sample["images"], record["hashes"]):
+            if Path(path).stem in names:
+                record["rule"] = "picture of a benchmark"
+            elif bits is not None and near.find(bits) is not None:
+                record.setdefault("rule", "near twin of a benchmark's picture")
+        if runs_of(sample["question"]) & runs:
+            record.setdefault("rule", f"{RUN_WORDS} words of a benchmark")
+
+def drop_twins(records: list[dict]) -> None:
+    """Of twins the first stays: the same or nearly the same pictures in the same order, and
+    nearly the same text with the same answer. One text with two answers goes altogether."""
+    near, first_path = NearIndex(), {}  # near hash -> the first picture that has it
+    groups = defaultdict(list)
+    for record in records:
+        pictures = []
+        for path, bits in zip(record["sample"]["images"], record["hashes"]):
+            known = None if bits is None else near.find(bits)
+            if bits is not None and known is None:
+                near.add(bits)
+                first_path[bits] = path
+                known = bits
+            pictures.append(first_path.get(known, path))
+        groups[tuple(pictures)].append(record)
+    for group in groups.values():
+        drop_twins_of(group)
+
+def drop_twins_of(group: list[dict]) -> None:
+    """The same for questions about the same pictures."""
+    answers = defaultdict(set)
+    for record in group:
+        answers[text_of(record)].add(record["sample"]["answer"])
+    for k, record in enumerate(group):
+        text, answer = text_of(record), record["sample"]["answer"]
+        earlier = [text_of(other) for other in kept(group[:k])
+                   if other["sample"]["answer"] == answer]
+        ratios = [difflib.SequenceMatcher(None, text, other).ratio() for other in earlier]
+        if len(answers[text]) > 1:
+            record["rule"] = "one question with several answers"
+        elif text in earlier:
+            record["rule"] = "twin"
+        elif max(ratios, default=0) >= NEAR_TEXT:
+            record["rule"] = "near twin"
+
+def text_of(record: dict) -> str:
+    return " ".join(words_of(record["sample"]["question"]))
+
+def kept(records: list[dict]) -> list[dict]:
+    return [record for record in records if "rule" not in record]
 
 # ---- Report ----------------------------------------------------------------------------
 
-def table(title: str, counts: Counter) -> str:
-    rows = [f"| {key} | {counts[key]} |\n" for key in sorted(counts, key=str)]
-    return f"\n| {title} | |\n|---|---|\n" + "".join(rows)
+def cross_table(pairs: list[tuple], name: str) -> str:
+    """Counts of (row, column) pairs, and their sum, as a Markdown table."""
+    counts = Counter(pairs)
+    columns = sorted({column for _, column in pairs})
+    lines = [[name, *columns, "all"], ["---"] * (len(columns) + 2)]
+    for row in sorted({row for row, _ in pairs}):
+        values = [counts[row, column] for column in columns]
+        lines.append([row, *values, sum(values)])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
-def place_of(sample: dict) -> str:
-    """Where the right image stands, from 1, if an image is the answer."""
-    if sample["order_rule"] not in ("index", "letter"):
-        return "no image is the answer"
-    asked, rule = perl.Sample(**sample), perl.ORDER_RULES[sample["order_rule"]]
-    return f"{rule.position_of(asked.answer, asked) + 1} of {len(asked.images)}"
+def report(records: list[dict], sources: list[str]) -> str:
+    """What was read, dropped and kept; how many images, which rules, where answers stand."""
+    samples = [record["sample"] for record in kept(records)]
+    fates = [(record.get("rule", "**kept**"), record["sample"]["source"]) for record in records]
+    ten = []
+    for k, s in enumerate(ten_random(samples), 1):
+        text = " ".join(s["question"].split())
+        ten.append(f"{k}. `{s['id']}`, {s['order_rule']}, answer `{s['answer']}`: `{text}`")
+    images = [(s["source"], len(s["images"])) for s in samples]
+    rules = [(s["source"], s["order_rule"]) for s in samples]
+    return "\n\n".join([
+        f"# {len(samples)} of {len(records)} questions of {', '.join(sources)}",
+        "## What became of the rows", cross_table(fates, "rule"),
+        "## Images per question", cross_table(images, "source"),
+        "## Order rules", cross_table(rules, "source"),
+        "## Where the right answer stands", cross_table(right_places(samples), "source"),
+        "## Ten random questions", "![](ten.jpg)", "\n".join(ten)]) + "\n"
 
-def report(kept: list[dict], dropped: dict[str, list], out: Path) -> str:
-    """Markdown: what was kept and dropped, the skew that a user would train on, ten questions."""
-    text = f"# {len(kept)} questions\n"
-    text += table("source", Counter(sample["source"] for sample in kept))
-    text += table("images a question", Counter(len(sample["images"]) for sample in kept))
-    text += table("order_rule", Counter(sample["order_rule"] for sample in kept))
-    text += table("the right image stands", Counter(map(place_of, kept)))
-    counts = Counter({why: len(rows) for why, rows in dropped.items()})
-    text += "\n## Dropped\n" + table("why", counts)
-    for why, examples in sorted(dropped.items()):
-        text += f"\n{why}, for example:\n\n"
-        for example in examples[:3]:
-            text += f"    {json.dumps(example, ensure_ascii=False)[:300]}\n"
-    text += "\n## Ten questions\n\n![their images](report.png)\n\n"
-    shown = random.Random(0).sample(kept, min(10, len(kept)))
-    sheet = Image.new("RGB", (8 * 130, 130 * len(shown) or 1), "white")
-    for k, sample in enumerate(shown):
-        question = " ".join(sample["question"].split())
-        text += f"{k + 1}. {question} -> {sample['answer']} ({sample['order_rule']})\n"
-        for place, image in enumerate(sample["images"][:8]):
-            small = perl.read_image(out / image)
-            small.thumbnail((126, 126))
-            sheet.paste(small, (130 * place + 2, 130 * k + 2))
-    sheet.save(out / "report.png")
-    return text
+def right_places(samples: list[dict]) -> list[tuple[str, str]]:
+    """(source and kind, place) of each answer that has one: of the image that it names, by
+    number or through its option, and of the option."""
+    places = []
+    for s in samples:
+        options = listed_options(s["question"])
+        named = re.fullmatch(r"\d+", s["answer"]) if s["order_rule"] == "index" else None
+        if s["answer"] in list(perl.LETTERS[:len(options)]):
+            kind = "option image" if s["order_rule"] == "letter" else "option"
+            places.append((f"{s['source']}: {kind}", s["answer"]))
+            named = perl.MENTION.fullmatch(options[perl.LETTERS.index(s["answer"])])
+        if named:
+            places.append((f"{s['source']}: image", named[named.lastindex or 0]))
+    return places
+
+def ten_random(samples: list[dict]) -> list[dict]:
+    return random.Random(0).sample(samples, min(10, len(samples)))
 
 # ---- Main ------------------------------------------------------------------------------
 
-def curate(sources: list[Source], out: Path, against: Path | None, max_images: int) -> None:
-    """Write train.jsonl, report.md and report.png in `out`."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    samples, dropped = [], {}
-    for source in sources:
-        lines = read_source(source, out, max_images)
-        for line in lines:
-            if "sample" in line:
-                samples.append(line["sample"])
-            else:
-                why = f"{source.name}: {line['dropped']}"
-                dropped.setdefault(why, []).append(line["example"])
-        print(f"{source.name}: {len(lines)} rows read", flush=True)
-    kept, ids = [], Counter()
-    for sample, why in without_known(samples, out, against):
-        if why:
-            dropped.setdefault(f"{sample['source']}: {why}", []).append(sample["question"])
-            continue
-        ids[sample["id"]] += 1
-        if ids[sample["id"]] > 1:  # two rows of one id
-            sample["id"] += f"-{ids[sample['id']]}"
-        kept.append(sample)
-    perl.write_atomic(out / "train.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-    perl.write_atomic(out / "report.md", report(kept, dropped, out))
-    n_dropped = sum(map(len, dropped.values()))
-    print(f"{len(kept)} questions in {out / 'train.jsonl'}; {n_dropped} rows dropped, see "
-          f"{out / 'report.md'}")
-    if not kept:
-        raise SystemExit("no question is left")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("sources", nargs="*", help="mantis:CONFIG, mmk12, OWNER/NAME")
+    parser.add_argument("--out", type=Path, help="folder for train.jsonl and its images")
+    parser.add_argument("--data-dir", default="", help="local copies instead of the Hub: "
+                        "Mantis-Instruct/CONFIG, MMK12, NAME in it, with the Hub's files")
+    parser.add_argument("--against", type=Path, action="append", default=[],
+                        help="folder of benchmarks' files; what they hold is dropped")
+    parser.add_argument("--score-labels", action="store_true",
+                        help="score the order labels on order_labels.jsonl, and stop")
+    args = parser.parse_args(argv)
+    if not args.score_labels and not (args.sources and args.out):
+        parser.error("name a source and --out DIR")
+    return args
+
+def open_work(args) -> Path:
+    """The folder of a run's logs; SystemExit if another command or code began it."""
+    work = args.out / ".work"
+    files = ("curate.py", "order_rules.py", "pictures.py")
+    code = [Path(HERE, name).read_bytes() for name in files]
+    settings = {"sources": args.sources, "data_dir": args.data_dir,
+                "code": hashlib.sha1(b"".join(code)).hexdigest()}
+    path = work / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise SystemExit(f"{args.out} was begun with other sources or code; name another --out")
+    work.mkdir(parents=True, exist_ok=True)
+    perl.write_atomic(path, json.dumps(settings))
+    return work
+
+def write_results(records: list[dict], args) -> None:
+    """train.jsonl, examples of what was dropped, report and picture."""
+    samples = [record["sample"] for record in kept(records)]
+    shown, examples = Counter(), []
+    for record in records:
+        case = record.get("rule"), record["sample"]["source"]
+        shown[case] += 1
+        if "rule" in record and shown[case] <= EXAMPLES:
+            examples.append({"rule": record["rule"], **record["sample"]})
+    for name, rows in (("dropped.jsonl", examples), ("train.jsonl", samples)):
+        perl.write_atomic(args.out / name, "".join(json.dumps(row) + "\n" for row in rows))
+    perl.write_atomic(args.out / "REPORT.md", report(records, args.sources))
+    draw_ten(ten_random(samples), args.out)
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Public training sets -> train.jsonl of perl.py.")
-    parser.add_argument("sources", nargs="*", help="mantis:CONFIG, mmk12, problems:REPOSITORY; "
-                        "each with =FOLDER for a local copy")
-    parser.add_argument("--out", type=Path, help="folder to write")
-    parser.add_argument("--against", type=Path, help="folder of benchmarks to leave out")
-    parser.add_argument("--max-images", type=int, default=8, help="of a question [8]")
-    parser.add_argument("--score-labels", action="store_true",
-                        help="precision and recall of the order labels on order_labels.jsonl")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     if args.score_labels:
-        return print(score_labels(HERE / "order_labels.jsonl"))
-    if not args.sources or not args.out:
-        parser.error("name one or more sources, and --out FOLDER")
-    if args.against and not args.against.is_dir():
-        parser.error(f"--against {args.against} is no folder")
+        score_labels(HERE / "order_labels.jsonl")
+        return
     sources = [parse_source(text) for text in args.sources]
-    curate(sources, args.out, args.against, args.max_images)
+    if len({source.name for source in sources}) < len(sources):
+        raise SystemExit("two sources of one name: their ids would be the same")
+    work, records = open_work(args), []
+    for source in sources:
+        records += take_in(source, args, work)
+    drop_benchmarks(kept(records), args.against)
+    drop_twins(kept(records))
+    if not kept(records):
+        raise SystemExit(f"no question is left of {len(records)}; see {work}")
+    write_results(records, args)
+    print(f"{len(kept(records))} of {len(records)} questions are in {args.out / 'train.jsonl'}; "
+          f"{args.out / 'REPORT.md'} says what became of the others")
 
 if __name__ == "__main__":
     main()
