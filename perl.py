@@ -16,23 +16,23 @@ picture: reorder the images, and its answer changes. PeRL trains that away. One 
   6. AdamW maximizes the clipped policy objective, each rollout conditioned on     (Eq. 6)
      the order it was sampled from, less beta times the KL divergence from the start model.
 
-Stage 0 scores the questions with the start model and resamples them by difficulty, 1 explores
-(the probability alpha of permuting falls from 1 to 0), 2 exploits (from 1's checkpoint, with
-the online filter of point 5): presets over plain flags.
+Stage 0 scores the questions with the start model and resamples them by difficulty; 1 explores
+(the probability alpha of permuting falls from 1 to 0); 2 exploits (goes on from 1's checkpoint,
+alpha 0, online filter of point 5). A stage is a preset of flags; the paper has no stage 2.
 
 Where this departs from the released code: the paper's standard deviation (population); how an
 answer moves is a field of the data (`order_rule`), statements about "left" and "right" stay
-unpermuted; permutations are distinct, from one random generator; a group without variance
-leaves the loss whole; updates do not depend on n_s; no dual clip, no KL clamp.
+unpermuted; permutations are distinct, from one random generator; a group without variance is
+left out of the loss, KL included; updates do not depend on n_s; no dual clip, no KL clamp.
 
     python perl.py                                             # tiny model, CPU, minutes
     python perl.py --model Qwen2.5-VL-7B --stage 1             # one 80 GB GPU
     accelerate launch perl.py --model Qwen2.5-VL-7B --stage 1  # several
 
-A first reading may skip "Shared compute" (with --no-share nothing of it runs) and "Memory and
+A first reading may skip "Shared compute" (which --no-share does without) and "Memory and
 machines". Arguments: processor a Processor, cfg a Config, accelerator an Accelerator, rng a
 random.Random. Shapes: Q questions, R = (n_s + 1) * n rollouts of each; B rows of a batch, P
-prompts; L tokens of a prompt, T of a response, S of a row; H heads, D width, V vocabulary.
+prompts; L tokens of a prompt, T of a response, S of a row; D width, V vocabulary.
 """
 import argparse
 import copy
@@ -63,11 +63,12 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 Order = tuple[int, ...]  # of the images of a question: new_images[j] = images[order[j]]
 SAMPLES = Path(__file__).resolve().parent / "data_samples"
@@ -99,7 +100,7 @@ class Config:
     accuracy_weight: float = setting(0.9, "reward for a right answer", least=0)
     format_weight: float = setting(0.1, "for <think>...</think>...\\boxed{...}", least=0)
     # filter
-    filter: str = setting("offline", "none; offline: stage 0's choice; online: bounds")
+    filter: str = setting("offline", "none; offline: stage 0's choice, if any; online: bounds")
     filter_low: float = setting(0.1, "online: least accuracy of a group", least=0, most=1)
     filter_high: float = setting(0.9, "online: highest accuracy of a group", most=1)
     max_rounds: int = setting(4, "online: rounds of sampling to fill a batch")
@@ -128,8 +129,8 @@ class Config:
     temperature: float = setting(1.0, "of sampling, and of the loss's log-probabilities")
     # memory and speed: the method stays the same, random draws and rounding aside
     share: bool = setting(True, "compute once what rollouts have in common")
-    rollout_batch: int = setting(96, "sequences in one call of generate, at least n")
-    max_tokens_per_micro_batch: int = setting(16384, "of a backward pass; prompts: 4 times")
+    rollout_batch: int = setting(384, "sequences sampled at one time; a prompt's n always fit")
+    max_tokens_per_micro_batch: int = setting(16384, "of a backward pass; 4 times that to read")
     logit_chunk: int = setting(1024, "response tokens whose logits exist at one time")
     gradient_checkpointing: bool = setting(True, "recompute activations, save memory")
     cpu_threads: int = setting(0, "torch's threads on a CPU; 0: torch's choice", least=0)
@@ -189,6 +190,8 @@ def new_config(typed: dict) -> Config:
             raise ValueError(f"{flag} {value} is not in {least:g} .. {most:g}")
         if f.type is str and CONTROL.search(value):
             raise ValueError(f"{flag} holds <|...|>, NUL or half a character")
+    if cfg.filter_low > cfg.filter_high:
+        raise ValueError("--filter-low lies above --filter-high: every group would be dropped")
     if cfg.lora_rank and "lr" not in typed:
         cfg.lr *= 10  # adapters hardly move at the rate of the weights
     if "n_permutations" in typed and "rollouts_per_order" not in typed:
@@ -208,8 +211,9 @@ def resumed_config(typed: dict) -> Config:
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"--resume: {path} is missing, damaged or too old: {error}") from None
     for name, value in typed.items():
-        if saved[name] != value:
-            raise ValueError(f"--resume: {name} was {saved[name]!r}; {value!r} needs a new run")
+        before = getattr(cfg, name)
+        if before != value:
+            raise ValueError(f"--resume: {name} was {before!r}; {value!r} needs a new run")
     return cfg
 
 # ---- Samples and permutation (Eq. 1) ---------------------------------------------------
@@ -234,15 +238,15 @@ class Sample:
 
 class OrderRule(NamedTuple):
     """How an answer names images, so that it can follow them. Positions are 0-based."""
-    pattern: str = r"(?s).+"  # what an answer looks like
-    name: str = r"\b\B"       # what in it names an image; this matches nothing
-    position_of: Callable[[str, Sample], int] = None  # the image that a name means, or -1
-    name_of: Callable[[int, Sample], str] = None      # what the image there is called
+    pattern: str = r"(?s).+"  # regex of a whole answer
+    name: str = r"(?!)"       # regex of an image's name in it; this one matches nothing
+    position_of: Callable[[str, Sample], int] = None  # name -> position, or -1
+    name_of: Callable[[int, Sample], str] = None      # position -> name
 
 NUMBER = r"[1-9]\d{0,3}"
 BY_NUMBER = (lambda name, sample: int(name) - 1, lambda position, sample: str(position + 1))
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the k-th letter names the k-th movable image
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # with movable (1, 3), A names image 1 and B image 3
 BY_LETTER = (lambda name, sample: dict(zip(LETTERS, sample.movable)).get(name, -1),
              lambda position, sample: LETTERS[sample.movable.index(position)])
 ORDER_RULES = {
@@ -273,9 +277,9 @@ def load_samples(path: str | Path) -> list[Sample]:
 
 def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     """One JSONL line -> Sample, image paths joined to `folder`. ValueError: unfit."""
-    def require(holds, name: str, problem: str) -> None:
-        if not holds:
-            problem = problem if name in row else "is missing"
+    def require(is_fine, name: str, problem: str) -> None:
+        if not is_fine:
+            problem = problem if name in row else "is missing"  # whatever was to be checked
             raise ValueError(f"{where}, field {name}: {problem}")
 
     try:
@@ -298,8 +302,8 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     n = len(images)
     if movable is not None:
         whole = isinstance(movable, list) and all(type(k) is int for k in movable)
-        require(whole and len(set(movable) & set(range(n))) == len(movable), "movable",
-                f"must list distinct 0-based positions below {n}")
+        distinct = whole and len(set(movable) & set(range(n))) == len(movable)
+        require(distinct, "movable", f"must list distinct 0-based positions below {n}")
     places = question.count("<image>")
     require(places == n, "question", f"has {places} <image> placeholders for {n} images")
     for number in MENTION.findall(question):
@@ -314,7 +318,7 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     problem = f"{sample.answer[:80]!r} does not fit {sample.order_rule}, movable {sample.movable}"
     require(re.fullmatch(rule.pattern, sample.answer), "answer", problem)
     named = [rule.position_of(name, sample) for name in re.findall(rule.name, sample.answer)]
-    require(len(set(named) & set(range(n))) == len(named), "answer", problem)
+    require(len(set(named) & set(range(n))) == len(named), "answer", problem)  # distinct too
     too_many = sample.order_rule == "letter" and len(sample.movable) > len(LETTERS)
     require(not too_many, "images", "has more options than there are letters")
     movable_paths = [paths[k] for k in sample.movable]
@@ -365,9 +369,9 @@ def count_orders(sample: Sample) -> int:
     return 1 if sample.order_rule == "never" else math.factorial(len(sample.movable))
 
 def draw_orders(sample: Sample, n_permutations: int, alpha: float, rng) -> list[Order]:
-    """The identity, then n_permutations permuted orders; with probability 1 - alpha, itself
-    again: one Bernoulli draw a sample (Algorithm 1). Permuted orders differ from it and from
-    each other as long as the sample has any left; then all may come again."""
+    """The identity, then n_permutations permuted orders; with probability 1 - alpha, one draw
+    a sample, the identity in their place too (Algorithm 1). Orders are distinct until all of
+    the sample have been drawn; then all may come again."""
     identity = tuple(range(len(sample.images)))
     if rng.random() >= alpha or count_orders(sample) == 1:
         return [identity] * (n_permutations + 1)
@@ -391,12 +395,19 @@ def all_orders(sample: Sample, cap: int) -> list[Order]:
 
 # ---- Model, images and prompts ---------------------------------------------------------
 
-# What is particular to Qwen2.5-VL: these four, and the lines marked FAMILY.
+# What is particular to Qwen2.5-VL: these, and the lines marked FAMILY.
 FAMILY = "qwen2_5_vl"
 FAMILY_MODEL = transformers.Qwen2_5_VLForConditionalGeneration
 IMAGE_TOKEN = "<|image_pad|>"  # stands where an image's features go, once for each
 BANNED_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                  "<|video_pad|>"]  # never sampled, and of probability 0 in the loss
+
+def embed_patches(self, pixels: Tensor) -> Tensor:
+    """The tower's first layer, a convolution of disjoint blocks, as a product: faster in bf16."""
+    weight = self.proj.weight.flatten(1)
+    return linear(pixels.to(weight.dtype), weight)
+
+modeling_qwen2_5_vl.Qwen2_5_VisionPatchEmbed.forward = embed_patches
 
 @dataclass(eq=False)
 class Picture:
@@ -473,7 +484,7 @@ def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedM
         FAMILY_MODEL, name, dtype=torch.bfloat16 if as_bf16 else torch.float32,
         device_map={"": device}, use_safetensors=True, output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, with its name
-        attn_implementation="shared_prompt")  # sdpa, but for what is shared
+        attn_implementation="shared_prompt")  # sdpa where nothing is shared
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise SystemExit(f"{name}: {kind.replace('_', ' ')} such as {min(report[kind])}")
@@ -530,7 +541,7 @@ def encode_prompt(sample: Sample, processor, pictures: dict[str, Picture] = None
     return Prompt(sample, ids, in_order)
 
 def prompt_length(sample: Sample, processor) -> int:
-    """Tokens of a prompt, from its images' sizes: as many, whichever way EXIF turns them."""
+    """Tokens of a prompt, from its images' sizes; to turn one as EXIF says changes nothing."""
     images = processor.image_processor
     length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
     for path in sample.images:
@@ -549,7 +560,7 @@ def load_questions(files: str, processor, cfg, accelerator) -> list[Sample]:
         if len({sample.id for sample in samples}) < len(set(samples)):
             raise ValueError(f"{files}, field id: an id occurs in two files")
         kept = [s for s in samples if prompt_length(s, processor) <= cfg.max_prompt_tokens]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     accelerator.print(f"{files}: {len(kept)} questions, {len(samples) - len(kept)} dropped whose "
                       f"prompts exceed {cfg.max_prompt_tokens} tokens")
@@ -560,10 +571,10 @@ def load_questions(files: str, processor, cfg, accelerator) -> list[Sample]:
 def collate(prompts: list[Prompt], responses: list[list[list[int]]], model, processor,
             cfg) -> tuple[dict, list[list[int]]]:
     """Rows [padding, prompt, its responses] -> the model's inputs, and lengths of the parts.
-    Prompts of 2 and 3 tokens, one with responses a and b, one with c (to sample: none):
+    Example: a prompt of 2 tokens with responses a and b, and one of 3 tokens with c:
         p p a a b        segment lengths  [0, 2, 2, 1]
         . p p p c                         [1, 3, 1]
-    Without sharing a row has one response at most.
+    To be sampled a row has no response; without sharing, at most one.
     NOTE: without mm_token_type_ids the model silently falls back to 1-D positions."""
     rows = [prompt.ids + sum(own, []) for prompt, own in zip(prompts, responses)]
     width = max(map(len, rows))
@@ -582,9 +593,7 @@ def collate(prompts: list[Prompt], responses: list[list[list[int]]], model, proc
         share_row(inputs, segment_lengths, in_order, model)
     else:
         inputs["pixel_values"] = torch.cat([picture.pixels for picture in in_order])
-    for name, value in inputs.items():
-        inputs[name] = value.to(model.device) if isinstance(value, Tensor) else value
-    return inputs, segment_lengths
+    return accelerate.utils.send_to_device(inputs, model.device), segment_lengths
 
 # ---- Rollouts and rewards --------------------------------------------------------------
 
@@ -597,7 +606,7 @@ class Rollout:
     ids: list[int]             # response tokens, end token included
     text: str
     truncated: bool            # no end token within max_new_tokens
-    idle: int = 0              # decode slots it took after its end, waiting for others
+    idle: int = 0              # tokens decoded behind its end, while others went on
     accuracy: float = 0.0
     format: float = 0.0
     reward: float = 0.0
@@ -619,8 +628,9 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg,
         temperature=1.0 if greedy else cfg.temperature, repetition_penalty=1.0,
         suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id,
         eos_token_id=processor.eos_ids)
-    # NOTE: what it leaves None, generate fills from the checkpoint's own. So it replaces these.
-    own_config, model.generation_config = model.generation_config, sampling
+    # NOTE: generate fills what is None in it from the model's own: so that is swapped too.
+    own_config = model.generation_config
+    model.generation_config = sampling
     lengths = [len(prompt.ids) for prompt in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda k: -lengths[k])
     batches = fill(longest_first, lambda batch: len(batch) * n <= cfg.rollout_batch
@@ -692,7 +702,7 @@ DECLARATION = re.compile(  # "the answer is ...", "the best option: ..."; not "a
 
 def extract_answer(response: str) -> str | None:
     r"""What a response states behind </think>: the last \boxed{}; else the last <answer>,
-    closed or not; else what follows the last "the answer is". None: <think> stays open."""
+    closed or not; else what follows the last "the answer is". None: none, or an open <think>."""
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
@@ -720,7 +730,7 @@ def last_boxed(text: str) -> str | None:
 # States a letter: alone ("B", "(B)", "option B") or as a label ("B. dogs").
 STATED_LETTER = re.compile(r"(?:the )?(?:(?:option|choice|answer)(?: is)?:? )?\(?([A-Z])"
                            r"(?:$|\)|[.:](?=\s|$)|,? (?:because|since)\b)", re.IGNORECASE)
-# A further letter that is no word: "B. cats or C. dogs"; not "B. A dog, I think".
+# A further letter that is no word ("A dog", "I think"): C in "B. cats or C. dogs".
 FURTHER_LETTER = re.compile(r"(?<![\w'’\\])(?!A [a-z])[A-HJ-Z](?![\w'’(^*+-])")
 IMAGE_NUMBERS = re.compile(r"(?:\d|[\s\[\]()#,;>→]|->|and|the|images?)+")  # "[3, 1, 2]"
 UNIT = re.compile(r"(?<=\d) +(?:[kcm]?m|miles?|ft|k?g|m?l)(?:\^\{?[23]\}?|[²³]|/\w+)+$")
@@ -821,8 +831,10 @@ def verdict(group: list[Rollout], cfg) -> str:
     in_bounds = low <= accuracy <= high
     if in_bounds and any(rollout.advantage != 0 for rollout in group):
         return "kept"
-    if accuracy in (0, 1):
-        return "all_right" if accuracy == 1 else "all_wrong"
+    if accuracy == 1:
+        return "all_right"
+    if accuracy == 0:
+        return "all_wrong"
     if in_bounds:
         return "flat"
     return "too_easy" if accuracy > high else "too_hard"
@@ -833,7 +845,7 @@ SCORE_TARGET = (12, 11, 11, 12, 15, 17, 6, 5, 4, 3, 3)
 def resample_by_difficulty(scores: list[float], target: tuple, size: int, rng) -> list[int]:
     """Indices of about `size` questions, whose scores follow the histogram `target`. A bin
     that is short of questions gives all it has; none is drawn twice. Example: 100 scores of
-    1.0 and 10 of 0.5, target half and half, size 40: the ten of 0.5 and twenty of 1.0."""
+    1.0 and 10 of 0.5, target half of each, size 40: the ten of 0.5 and twenty of 1.0."""
     bins = [[] for _ in target]
     for index, score in enumerate(scores):
         bins[round(score * (len(target) - 1))].append(index)
@@ -846,9 +858,10 @@ def resample_by_difficulty(scores: list[float], target: tuple, size: int, rng) -
 # ---- Log-probabilities and loss (Eq. 6) ------------------------------------------------
 
 def predictors(hidden: Tensor, segment_lengths: list[list[int]]) -> Tensor:
-    """The hidden states (tokens, D) of (B, S, D) that predict the response tokens: of a token
-    its left neighbour's, of a response's first one that of the prompt's end."""
-    places = torch.arange(hidden[..., 0].numel()).view(hidden.shape[:2])    # (B, S)
+    """From (B, S, D), the hidden states (tokens, D) that predict the response tokens: a token's
+    left neighbour; for the first of a response, the prompt's last."""
+    rows, width = hidden.shape[:2]
+    places = torch.arange(rows * width).view(rows, width)  # in the flattened states
     chosen = []
     for row, lengths in zip(places, segment_lengths):
         padding, prompt, *responses = row.split(lengths)
@@ -892,7 +905,7 @@ def store_logprobs(model, processor, rollouts: list[Rollout], name: str, cfg) ->
             setattr(rollout, name, row[:len(rollout.ids)].clone())
 
 def fill(items: list, fits: Callable[[list], bool]) -> list[list]:
-    """Items in groups, in order: one joins the last group if fits(group with it)."""
+    """Groups of items, in order: one joins the last group if fits(group + [item])."""
     groups = []
     for item in items:
         if not groups or not fits(groups[-1] + [item]):
@@ -904,8 +917,8 @@ def row_length(row: list[Rollout]) -> int:
     return len(row[0].prompt.ids) + sum(len(rollout.ids) for rollout in row)
 
 def pack(rollouts: list[Rollout], cfg) -> list[list[Rollout]]:
-    """Neighbours that answer the same prompt, in rows of at most a micro-batch's tokens: at most
-    9, say, with responses of 2, 2 and 3 tokens to a prompt of 4, makes rows of 8 and 7."""
+    """Neighbours that answer the same prompt share a row, up to a micro-batch's tokens. Example:
+    with at most 9, a prompt of 4 and responses of 2, 2 and 3: rows of 4 + 2 + 2 and 4 + 3."""
     limit = cfg.max_tokens_per_micro_batch if cfg.share else 0
     return fill(rollouts, lambda row: row[-1].prompt is row[0].prompt
                 and row_length(row) <= limit)
@@ -924,14 +937,14 @@ def stack(rows: list[Tensor | None]) -> Tensor | None:
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None,
                 advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float,
                 beta: float, denominator: float) -> tuple[Tensor, dict[str, float]]:
-    """Clipped surrogate less beta * KL, summed over kept tokens, over `denominator`. (Eq. 6)
+    """Minus (clipped surrogate less beta * KL), summed over the mask, over `denominator`. (Eq. 6)
     logprobs, old_logprobs, ref_logprobs, mask: (B, T); advantages: (B,). Returns a scalar
     loss and two sums over tokens: `kl`, and `clipped`, how many lost their gradient. With
     the `loss_denominator` of the whole update, micro-batches add up to the same."""
     mask, advantages = mask.bool(), advantages[:, None]                 # (B, T), (B, 1)
     ratio = (logprobs - old_logprobs).where(mask, 0.0).exp()                # pi / pi_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    # On policy the ratio is 1 and the sum near zero: the gradient counts, not the value.
+    # With one update the ratio is 1 everywhere: the value says little, its gradient counts.
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(ratio)
     if ref_logprobs is not None:
@@ -1034,7 +1047,8 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: dict[str, fl
     names = ("accuracy", "format", "reward", "truncated", "idle", "length")
     rows = [(r.accuracy, r.format, r.reward, r.truncated, r.idle, len(r.ids))
             for r in sum(sum(groups.values(), []), [])]
-    metrics = dict(zip(names, map(mean, zip(*gather_object(rows)))))
+    columns = zip(*gather_object(rows))
+    metrics = {name: mean(column) for name, column in zip(names, columns)}
     metrics["idle"] /= metrics["idle"] + metrics["length"]  # of all decode slots
     metrics |= total(loss_sums | {name: len(groups[name]) for name in VERDICTS}, accelerator)
     metrics["dropped"] = sum(metrics[name] for name in VERDICTS[1:])
@@ -1062,10 +1076,9 @@ def find_questions(cfg, questions: list[Sample]) -> list[Sample]:
     if path is None:
         return questions
     kept = set(json.loads(path.read_text()))
-    chosen = [question for question in questions if question.id in kept]
-    if len(chosen) < len(kept):
+    if not kept <= {question.id for question in questions}:
         raise SystemExit(f"{path}: scored on other data than {cfg.data}; run --stage 0 again")
-    return chosen
+    return [question for question in questions if question.id in kept]
 
 def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""
@@ -1079,8 +1092,8 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
 
     resumed = newest(cfg, "checkpoint-*") if cfg.resume else None
     # With LoRA the weights stay those of the start, and a checkpoint's state has the adapters.
-    begin = start if cfg.lora_rank else str(resumed or start)
-    model, ref_model = load_model(begin, cfg, accelerator.device), None
+    weights = start if cfg.lora_rank else str(resumed or start)
+    model, ref_model = load_model(weights, cfg, accelerator.device), None
     if cfg.lora_rank:
         ref_model = add_lora(model, cfg)
     elif cfg.beta:
@@ -1098,21 +1111,21 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
             append_line(out / "metrics.jsonl", metrics)
 
     for step in range(step + 1, steps + 1):
-        clock = time.time()
+        began = time.time()
         seed_sampling(cfg, step, accelerator)
         progress = (step - 1) / max(steps - 1, 1)
         alpha = cfg.alpha_start + (cfg.alpha_end - cfg.alpha_start) * progress
         groups = collect_groups(model, processor, questions, pool, alpha, rng, cfg, accelerator)
-        sampled = time.time()
+        sampled_at = time.time()
         loss_sums, grad_norm = update(
             model, ref_model, optimizer, processor, groups["kept"], cfg, accelerator)
         metrics = {"step": step} | step_metrics(groups, loss_sums, accelerator) | {
             "grad_norm": grad_norm, "alpha": alpha, "lr": cfg.lr,
-            "seconds_sample": sampled - clock, "seconds_update": time.time() - sampled,
+            "seconds_sample": sampled_at - began, "seconds_update": time.time() - sampled_at,
             "peak_gb": peak_gb(), "grader_timeouts": MATH_JUDGE.timeouts}
         dropped = [f"{metrics[name]} {name}" for name in VERDICTS[1:] if metrics[name]]
         others = ", ".join(dropped).replace("_", " ") or "all"
-        hours_left = (steps - step) * (time.time() - clock) / 3600
+        hours_left = (steps - step) * (time.time() - began) / 3600
         accelerator.print(STEP_LINE.format(**metrics, steps=steps, others=others, left=hours_left))
         if is_main and (step - 1) % cfg.log_every == 0:
             log_group(out / "rollouts.jsonl", step, sum(groups.values(), [])[0])
@@ -1223,8 +1236,8 @@ def newest(cfg, pattern: str) -> Path | None:
         int(number) for number in re.findall(r"\d+", str(path.relative_to(cfg.out)))])
 
 def open_run(cfg, accelerator) -> int:
-    """Make the run folder. Its top is the current run: an earlier one, of stage 1 say, moves
-    to stage1-1/, stage1-2/ .. in it, where later stages find it. Returns the folder's lock."""
+    """Make and lock the run folder. What is at its top is the current run's; that of an earlier
+    one moves to stage1-1/, stage1-2/ .., where later stages find it. Returns the lock."""
     out = Path(cfg.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1261,8 +1274,8 @@ def save_checkpoint(cfg, step: int, model, ref_model, processor, optimizer,
     temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step}"
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-        plain = copy.deepcopy(ref_model).merge_and_unload() if cfg.lora_rank else model
-        plain.save_pretrained(temporary)
+        merged = copy.deepcopy(ref_model).merge_and_unload() if cfg.lora_rank else model
+        merged.save_pretrained(temporary)
         processor.tokenizer.save_pretrained(temporary)
         processor.image_processor.save_pretrained(temporary)
         torch.save({"step": step, "pool": pool, "rng": rng.getstate()},
@@ -1286,7 +1299,7 @@ def load_state(folder: Path, optimizer, rng) -> tuple[list[int], int]:
 
 # ---- Shared compute: skip it on a first reading ----------------------------------------
 # A permutation changes the order of the images and nothing else, and the n rollouts of an
-# order have their whole prompt in common. So, without a change in any number:
+# order have their whole prompt in common. So, with the same numbers up to rounding:
 #   - The vision tower sees each image alone: its features serve all rollouts of a batch.
 #   - A prompt does not see what follows it. Sampling keeps its keys and values once for n
 #     responses; the loss has it in one row with them. There a token sees the prompt and its
@@ -1300,7 +1313,7 @@ def load_state(folder: Path, optimizer, rng) -> tuple[list[int], int]:
 #         b   1 1 1 . . 1 .   3
 #         b   1 1 1 . . 1 1   4
 # The seams: `pack` (without sharing, rows of one), the end of `collate`, `prefill` in
-# `generate`. --no-share gives the same numbers for far more work.
+# `generate`, and the attention that `load_model` names. --no-share takes far more work.
 
 def encode_images(model, pictures: list[Picture]) -> list[Tensor]:
     """Features (tokens, D) of each picture; one that comes several times is encoded once."""
@@ -1313,8 +1326,8 @@ def encode_images(model, pictures: list[Picture]) -> list[Tensor]:
 
 def share_row(inputs: dict, segment_lengths: list[list[int]], pictures: list[Picture],
               model) -> None:
-    """Add to the inputs: image features; where a row has several responses, positions that
-    begin again with each, and in the mask's place the lengths of the parts."""
+    """Add image features to the inputs; where a row has several responses, also positions that
+    restart behind the prompt for each, and in the mask's place the lengths of the parts."""
     if any(len(lengths) > 3 for lengths in segment_lengths):
         positions, _ = model.model.get_rope_index(**inputs)                     # FAMILY
         for row, (padding, prompt, *responses) in enumerate(segment_lengths):
@@ -1416,8 +1429,8 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor,
 
 class SplitAdamW:
     """AdamW on float32 copies of the weights (or on themselves), in host memory where the GPU is
-    too small, split over processes by whole tensors (ZeRO-1): the owner gets the gradients' sum,
-    steps, hands the weight round. FSDP wants equal micro-batches, and saves nothing in decoding."""
+    too small. Each tensor has one owner among the processes (ZeRO-1), which gets the gradients'
+    sum, steps and broadcasts the weight. FSDP would gather split weights for every token."""
     def __init__(self, model, cfg, accelerator):
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.max_grad_norm = cfg.max_grad_norm
@@ -1429,7 +1442,7 @@ class SplitAdamW:
             self.owners[name] = load.index(min(load))
             load[self.owners[name]] += self.weights[name].numel()
         free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else math.inf
-        tight = 16 * max(load) > free / 2  # bytes: copy, two moments, gradient
+        tight = 16 * max(load) > free / 2  # bytes: copy, moments, gradient; the rest: activations
         on_host = cfg.optimizer_device == "host" or cfg.optimizer_device == "auto" and tight
         device = torch.device("cpu") if on_host else model.device
         self.masters = {name: w.detach().to(device, torch.float32)
@@ -1491,7 +1504,7 @@ class SplitAdamW:
 
 def add_lora(model, cfg):
     """Freeze the model and put low-rank adapters in float32 beside the language layers'
-    projections. Returns what switches and merges them; the model is used as before."""
+    projections. Returns peft's wrapper, which switches and merges them; the model stays usable."""
     from peft import LoraConfig, LoraModel
     from peft.tuners.tuners_utils import cast_adapter_dtype
     torch.manual_seed(cfg.seed)  # the same in all processes
@@ -1502,8 +1515,8 @@ def add_lora(model, cfg):
     return adapters.eval()
 
 def start_processes(cfg) -> accelerate.Accelerator:
-    """Join the processes that a launcher started. A rank that dies ends all, through the
-    launcher, so that the rest may wait for hours for one that saves or evaluates."""
+    """Join the processes that a launcher started. All wait while one saves or evaluates, so the
+    timeout is long; if one dies, the launcher ends the rest."""
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     # NOTE: without a GPU, accelerate joins processes only when told that it is on a CPU.
     accelerator = accelerate.Accelerator(
@@ -1542,7 +1555,7 @@ def main(argv: list[str] | None = None) -> None:
     wanted = cfg.eval_data and (cfg.stage > 0 or cfg.dry_run)  # stage 0 does not evaluate
     held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if wanted else []
     if cfg.dry_run:
-        return show_orders(cfg, processor, questions)
+        return accelerator.on_main_process(show_orders)(cfg, processor, questions)
     lock = open_run(cfg, accelerator)
     accelerator.init_trackers("perl", vars(cfg))
     try:
