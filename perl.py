@@ -63,12 +63,11 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 Order = tuple[int, ...]  # of the images of a question: new_images[j] = images[order[j]]
 SAMPLES = Path(__file__).resolve().parent / "data_samples"
@@ -90,7 +89,7 @@ class Config:
     out: str = setting("", "run folder, shared by the stages; '': runs/MODEL-seedSEED")
     resume: str = setting("", "run folder to go on with, on its own settings")
     seed: int = setting(0, "seeds data order, permutations and sampling", least=0)
-    dry_run: bool = setting(False, "check data and settings, show a question, stop")
+    dry_run: bool = setting(False, "check data and settings, plan the memory, stop")
     # permutation (Eq. 1)
     n_permutations: int = setting(1, "n_s: permuted orders; 0: plain GRPO", least=0)
     rollouts_per_order: int = setting(6, "n; if not given, (n_s + 1) * n stays 12")
@@ -137,11 +136,13 @@ class Config:
     dtype: str = setting("auto", "of the weights: bf16, float32; auto: bf16 on a GPU")
     optimizer_device: str = setting("auto", "AdamW's float32 state: gpu, host; auto: if it fits")
     lora_rank: int = setting(0, "train adapters of this rank instead of all weights", least=0)
+    gpu_gb: float = setting(0, "plan for GPUs of so much memory; 0: those at hand", least=0)
     # evaluation, logging, checkpoints; in steps
     eval_every: int = setting(50, "evaluate, at start and end too; 0: never", least=0)
     eval_orders: int = setting(24, "evaluate a question in all its orders, up to so many")
     eval_questions: int = setting(0, "evaluate on the first so many; 0: on all", least=0)
     log_every: int = setting(10, "print a rollout and write a whole group")
+    log_held_out: int = setting(3, "held-out questions to write at each evaluation", least=0)
     save_every: int = setting(20, "write a checkpoint, at the end too")
     report_to: str = setting("none", "the metrics' copy: tensorboard, wandb, trackio")
 
@@ -211,9 +212,8 @@ def resumed_config(typed: dict) -> Config:
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"--resume: {path} is missing, damaged or too old: {error}") from None
     for name, value in typed.items():
-        before = getattr(cfg, name)
-        if before != value:
-            raise ValueError(f"--resume: {name} was {before!r}; {value!r} needs a new run")
+        if saved.get(name) != value:
+            raise ValueError(f"--resume: {name} was {saved.get(name)}; {value} needs a new run")
     return cfg
 
 # ---- Samples and permutation (Eq. 1) ---------------------------------------------------
@@ -390,24 +390,16 @@ def draw_orders(sample: Sample, n_permutations: int, alpha: float, rng) -> list[
 
 def all_orders(sample: Sample, cap: int) -> list[Order]:
     """Every order of the sample, identity first; beyond `cap`, a fixed random choice."""
-    n_permutations = min(cap, count_orders(sample)) - 1
-    return draw_orders(sample, n_permutations, 1.0, random.Random(sample.id))
+    return draw_orders(sample, min(cap, count_orders(sample)) - 1, 1.0, random.Random(sample.id))
 
 # ---- Model, images and prompts ---------------------------------------------------------
 
-# What is particular to Qwen2.5-VL: these, and the lines marked FAMILY.
+# What is particular to Qwen2.5-VL: these four, and the lines marked FAMILY.
 FAMILY = "qwen2_5_vl"
 FAMILY_MODEL = transformers.Qwen2_5_VLForConditionalGeneration
 IMAGE_TOKEN = "<|image_pad|>"  # stands where an image's features go, once for each
 BANNED_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                  "<|video_pad|>"]  # never sampled, and of probability 0 in the loss
-
-def embed_patches(self, pixels: Tensor) -> Tensor:
-    """The tower's first layer, a convolution of disjoint blocks, as a product: faster in bf16."""
-    weight = self.proj.weight.flatten(1)
-    return linear(pixels.to(weight.dtype), weight)
-
-modeling_qwen2_5_vl.Qwen2_5_VisionPatchEmbed.forward = embed_patches
 
 @dataclass(eq=False)
 class Picture:
@@ -629,8 +621,7 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg,
         suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id,
         eos_token_id=processor.eos_ids)
     # NOTE: generate fills what is None in it from the model's own: so that is swapped too.
-    own_config = model.generation_config
-    model.generation_config = sampling
+    own_config, model.generation_config = model.generation_config, sampling
     lengths = [len(prompt.ids) for prompt in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda k: -lengths[k])
     batches = fill(longest_first, lambda batch: len(batch) * n <= cfg.rollout_batch
@@ -804,8 +795,7 @@ MATH_JUDGE = MathJudge()
 def group_advantages(rewards: Tensor) -> Tensor:
     """Rewards (Q, R) -> advantages (Q, R); a row holds ALL rollouts of a question. (Eq. 4-5)
     Example: [[1, 0, 0, 1], [1, 1, 1, 1]] gives [[1, -1, -1, 1], [0, 0, 0, 0]], exact zeros."""
-    rewards = torch.as_tensor(rewards)
-    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    rewards = torch.as_tensor(rewards) + 0.0  # of integers, floats
     deviation = rewards - rewards.mean(dim=1, keepdim=True)                 # r - mean(r)
     std = rewards.std(dim=1, keepdim=True, correction=0)                    # (Q, 1)
     advantages = deviation / std.clamp_min(torch.finfo(rewards.dtype).tiny)
@@ -831,10 +821,8 @@ def verdict(group: list[Rollout], cfg) -> str:
     in_bounds = low <= accuracy <= high
     if in_bounds and any(rollout.advantage != 0 for rollout in group):
         return "kept"
-    if accuracy == 1:
-        return "all_right"
-    if accuracy == 0:
-        return "all_wrong"
+    if accuracy == 0 or accuracy == 1:
+        return "all_right" if accuracy == 1 else "all_wrong"
     if in_bounds:
         return "flat"
     return "too_easy" if accuracy > high else "too_hard"
@@ -860,8 +848,7 @@ def resample_by_difficulty(scores: list[float], target: tuple, size: int, rng) -
 def predictors(hidden: Tensor, segment_lengths: list[list[int]]) -> Tensor:
     """From (B, S, D), the hidden states (tokens, D) that predict the response tokens: a token's
     left neighbour; for the first of a response, the prompt's last."""
-    rows, width = hidden.shape[:2]
-    places = torch.arange(rows * width).view(rows, width)  # in the flattened states
+    places = torch.arange(hidden[..., 0].numel()).view(hidden.shape[:2])  # (B, S), flattened
     chosen = []
     for row, lengths in zip(places, segment_lengths):
         padding, prompt, *responses = row.split(lengths)
@@ -914,6 +901,7 @@ def fill(items: list, fits: Callable[[list], bool]) -> list[list]:
     return groups
 
 def row_length(row: list[Rollout]) -> int:
+    """Tokens of a packed row: the prompt once, and the responses."""
     return len(row[0].prompt.ids) + sum(len(rollout.ids) for rollout in row)
 
 def pack(rollouts: list[Rollout], cfg) -> list[list[Rollout]]:
@@ -959,11 +947,6 @@ def loss_denominator(rollouts: list[Rollout]) -> int:
     return sum(len(rollout.ids) for rollout in rollouts)
 
 # ---- Training (Algorithm 1) ------------------------------------------------------------
-
-def total(values: dict[str, float], accelerator) -> dict[str, float]:
-    """Each value summed over all processes."""
-    rows = gather_object([values])
-    return {name: sum(row[name] for row in rows) for name in values}
 
 def draw_questions(pool: list[int], n_questions: int, k: int, rng) -> list[int]:
     """The next k question numbers from the pool; every epoch is a fresh shuffle."""
@@ -1015,7 +998,7 @@ def update(model, ref_model, optimizer, processor, kept: list[list[Rollout]], cf
         begin = len(kept) * u // cfg.updates_per_step
         end = len(kept) * (u + 1) // cfg.updates_per_step
         part = sum(kept[begin:end], [])
-        denominator = total({"all": loss_denominator(part)}, accelerator)["all"]
+        denominator = sum(gather_object([loss_denominator(part)]))
         if denominator == 0:  # NOTE: AdamW moves weights on zero gradients too. All skip.
             continue
         add_gradients(model, processor, part, denominator, sums, cfg)
@@ -1047,10 +1030,10 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: dict[str, fl
     names = ("accuracy", "format", "reward", "truncated", "idle", "length")
     rows = [(r.accuracy, r.format, r.reward, r.truncated, r.idle, len(r.ids))
             for r in sum(sum(groups.values(), []), [])]
-    columns = zip(*gather_object(rows))
-    metrics = {name: mean(column) for name, column in zip(names, columns)}
+    metrics = dict(zip(names, map(mean, zip(*gather_object(rows)))))  # a column, its mean
     metrics["idle"] /= metrics["idle"] + metrics["length"]  # of all decode slots
-    metrics |= total(loss_sums | {name: len(groups[name]) for name in VERDICTS}, accelerator)
+    of_processes = gather_object([loss_sums | {name: len(groups[name]) for name in VERDICTS}])
+    metrics |= {name: sum(own[name] for own in of_processes) for name in of_processes[0]}
     metrics["dropped"] = sum(metrics[name] for name in VERDICTS[1:])
     tokens = max(metrics.pop("tokens"), 1)
     metrics["kl"] /= tokens
@@ -1067,8 +1050,8 @@ def peak_gb() -> float:
     """Peak memory in GB: of the GPU, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; on a Mac, bytes
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes on a Mac, else kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 def find_questions(cfg, questions: list[Sample]) -> list[Sample]:
     """With --filter offline, those that a stage 0 in the run folder kept; else all."""
@@ -1101,11 +1084,14 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
     optimizer = SplitAdamW(model, cfg, accelerator)
     rng, pool, step = random.Random(cfg.seed), [], 0
     if resumed:
-        pool, step = load_state(resumed, optimizer, rng)
+        optimizer.load(resumed)
+        state = torch.load(resumed / "training_state.pt", "cpu", weights_only=True)
+        rng.setstate(state["rng"])
+        pool, step = state["pool"], state["step"]
     if is_main and cfg.resume:
         cut_logs(out, step if resumed else -1)
     if held_out and not resumed:
-        metrics = {"step": 0} | evaluate(model, processor, held_out, cfg, accelerator)
+        metrics = {"step": 0} | evaluate(model, processor, held_out, cfg, accelerator, step)
         accelerator.log(metrics, step=0)  # to the tracker of --report-to
         if is_main:
             append_line(out / "metrics.jsonl", metrics)
@@ -1125,12 +1111,12 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
             "peak_gb": peak_gb(), "grader_timeouts": MATH_JUDGE.timeouts}
         dropped = [f"{metrics[name]} {name}" for name in VERDICTS[1:] if metrics[name]]
         others = ", ".join(dropped).replace("_", " ") or "all"
-        hours_left = (steps - step) * (time.time() - began) / 3600
-        accelerator.print(STEP_LINE.format(**metrics, steps=steps, others=others, left=hours_left))
+        left = (steps - step) * (time.time() - began) / 3600  # hours
+        accelerator.print(STEP_LINE.format(**metrics, steps=steps, others=others, left=left))
         if is_main and (step - 1) % cfg.log_every == 0:
-            log_group(out / "rollouts.jsonl", step, sum(groups.values(), [])[0])
+            log_group(out / "rollouts.jsonl", step, sum(groups.values(), [])[0], show=True)
         if held_out and (step % cfg.eval_every == 0 or step == steps):
-            metrics |= evaluate(model, processor, held_out, cfg, accelerator)
+            metrics |= evaluate(model, processor, held_out, cfg, accelerator, step)
         accelerator.log(metrics, step=step)
         if is_main:
             append_line(out / "metrics.jsonl", metrics)
@@ -1152,7 +1138,8 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
         if all(question.id in scores for question in batch):
             continue
         seed_sampling(cfg, start, accelerator)
-        rows = accuracies(model, processor, batch, 1, cfg.score_rollouts, cfg, accelerator)
+        rows = accuracies(sample_orders(
+            model, processor, batch, 1, cfg.score_rollouts, cfg, accelerator))
         scores |= {name: mean(row) for name, row in rows.items()}
         if accelerator.is_main_process:
             write_atomic(path, json.dumps(scores, indent=0))
@@ -1168,24 +1155,32 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
 
 # ---- Evaluation over image orders ------------------------------------------------------
 
-def accuracies(model, processor, samples: list[Sample], n_orders: int, n: int, cfg, accelerator,
-               greedy: bool = False) -> dict[str, list[float]]:
-    """Id -> accuracies of n rollouts in each of up to n_orders orders, from all processes."""
+def sample_orders(model, processor, samples: list[Sample], n_orders: int, n: int, cfg,
+                  accelerator, greedy: bool = False) -> list[list[Rollout]]:
+    """This process's part of the samples, each n times in up to n_orders orders: its groups."""
     mine = samples[accelerator.process_index::accelerator.num_processes]
     orders = [all_orders(sample, n_orders) for sample in mine]
-    groups = sample_groups(model, processor, mine, orders, n, cfg, greedy)
-    rows = [(sample.id, [r.accuracy for r in group]) for sample, group in zip(mine, groups)]
+    return sample_groups(model, processor, mine, orders, n, cfg, greedy)
+
+def accuracies(groups: list[list[Rollout]]) -> dict[str, list[float]]:
+    """Id -> accuracies of a group's rollouts, from all processes."""
+    rows = [(group[0].prompt.sample.id, [r.accuracy for r in group]) for group in groups]
     return dict(gather_object(rows))
 
-def evaluate(model, processor, samples: list[Sample], cfg, accelerator) -> dict[str, float]:
+def evaluate(model, processor, samples: list[Sample], cfg, accelerator,
+             step: int | None = None) -> dict[str, float]:
     """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in
     [0, 1]: eval_accuracy, the mean over orders; eval_worst, right in every order;
-    eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5)."""
+    eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5). Logs some at a step."""
     rows, clock = {}, time.time()
     for start in range(0, len(samples), cfg.questions_per_step):  # a batch fits in memory
         batch = samples[start:start + cfg.questions_per_step]
-        rows |= accuracies(model, processor, batch, cfg.eval_orders, 1, cfg, accelerator,
-                           greedy=True)
+        groups = sample_orders(model, processor, batch, cfg.eval_orders, 1, cfg, accelerator,
+                               greedy=True)
+        rows |= accuracies(groups)
+        if step is not None and start == 0 and accelerator.is_main_process:
+            for group in groups[:cfg.log_held_out]:
+                log_group(Path(cfg.out) / "held_out.jsonl", step, group)
     metrics = {"eval_accuracy": mean(map(mean, rows.values())),
                "eval_worst": mean(map(min, rows.values())),
                "eval_bias": mean(max(row) - min(row) for row in rows.values()),
@@ -1203,6 +1198,7 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 def append_line(path: Path, row: dict) -> None:
+    """Add a row to a JSONL file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -1213,22 +1209,23 @@ def read_lines(path: Path) -> list[dict]:
 
 def cut_logs(out: Path, last_step: int) -> None:
     """Take back what a killed run logged behind the step that it goes on from."""
-    for path in (out / "metrics.jsonl", out / "rollouts.jsonl"):
+    for path in out.glob("*.jsonl"):
         rows = [row for row in read_lines(path) if row["step"] <= last_step]
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
-def log_group(path: Path, step: int, group: list[Rollout]) -> None:
-    """Write a group to rollouts.jsonl and print its first rollout."""
+def log_group(path: Path, step: int, group: list[Rollout], show: bool = False) -> None:
+    """Add a group's rollouts to a JSONL file; show: print the last of them."""
     for r in group:
         asked = r.prompt.sample
         append_line(path, {
-            "step": step, "id": asked.id, "images": asked.images, "order": r.order,
-            "gold": r.gold, "question": asked.question, "response": r.text, "reward": r.reward,
+            "step": step, "id": asked.id, "images": asked.images, "movable": asked.movable,
+            "order_rule": asked.order_rule, "order": r.order, "gold": r.gold,
+            "question": asked.question, "response": r.text, "reward": r.reward,
             "accuracy": r.accuracy, "format": r.format, "advantage": r.advantage})
-    r, asked = group[0], group[0].prompt.sample
-    print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  gold {r.gold} | "
-          f"accuracy {r.accuracy:.0f} format {r.format:.0f} reward {r.reward:.1f} "
-          f"advantage {r.advantage:+.2f}")
+    if show:
+        print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  "
+              f"gold {r.gold} | accuracy {r.accuracy:.0f} format {r.format:.0f} "
+              f"reward {r.reward:.1f} advantage {r.advantage:+.2f}")
 
 def newest(cfg, pattern: str) -> Path | None:
     """The match in the run folder with the highest numbers: checkpoint-100, stage1-2/.. ."""
@@ -1289,13 +1286,6 @@ def save_checkpoint(cfg, step: int, model, ref_model, processor, optimizer,
         os.replace(temporary, final)
         for other in set(out.glob("checkpoint-*")) - {final}:
             shutil.rmtree(other)
-
-def load_state(folder: Path, optimizer, rng) -> tuple[list[int], int]:
-    """Restore what a checkpoint has beside the model -> pool of questions, step."""
-    optimizer.load(folder)
-    state = torch.load(folder / "training_state.pt", "cpu", weights_only=True)
-    rng.setstate(state["rng"])
-    return state["pool"], state["step"]
 
 # ---- Shared compute: skip it on a first reading ----------------------------------------
 # A permutation changes the order of the images and nothing else, and the n rollouts of an
@@ -1528,14 +1518,6 @@ def start_processes(cfg) -> accelerate.Accelerator:
 
 # ---- Main ------------------------------------------------------------------------------
 
-def show_orders(cfg, processor, questions: list[Sample]) -> None:
-    """Print what the model would read: a question with many orders, in some of them."""
-    sample = max(questions, key=count_orders)
-    for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
-        prompt = encode_prompt(permute(sample, order), processor)
-        print(f"order {order}, {len(prompt.ids)} tokens, answer {prompt.sample.answer}: "
-              f"{prompt_text(prompt.sample, processor)}")
-
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, load the questions, run the stage."""
     cfg = parse_config(argv)
@@ -1554,8 +1536,12 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print("NOTE: these are the sample digits; --data names your own questions")
     wanted = cfg.eval_data and (cfg.stage > 0 or cfg.dry_run)  # stage 0 does not evaluate
     held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if wanted else []
+    if cfg.dry_run or cfg.gpu_gb or accelerator.device.type == "cuda":
+        sys.path.append(str(SAMPLES))
+        import dry_run  # it plans the memory, which is no part of the method
+        dry_run.plan(cfg, processor, questions, accelerator)  # or SystemExit: it does not fit
     if cfg.dry_run:
-        return accelerator.on_main_process(show_orders)(cfg, processor, questions)
+        return
     lock = open_run(cfg, accelerator)
     accelerator.init_trackers("perl", vars(cfg))
     try:
@@ -1564,7 +1550,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             train(cfg, processor, questions, held_out, accelerator)
         accelerator.end_training()  # closes the tracker
-    except (KeyboardInterrupt, OSError, SafetensorError) as error:  # Ctrl-C, or a full disk
+    except (KeyboardInterrupt, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{error!r}; go on with --resume {cfg.out}") from None
     finally:
         os.close(lock)

@@ -1511,13 +1511,19 @@ def straight(data, tmp_path_factory):
     return out
 
 def test_run_folder(straight, data):
-    names = {"config.json", "perl.py", "metrics.jsonl", "rollouts.jsonl", "checkpoint-4"}
+    names = {"config.json", "perl.py", "metrics.jsonl", "rollouts.jsonl", "held_out.jsonl",
+             "checkpoint-4"}
     assert {entry.name for entry in straight.iterdir()} == names
     config = json.loads((straight / "config.json").read_text())
     assert config.keys() == FIELDS.keys() and (config["steps"], config["data"]) == (4, str(data))
     rollouts = read_rows(straight / "rollouts.jsonl")
     assert [row["step"] for row in rollouts] == [1] * 6 + [3] * 6, "groups: 2 orders of 3 rollouts"
     assert rollouts[0].keys() >= {"id", "order", "question", "response", "gold", "reward"}
+    held_out = {}
+    for row in read_rows(straight / "held_out.jsonl"):
+        held_out.setdefault(row["step"], []).append((row["id"], row["order"]))
+    assert list(held_out) == [0, 2, 4] and held_out[0] == held_out[2] == held_out[4]
+    assert len({name for name, _ in held_out[0]}) == config["eval_questions"]
 
 def test_metrics(straight):
     rows = metrics_of(straight)
@@ -2432,12 +2438,17 @@ def test_the_forks_of_baseline_and_condition(monkeypatch):
 def test_permuting_follows_a_questions_own_gap(monkeypatch):
     """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
     answers = {"biased": [1.0, 1, 0, 0], "fair": [1.0, 0, 1, 0], "fixed": [1.0, 0]}
+    groups = []
+    for name, row in answers.items():
+        prompt = perl.Prompt(dataclasses.replace(sample("keep"), id=name), [1], [])
+        groups.append([dataclasses.replace(answered("1"), prompt=prompt, accuracy=accuracy)
+                       for accuracy in row])
     asked = []
     monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
-    monkeypatch.setattr(perl, "accuracies", lambda *args: asked.append(args[3:5]) or answers)
+    monkeypatch.setattr(perl, "sample_orders", lambda *args: asked.append(args[3:5]) or groups)
     ablate.permute_by_gap()
     for stage in (0, 1):
-        perl.accuracies(None, None, [], 1, 4, tiny_config(stage=stage), ACCELERATOR)
+        perl.sample_orders(None, None, [], 1, 4, tiny_config(stage=stage), ACCELERATOR)
     assert asked == [(2, 2), (1, 4)]
     rng = random.Random(0)
     for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):

@@ -122,21 +122,23 @@ def permute_by_gap() -> None:
     """Adaptive permutation: a question is permuted with the probability of its own gap between
     two orders. Stage 0 measures it, half of its answers in each: training sees few questions
     twice."""
-    accuracies, draw_orders, gaps = perl.accuracies, perl.draw_orders, {}
+    sample_orders, draw_orders, gaps = perl.sample_orders, perl.draw_orders, {}
 
     def in_two_orders(model, processor, samples, n_orders, n, cfg, *more, **named):
         if cfg.stage > 0:
-            return accuracies(model, processor, samples, n_orders, n, cfg, *more, **named)
-        rows = accuracies(model, processor, samples, 2, n // 2, cfg, *more, **named)
-        for name, row in rows.items():
+            return sample_orders(model, processor, samples, n_orders, n, cfg, *more, **named)
+        groups = sample_orders(model, processor, samples, 2, n // 2, cfg, *more, **named)
+        for group in groups:
+            row = [rollout.accuracy for rollout in group]
             given, permuted = row[:n // 2], row[n // 2:]
-            gaps[name] = abs(fmean(given) - fmean(permuted)) if permuted else 0.0
-        return rows
+            gap = abs(fmean(given) - fmean(permuted)) if permuted else 0.0
+            gaps[group[0].prompt.sample.id] = gap
+        return groups
 
     def by_gap(sample, n_permutations, alpha, rng):
         return draw_orders(sample, n_permutations, gaps.get(sample.id, alpha), rng)
 
-    perl.accuracies, perl.draw_orders = in_two_orders, by_gap
+    perl.sample_orders, perl.draw_orders = in_two_orders, by_gap
 
 FORK_CODE = (orders_of, columns, baseline_per_order, loss_on_clean_order, answer_as_given,
              reward_agreement, reward_agree_and_right, permute_by_gap)
