@@ -749,6 +749,7 @@ def same_answer(answer: str, gold: str) -> bool:
 
 def plain(answer: str) -> str:
     r"""Strip what means nothing: $, \text{}, bold, a full stop, brackets round a letter."""
+    answer = re.sub(r"(?<!\\)\$", "", answer)  # amid a text it ends math-verify's reading
     answer = re.sub(r"\s+", " ", answer).replace("\u2212", "-").replace("π", r"\pi ")
     answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", answer)
     answer = re.sub(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})|[£€]", "", answer)
