@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""Measure a model on the paper's eight benchmarks and two more, and what order does to it.
+"""Measure a model on the paper's eight benchmarks and two more, and what order does.
 
     python eval.py                                         # tiny, data_samples/, CPU
     python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU has 25 GB
     python eval.py --step-cost                             # of a training step
 
-Greedy, with the prompt and the grader of training; what cannot be read, asked or parsed is
-wrong. eval_runs/MODEL/BENCHMARK/ holds all of it; the same command goes on after a kill.
+Greedy, with the prompt and the grader of training; what cannot be read, asked or parsed
+is wrong. eval_runs/MODEL/BENCHMARK/ holds all of it; after a kill the same command goes on.
 """
 import argparse
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -43,34 +42,31 @@ class Benchmark(NamedTuple):
     hub: str      # data set on the Hub; --data-dir holds it under the name behind "/"
     files: str    # its rows
     rows: int     # 0: any number
-    mean: str     # of the score: over questions or over tasks
     scoring: str
     paper: tuple = ("", "")  # the paper's Qwen2.5-VL-7B and PeRL (n_s = 1)
+    mean: str = "questions"  # what the score is a mean over, or "tasks"
     has_paths: bool = False  # images are files, zipped or not
 
 LOWER = "below judged: only rules, where a language model read for the published score"
 BENCHMARKS = {
-    "digits": Benchmark("", "test.jsonl", 0, "questions", "as in training"),
-    "mantis-eval": Benchmark(
-        "TIGER-Lab/Mantis-Eval", "mantis_eval/test-*.parquet", 217, "questions",
-        "letter or equal text; 10 of the paper's 12 scores are k/216", (70.80, 76.39)),
-    "blink": Benchmark(
-        "BLINK-Benchmark/BLINK", "*/val-*.parquet", 1901, "questions", "letter", (55.23, 58.53)),
-    "mmiu": Benchmark(
-        "FanqingM/MMIU-Benchmark", "all.parquet", 11698, "tasks", "letter", (52.00, 54.23), True),
-    "mathvista": Benchmark("AI4Math/MathVista", "data/testmini-*.parquet", 1000, "questions",
+    "digits": Benchmark("", "test.jsonl", 0, "as in training"),
+    "mantis-eval": Benchmark("TIGER-Lab/Mantis-Eval", "mantis_eval/test-*.parquet", 217,
+                             "10 of the paper's 12 scores are k/216", (70.80, 76.39)),
+    "blink": Benchmark("BLINK-Benchmark/BLINK", "*/val-*.parquet", 1901, "letter", (55.23, 58.53)),
+    "mmiu": Benchmark("FanqingM/MMIU-Benchmark", "all.parquet", 11698, "letter",
+                      (52.00, 54.23), mean="tasks", has_paths=True),
+    "mathvista": Benchmark("AI4Math/MathVista", "data/testmini-*.parquet", 1000,
                            "rows' precision; " + LOWER, (68.20, 73.00)),
-    "mathverse": Benchmark("AI4Math/MathVerse", "testmini.parquet", 3940, "questions",
+    "mathverse": Benchmark("AI4Math/MathVerse", "testmini.parquet", 3940,
                            "unit optional; " + LOWER, (46.30, 49.56)),
-    "mathvision": Benchmark("MathLLMs/MathVision", "data/test-*.parquet", 3040, "questions",
+    "mathvision": Benchmark("MathLLMs/MathVision", "data/test-*.parquet", 3040,
                             "unit optional; " + LOWER, (25.07, 28.26)),
-    "remi": Benchmark("mehrankazemi/ReMI", "test.parquet", 2600, "tasks",
-                      "value within its task's tolerance", (36.38, 43.38)),
-    "mv-math": Benchmark("PeijieWang/MV-MATH", "**/MV-MATH.json", 2009, "questions",
-                         "all parts; " + LOWER, (20.41, 25.68), True),
-    "muirbench": Benchmark("MUIRBENCH/MUIRBENCH", "data/test-*.parquet", 2600, "questions", ""),
-    "medframeqa": Benchmark("SuhaoYu1020/MedFrameQA", "**/test-*.parquet", 2851, "questions", ""),
-}
+    "remi": Benchmark("mehrankazemi/ReMI", "test.parquet", 2600,
+                      "value within its task's tolerance", (36.38, 43.38), mean="tasks"),
+    "mv-math": Benchmark("PeijieWang/MV-MATH", "**/MV-MATH.json", 2009,
+                         "all parts; " + LOWER, (20.41, 25.68), has_paths=True),
+    "muirbench": Benchmark("MUIRBENCH/MUIRBENCH", "data/test-*.parquet", 2600, "letter"),
+    "medframeqa": Benchmark("SuhaoYu1020/MedFrameQA", "**/test-*.parquet", 2851, "letter")}
 
 # ---- Choices: the letter that a free text settles on -----------------------------------
 
@@ -97,33 +93,38 @@ CLAIM = re.compile(
     r"(?i)\b(?:therefore|thus|hence|in conclusion|closer|closest|nearer|nearest|best|most|"
     r"more accurate(?:ly)?|correct(?:ly)?|fits?|match(?:es)?)\b(?!.*\bon the other hand\b)")
 REFUSAL = re.compile(
-    r"(?i)^\W*(?:N/A|none|unknown)\b|\bno (?:correct |right )?answer\b|\b(?:cannot|can't|could not|"
-    r"unable to|not possible to) (?:be )?(?:determine|tell|see|view|answer|say|identify)")
+    r"(?i)^\W*(?:N/A|none|unknown)\b|\bno (?:correct |right )?answer\b|\b(?:cannot|can't|"
+    r"could not|unable to|not possible to) (?:be )?(?:determine|tell|see|view|answer|say|identify)")
 
 def extract_choice(response: str, options=("",) * 26) -> str | None:
-    """The letter of the option that a response settles on, or None. Behind </think>, in
-    this order: its stated answer; a labeled first sentence ("B. Both images"); the one
-    letter marked as in "(B)"; the last sentence that claims an option, or names one."""
+    """The letter of the option that a response settles on behind </think>, or None."""
     text = re.sub(r"[*`\"]+|\\[()]", "", response.rpartition("</think>")[2]).strip()
     if not text or "<think>" in text:
         return None
     texts = {LETTERS[k]: unlabeled(option, k) for k, option in enumerate(options[:26])}
     stated = extract_answer(text) or ""
     named = spoken_for(stated, texts)
-    if re.search(r"\\boxed|<answer>", text) and not named:
+    if not named and re.search(r"\\boxed|<answer>", text):
         named = {letter for letter in texts if same_answer(stated, texts[letter])}
     elif not named:
-        sentences = SENTENCE_END.split(without_list(text).strip())
-        if re.match(LABEL, sentences[0]):
-            sentences = sentences[:1]
-        for sentence in sentences:
-            if re.search(r"\([A-Z]\)", sentence):
-                named |= spoken_for(sentence, texts)
-        if len(named) != 1:
-            claims = list(filter(CLAIM.search, sentences))
-            readings = [spoken_for(s, texts) for s in (*claims[::-1], *sentences[::-1])]
-            named = next(filter(None, readings), set())
+        named = read_prose(text, texts)
     return min(named) if len(named) == 1 else None
+
+def read_prose(text: str, options: dict[str, str]) -> set[str]:
+    """Letters of a text that states no answer: of a labeled first sentence ("B. Both"); the one
+    marked as in "(B)"; of the last sentence that claims an option, or that names one."""
+    sentences = SENTENCE_END.split(without_list(text).strip())
+    if re.match(LABEL, sentences[0]):
+        sentences = sentences[:1]
+    marked = set()
+    for sentence in sentences:
+        if re.search(r"\([A-Z]\)", sentence):
+            marked |= spoken_for(sentence, options)
+    if len(marked) == 1:
+        return marked
+    claims = list(filter(CLAIM.search, sentences))
+    readings = (spoken_for(sentence, options) for sentence in claims[::-1] + sentences[::-1])
+    return next(filter(None, readings), set())
 
 def unlabeled(option: str, k: int) -> str:
     """The text of option k without its label: "(B) red", 1 -> "red"; "(B)" -> ""."""
@@ -132,15 +133,15 @@ def unlabeled(option: str, k: int) -> str:
 
 def without_list(text: str) -> str:
     """A text less the options that it lists one a line: that is no choice."""
-    lines = re.findall(r"(?m)^[^\w\n]*[A-Z][).:].*$", text)
-    first = {re.search("[A-Z]", line)[0]: line for line in reversed(lines)}
+    first = {}  # letter -> the first line that it labels
+    for line in re.finditer(r"(?m)^[^\w\n]*([A-Z])[).:].*$", text):
+        first.setdefault(line[1], line[0])
     for line in first.values() if len(first) > 1 else ():
         text = text.replace(line, "", 1)
     return text
 
 def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
-    """Letters of the options that a sentence speaks for: marked letters, else texts, else
-    bare letters. Negated ones do not count; what follows a "but" counts more."""
+    """Letters of the options that a sentence speaks for, first of all behind a "but"."""
     wordings = [r"\b\B"]  # nothing
     for letter, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = re.escape(canonical(option))
@@ -152,15 +153,20 @@ def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
         if REFUSAL.search(clause):  # unless an option says so
             readings = readings[1:2]
         for pattern, text in readings:
-            named = set()
-            for match in pattern.finditer(text):
-                before = text[max(0, match.start() - 60):match.start()]
-                after = text[match.end():match.end() + 100]
-                if not NOT_BEFORE.search(before) and not NOT_AFTER.match(after):
-                    named.add((match.lastgroup or match[match.lastindex]).upper())
-            if named & options.keys():
-                return named & options.keys()
+            named = affirmed(pattern, text) & options.keys()
+            if named:
+                return named
     return set()
+
+def affirmed(pattern: re.Pattern, text: str) -> set[str]:
+    """Letters that a pattern finds in a text, less those that the text takes back."""
+    letters = set()
+    for match in pattern.finditer(text):
+        before = text[max(0, match.start() - 60):match.start()]
+        after = text[match.end():match.end() + 100]
+        if not NOT_BEFORE.search(before) and not NOT_AFTER.match(after):
+            letters.add((match.lastgroup or match[match.lastindex]).upper())
+    return letters
 
 @functools.lru_cache(maxsize=65536)
 def canonical(text: str) -> str:
@@ -213,21 +219,21 @@ def option_spans(text: str) -> list[tuple[int, int]]:
         elif label[1] == LETTERS[len(labels)]:
             labels.append(label)
     stops = [label.start() for label in labels[1:]] + [end]
-    return [(label.end(), label.end() + len(text[label.end():stop].rstrip()))
-            for label, stop in zip(labels, stops)]
+    return [(label.end(), len(text[:stop].rstrip())) for label, stop in zip(labels, stops)]
 
 def listed_options(text: str) -> list[str]:
     """The texts of these options."""
     return [text[start:stop] for start, stop in option_spans(text)]
 
 def option_images(options: list[str], n_images: int, text: str) -> tuple[int, ...] | None:
-    """Positions of the images that are the options: the last ones, if all options are "<image>"
-    or name them in order ("the second image") and the question names none or all of them."""
+    """Positions of the images that are the options: the last ones, if all options are
+    "<image>" or name them in order ("the second image") and the question none or all."""
     first = n_images - len(options)
     if len(options) < 2 or first < 0:
         return None
     if options != ["<image>"] * len(options):
-        asked = canonical(text[:min(option_spans(text), default=[len(text)])[0]])
+        spans = option_spans(text)
+        asked = canonical(text[:spans[0][0]] if spans else text)
         named = [canonical(option).removesuffix(" image") for option in options]
         spoken_of = [name for name in named if f"{name} image" in asked]
         if named != ORDINALS[first + 1:n_images + 1] or spoken_of not in ([], named):
@@ -235,14 +241,14 @@ def option_images(options: list[str], n_images: int, text: str) -> tuple[int, ..
     return tuple(range(first, n_images))
 
 def rotate(question: Question, turn: int) -> Question | None:
-    """The question with its options `turn` places on; None if its text does not list them."""
+    """The question, its options `turn` places on; None if its text does not list them."""
     sample, options = question.sample, question.options
     text, gold = sample.question, sample.answer
     letters = LETTERS[:len(options)]
     if listed_options(text) != list(options) or gold not in list(letters):
         return None
     rotated = options[turn:] + options[:turn]
-    for (start, stop), option in reversed([*zip(option_spans(text), rotated)]):
+    for (start, stop), option in zip(option_spans(text)[::-1], rotated[::-1]):
         text = text[:start] + option + text[stop:]
     gold = letters[letters.index(gold) - turn]
     sample = dataclasses.replace(sample, question=text, answer=gold, order_rule="never")
@@ -250,19 +256,17 @@ def rotate(question: Question, turn: int) -> Question | None:
 
 def place_tags(text: str, images: list[str]) -> tuple[str, list[str]]:
     """Numbered tags (<image_2>, <image2>) -> <image> where an image first stands, <image_k>
-    where it is spoken of; images without a tag in front. The images come in that order."""
+    where it is spoken of; images without a tag in front. With the images in that order."""
     for k in range(len(images), 0, -1):
         if not re.search(rf"<image_?{k}>", text):
             text = f"<image_{k}>{text}"
     order = []  # numbers of the images that have their place
-
     def new_tag(match) -> str:
         k = int(match[1])
         if k not in order and 1 <= k <= len(images):
             order.append(k)
             return "<image>"
         return f"<image_{order.index(k) + 1}>" if k in order else ""
-
     return re.sub(r"<image_?(\d+)>", new_tag, text), [images[k - 1] for k in order]
 
 def numbered_images(row: dict, place) -> list[str]:
@@ -276,8 +280,8 @@ def from_mantis(row: dict, number: int, place) -> Question:
         return make_question(row["id"], images, text, gold, "text", (), "short-answer")
     options = [unlabeled(option, k) for k, option in enumerate(row["options"])]
     gold = extract_choice(gold) or re.sub(r"[^A-Za-z]", "", gold)[:1].upper()
-    text += show_options(options)
-    return make_question(row["id"], images, text, gold, "choice", options, "multi-choice")
+    text, task = text + show_options(options), "multi-choice"
+    return make_question(row["id"], images, text, gold, "choice", options, task)
 
 def from_blink(row: dict, number: int, place) -> Question:
     """BLINK: the prompt lists the options."""
@@ -285,19 +289,17 @@ def from_blink(row: dict, number: int, place) -> Question:
     return make_question(row["idx"], images, text, gold, "choice", row["choices"], row["sub_task"])
 
 def from_mmiu(row: dict, number: int, place) -> Question:
-    """MMIU: the context repeats the options. Where the gold is beyond them, all is wrong."""
+    """MMIU: the context repeats the options. A gold beyond them makes all answers wrong."""
     images, gold = [*map(place, row["input_image_path"])], (row["output"] or "").strip("() ")
-    id, text = f"{row['task']}-{number}", row["question"] + "\n" + row["context"]
-    options = listed_options(row["options"])
-    return make_question(id, images, text, gold, "choice", options, row["task"])
+    options, task = listed_options(row["options"]), row["task"]
+    text = row["question"] + "\n" + row["context"]
+    return make_question(f"{task}-{number}", images, text, gold, "choice", options, task)
 
 def from_remi(row: dict, number: int, place) -> Question:
-    """ReMI: tags <image1> in the text."""
+    """ReMI: tags <image1> in the text. Where the gold is 0 or 1, no or yes is right, too."""
     text, images = place_tags(row["question"], numbered_images(row, place))
-    task = row["task"]
-    if task in ("Collisions", "Isomorphism"):
-        text += " If it is a yes or no question, answer 0 for no and 1 for yes."
-    return make_question(f"{task}-{number}", images, text, row["label"], f"remi {task}", (), task)
+    gold, task = row["label"], row["task"]
+    return make_question(f"{task}-{number}", images, text, gold, f"remi {task}", (), task)
 
 def from_mv_math(row: dict, number: int, place) -> Question:
     """MV-MATH: tags <image_1>; four options in the text, often as images."""
@@ -322,7 +324,7 @@ def from_mathvista(row: dict, number: int, place) -> Question:
     return make_question(row["pid"], images, row["query"], gold, rule, choices, task)
 
 def from_mathverse(row: dict, number: int, place) -> Question:
-    """MathVerse: five versions of a question. A gold is a letter, an option's text, or two."""
+    """MathVerse: five versions of a question. A gold is a letter, or two, or a text."""
     text, options, gold, rule = row["question"], [], row["answer"].strip(), "value"
     if row["question_type"] == "multi-choice":
         options = listed_options(row.get("question_for_eval") or text) or [""] * 4
@@ -340,9 +342,9 @@ def from_mathvision(row: dict, number: int, place) -> Question:
 
 def from_muirbench(row: dict, number: int, place) -> Question:
     """MuirBench: <image> in questions and options; a twin has "None of the choices ..."."""
-    images, options = [*map(place, row["image_list"])], row["options"]
+    images, options, task = [*map(place, row["image_list"])], row["options"], row["task"]
     text = row["question"] + show_options(options)
-    return make_question(row["idx"], images, text, row["answer"], "choice", options, row["task"])
+    return make_question(row["idx"], images, text, row["answer"], "choice", options, task)
 
 def from_medframeqa(row: dict, number: int, place) -> Question:
     """MedFrameQA: two to five frames of a video; options are not in the text."""
@@ -366,7 +368,8 @@ def load_benchmark(name: str, args) -> list[Question]:
     else:
         rows = perl.load_samples(SAMPLES / "test.jsonl" if name == "digits" else name)
     n, questions = min(args.limit or len(rows), len(rows)), {}
-    for number in (k * len(rows) // n for k in range(n)):
+    for k in range(n):
+        number = k * len(rows) // n
         question = Question(rows[number], "text")
         if name in ADAPTERS:
             question = ADAPTERS[name](rows[number], number, place)
@@ -381,8 +384,9 @@ def find_data(benchmark: Benchmark, data_dir: str) -> Path:
     folder = Path(data_dir, benchmark.hub.split("/")[1])
     if not data_dir:
         from huggingface_hub import snapshot_download as download  # needed here only
-        images = ["*.zip", "*.jpg", "*.png"] if benchmark.has_paths else []
-        wanted = [benchmark.files.removeprefix("**/")] + images
+        wanted = [benchmark.files.replace("**/", "*")]  # NOTE: this "*" matches "/", too
+        if benchmark.has_paths:
+            wanted += ["*.zip", "*.jpg", "*.jpeg", "*.png"]
         try:
             folder = Path(download(benchmark.hub, repo_type="dataset", allow_patterns=wanted))
         except OSError as error:
@@ -407,45 +411,41 @@ def read_rows(folder: Path, files: str) -> list[dict]:
     return rows
 
 @functools.lru_cache(maxsize=4)
-def files_by_name(folder: Path) -> dict[str, list[str]]:
-    """All files in a folder and below, by their last name."""
+def files_by_ending(folder: Path) -> dict[str, str]:
+    """The files in a folder and below, by any ending of their path: "x/0.jpg", "0.jpg"."""
     files = {}
     for path in sorted(folder.rglob("*.*")):
-        files.setdefault(path.name, []).append(str(path))
+        names = path.relative_to(folder).parts
+        for k in range(len(names)):
+            files.setdefault("/".join(names[k:]), str(path))
     return files
 
 def place_image(image, folder: Path | None, cache: Path) -> str:
-    """An image of a row -> a file to open: that in `folder` whose path ends like it, or an
-    RGB copy in `cache`, transparent parts white. No image: the name of no file."""
+    """An image of a row -> a file: that in `folder` whose path ends like it, or a copy in
+    `cache`. No image: the name of no file."""
     if isinstance(image, str) and image:
-        found = files_by_name(folder).get(Path(image).name, [])
-        ending = "/" + os.path.normpath(image).lstrip("/")
-        exact = [path for path in found if path.endswith(ending)]
-        return (exact or found)[0] if exact or len(found) == 1 else str(folder / image)
+        ending = os.path.normpath(image).lstrip("/")
+        return files_by_ending(folder).get(ending, str(folder / image))
     if not image:
         return "missing image"
     content = image["bytes"] or Path(image["path"]).read_bytes()
-    target = cache / f"{hashlib.sha1(content).hexdigest()}.png"
+    target = cache / hashlib.sha1(content).hexdigest()
     if not target.exists():
-        try:
-            picture = perl.read_image(io.BytesIO(content))
-            cache.mkdir(parents=True, exist_ok=True)
-            temporary = cache / f"{target.stem}-{os.getpid()}.png"
-            picture.save(temporary)
-            os.replace(temporary, target)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            pass
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / f"{target.name}-{os.getpid()}"
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
     return str(target)
 
 # ---- Scoring ---------------------------------------------------------------------------
 
 def grade_row(row: dict) -> tuple[str | None, bool]:
-    """A line of samples.jsonl -> the answer found in the response, whether it is right."""
+    """A line of samples.jsonl -> the answer found in the response, and is it right?"""
     rule, gold, response = row["rule"], row["gold"], row["response"]
     if rule == "choice":
-        letter = extract_choice(response, row["options"])
-        texts = {name: option or name for name, option in zip(LETTERS, row["options"])}
-        return letter, letter is not None and texts[letter] == texts.get(gold)  # or a twin
+        letter, texts = extract_choice(response, row["options"]), dict(zip(LETTERS, row["options"]))
+        is_twin = bool(texts.get(letter)) and texts[letter] == texts.get(gold)
+        return letter, letter == gold or is_twin
     answer = extract_answer(response)
     if answer is None:
         return None, False
@@ -455,7 +455,7 @@ def grade_row(row: dict) -> tuple[str | None, bool]:
     if rule.startswith("remi"):
         return answer, remi_right(rule.split()[1], answer, gold)
     if rule == "list":
-        return answer, re.findall(r"-?[\d.]*\d", answer) == re.findall(r"-?[\d.]*\d", gold)
+        return answer, NUMBER.findall(answer) == NUMBER.findall(gold)
     if rule == "letters":
         return answer, set(re.findall(r"\b[A-Z]\b", answer)) == set(gold.split())
     if rule == "parts":
@@ -470,48 +470,52 @@ def to_number(text: str) -> float | None:
                          r"(?:[%°]|\^circ|[a-zA-Z²³][\w/^²³.]*)?", text)
     return float(match[1]) / int(match[2] or 1) if match else None
 
+PART_LABEL = r"[（(]\s*[1-9]\s*[)）]"
+NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
 POWER = r"(?:\s*\^\s*\{?[23]\}?|[²³])?"
 UNIT = re.compile(
     rf"(?i)(?:\b|(?<=[\d\s}})]))(?:[kcmd]?m|m?l|k?g)(?:\s*/\s*[hs])?{POWER}\s*$"
     rf"|\b(?:square |cubic )?(?:units?|[a-z]*(?:met|lit)(?:re|er)s?){POWER}\s*$"
     r"|(?:\^?\s*\{?\\circ\}?|°)\s*T?\s*$|\\?%\s*$")
+SYMBOL = r"(?<![a-zA-Z])([kcmd]?m|m?l|k?g)\s*\}?\s*(?:\^\s*\{?([-\d]+))?[}\s.]*$"  # cm, cm^{2}
 
 def bare_value(text: str) -> str:
-    r"""Without left side and unit: "Area $=9 \pi \mathrm{~cm}^{2}$" -> "9 \pi"."""
-    text = plain(text.replace("掳", "°").replace("$", "").replace("~", " "))  # mojibake
+    r"""Without left side and unit: "Area =9 \pi \mathrm{~cm}^{2}" -> "9 \pi"."""
+    text = plain(text.replace("~", " "))
     text = re.sub(r"^([^=]*)=\s*([a-z])$", r"\2=\1", text)  # "5 = s"
-    text = re.sub(r"^[\w.\\(){}, ]*=(?=\s*\S)", "", text)
+    text = re.sub(r"^(?!\d)[\w.\\(){}, ]*=(?=\s*\S)", "", text)  # but "2 x =" stays
     return UNIT.sub("", text).lstrip(" ,;").rstrip(" \\,;")
-
-LEFT_SIDE = re.compile(r"^\W*([a-z](?:_\w+)?)\s*=")
 
 def same_value(answer: str, gold: str) -> bool:
     """same_answer, where the left side ("Area =") and the unit may be missing."""
-    answer, gold = (re.sub(r"\\[][]", "", text) for text in (answer, gold))  # of display math
-    if len({*LEFT_SIDE.findall(answer), *LEFT_SIDE.findall(gold)}) > 1:  # x = 0, y = 0
-        return False
+    # Signs of math amid a text end the parsing there; then mojibake, a Chinese comma.
+    for old, new in (("\\[", ""), ("\\]", ""), ("$", ""), ("掳", "°"), ("、", ","), ("；", ";")):
+        answer, gold = answer.replace(old, new), gold.replace(old, new)
+    # Another number or small letter on the left (y_2, y_3; x, y), or unit (cm^2, cm^3; m, cm).
+    for pattern in (r"\d(?=[^=]*=)", r"^\W*([a-z])\s*=", SYMBOL):
+        mine, wanted = (sorted(re.findall(pattern, text)) for text in (answer, gold))
+        if mine and wanted and mine != wanted:
+            return False
     value, gold_value = bare_value(answer), bare_value(gold)
-    mine, wanted = (re.findall(r"-?\d+(?:\.\d+)?", text) for text in (value, gold_value))
-    if mine != wanted and re.search(r"(?i)(?<![\\\w])[a-z]{4}", gold_value):  # among words
-        return False
+    # Of words and of a chain of equations math-verify reads a part.
+    if re.search(r"(?i)(?<![\\\w])[a-z]{4}", gold_value) or gold.count("=") > 1:
+        if NUMBER.findall(value) != NUMBER.findall(gold_value):
+            return False
     return same_answer(answer, gold) or value != "" and same_answer(value, gold_value)
 
 def remi_right(task: str, answer: str, label: str) -> bool:
     """ReMI's own rules: lower case, nothing behind a %, a tolerance for each task."""
-    answer, label = (plain(text).lower().split("%")[0].replace("\\", "").strip()
-                     for text in (answer, label))
+    answer = plain(answer).lower().split("%")[0].replace("\\", "").strip()
+    label = plain(label).lower().split("%")[0].replace("\\", "").strip()
     if label in ("0", "1"):
         answer = {"yes": "1", "no": "0"}.get(answer, answer)
     if task == "RefCoco":
         return answer in re.split(r"\s*,\s*", label)
     mine, gold = to_number(answer), to_number(label)
     if mine is None or gold is None:  # "f(x)" is the function f
-        mine, gold = (re.sub(r"[\s()]", "", text) for text in (answer, label))
-        return re.sub("^([fgh])x$", r"\1", mine) == re.sub("^([fgh])x$", r"\1", gold)
+        return re.sub(r"(?<=^[fgh])\(x\)$|[\s()]", "", answer) == re.sub(r"[\s()]", "", label)
     bounds = {"Clocks": 10, "GeomShape": 0.03 * abs(gold), "GeomCost": 0.03 * abs(gold)}
     return abs(mine - gold) <= bounds.get(task, 0.01 * abs(gold)) + 1e-9
-
-PART_LABEL = r"[（(]\s*[1-9]\s*[)）]"
 
 def skeleton(text: str) -> str:
     """A text without space, $ and labels, its separators alike: what any copy keeps."""
@@ -521,12 +525,11 @@ def skeleton(text: str) -> str:
 def all_parts_right(response: str, gold: str) -> bool:
     """A multi-step question: its parts labeled "(1)", "(2)", in a box each, or in a list."""
     stated, visible = extract_answer(response), response.rpartition("</think>")[2]
-    boxed = map(last_boxed, re.split(r"(?=\\boxed)", visible))
-    listed = re.split(r"[,，;；](?![^(\[{]*[)\]}])", stated)
+    boxes = map(last_boxed, re.split(r"(?=\\boxed)", visible))
+    items = re.split(r"[,，;；](?![^(\[{]*[)\]}])", stated)
     wanted = list(filter(skeleton, re.split(PART_LABEL, gold)))
-    labeled = filter(skeleton, re.split(PART_LABEL, stated))
-    for given in (labeled, filter(None, boxed), listed):
-        given = [part.strip(" ;；,，.。\n") for part in given]
+    for parts in (re.split(PART_LABEL, stated), filter(None, boxes), items):
+        given = list(filter(skeleton, parts))
         if skeleton(";".join(given)) == skeleton(gold):
             return True
         if len(given) == len(wanted) and all(map(same_value, given, wanted)):
@@ -568,38 +571,36 @@ def bootstrap(values: dict[str, list[float]], mean: str = "questions") -> list[f
 
 def summary(column: list[float]) -> dict:
     """Mean, interval and number of a column of values."""
-    values = {"": column}
-    return {"value": average(values), "interval": bootstrap(values), "n": len(column)}
+    return {"value": average({"": column}), "interval": bootstrap({"": column}), "n": len(column)}
 
-MEASURES = ("mean", "worst", "best", "bias", "same choice", "flip", "unread", "control", "rstd",
-            "first - last")
+MEASURES = ("mean", "worst", "best", "bias", "same choice", "flip", "unread", "control",
+            "rstd", "first - last")
 
 def order_measures(groups: list[list[dict]]) -> dict:
-    """How answers depend on image order, from graded rows, one an order; one that is missing is
-    wrong. Example: right in 3 of 4 orders -> mean .75, worst 0, best 1, bias 1. flip: different
-    choices in six orders; unread: not all could be read; control: flips of one order."""
-    values, control, by_place = [], [], {}
+    """From graded rows, one an order, a missing one wrong: 3 of 4 right -> mean .75, worst 0,
+    best 1, bias 1. flip: different choices in 6 orders; control: the same in one order."""
+    columns, by_place = {}, {}  # measure -> a value a question; position -> which are right
     for rows in groups:
         n = rows[0]["orders"]
-        asked, missing = rows[:n], n - len(rows[:n])
-        right = [row["right"] for row in asked] + [False] * missing
-        picks = list(map(picked, asked)) + [None] * missing
-        values.append([
-            sum(right) / n, min(right), max(right),
-            max(right) - min(right),  # the paper's p(x_max) - p(x_min), A.5
-            len(set(picks)) == 1 and None not in picks,
-            len(set(picks[:6]) - {None}) > 1, None in picks[:6]])
-        if rows[n:]:
-            control.append(len(set(map(picked, rows[n:n + 6])) - {None}) > 1)
+        asked, again = rows[:n], rows[n:n + 6]
+        right = [row["right"] for row in asked] + [False] * (n - len(asked))
+        picks = list(map(picked, asked)) + [None] * (n - len(asked))
+        values = {
+            "mean": sum(right) / n, "worst": min(right), "best": max(right),
+            "bias": max(right) - min(right),  # the paper's p(x_max) - p(x_min), A.5
+            "same choice": len(set(picks)) == 1 and None not in picks,
+            "flip": len(set(picks[:6]) - {None}) > 1, "unread": None in picks[:6]}
+        if again:
+            values["control"] = len(set(map(picked, again)) - {None}) > 1
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
         for row in asked:
             if row["order_rule"] in ("letter", "index"):
                 right_image, = picked(row | {"answer": row["gold"]})
                 place = row["order"].index(right_image) + 1
                 by_place.setdefault(place, []).append(row["right"])
-    measures = {name: summary(column) for name, column in zip(MEASURES, map(list, zip(*values)))}
-    if control:
-        measures["control"] = summary(control)
-    places = {str(place): summary(column) for place, column in sorted(by_place.items())}
+    measures = {name: summary(column) for name, column in columns.items()}
+    places = {str(place): summary(by_place[place]) for place in sorted(by_place)}
     accuracies = [place["value"] for place in places.values()]
     if accuracies:
         measures["rstd"] = {"value": round(statistics.pstdev(accuracies), 6)}
@@ -611,14 +612,14 @@ def graded_groups(folder: Path) -> list[list[dict]]:
     groups = {}
     for row in perl.read_lines(folder / "samples.jsonl"):
         row["answer"], row["right"] = (None, False) if row["error"] else grade_row(row)
-        groups.setdefault(row["id"], {})[row["turn"], row["k"]] = row
+        groups.setdefault(row["id"], {})[row["turn"], row["k"]] = row  # the last of its kind
     return [[rows[key] for key in sorted(rows)] for _, rows in sorted(groups.items())]
 
 def score(folder: Path) -> dict:
     """Grade a run folder and write results.json: a function of the two files beside it."""
     config = json.loads((folder / "config.json").read_text())
     benchmark = BENCHMARKS.get(config["benchmark"], BENCHMARKS["digits"])
-    groups = graded_groups(folder)
+    mean, groups = benchmark.mean, graded_groups(folder)
     as_given = {task: [] for task in config["tasks"]}
     permuted, rotated, rows = [], [], sum(groups, [])
     for group in groups:
@@ -632,13 +633,13 @@ def score(folder: Path) -> dict:
     for task, n in config["tasks"].items():
         as_given[task] += [False] * (n - len(as_given[task]))  # without a row: wrong
     result = {
-        "score": average(as_given, benchmark.mean), "interval": bootstrap(as_given, benchmark.mean),
+        "score": average(as_given, mean), "interval": bootstrap(as_given, mean),
         "over questions": average(as_given), "over tasks": average(as_given, "tasks"),
         "n": config["n"], "expected": benchmark.rows or config["n"],
         "missing": config["n"] - len(groups), "errors": sum(row["error"] != "" for row in rows),
         "unparsed": sum(row["answer"] is None and not row["error"] for row in rows),
         "truncated": sum(row["truncated"] for row in rows),
-        "tasks": {task: summary(column) for task, column in sorted(as_given.items())},
+        "tasks": {task: summary(as_given[task]) for task in sorted(as_given)},
         "orders": order_measures(permuted) if permuted else {},
         "all rotations": summary(rotated) if rotated else {}, "config": config}
     perl.write_atomic(folder / "results.json", json.dumps(result, indent=1))
@@ -665,12 +666,12 @@ def plan(question: Question, cap: int, processor, cfg, args) -> list[Question]:
     try:
         length = prompt_length(question.sample, processor)
         problem = f"{length} tokens" if length > cfg.max_prompt_tokens else ""
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         problem = f"image: {error}"
     orders = all_orders(question.sample, cap)
-    is_sampled = args.temperature > 0 and len(orders) > 1  # which alone changes answers
-    control = orders[:1] * len(orders) if is_sampled else []
-    planned = [question._replace(orders=orders + control, problem=problem)]
+    if args.temperature > 0 and len(orders) > 1:  # the same-order control
+        orders = orders + orders[:1] * len(orders)
+    planned = [question._replace(orders=orders, problem=problem)]
     for turn in range(1, len(question.options) if args.rotate_options else 0):
         rotated = rotate(planned[0], turn)
         if rotated is not None:
@@ -688,9 +689,9 @@ def answer_chunk(model, processor, chunk: list[Question], cfg, greedy) -> list[d
         rollouts = [None] * len(q.orders) if q.problem else next(answered)
         for k, (order, rollout) in enumerate(zip(q.orders, rollouts)):
             rows.append({
-                "id": q.sample.id, "turn": q.turn, "k": k, "order": order, "error": q.problem,
-                "orders": len(set(q.orders)), "task": q.sample.source, "rule": q.rule,
-                "options": q.options, "gold": permute(q.sample, order).answer,
+                "id": q.sample.id, "turn": q.turn, "k": k, "order": order,
+                "error": q.problem, "orders": len(set(q.orders)), "task": q.sample.source,
+                "rule": q.rule, "options": q.options, "gold": permute(q.sample, order).answer,
                 "order_rule": q.sample.order_rule, "movable": q.sample.movable,
                 "response": rollout.text if rollout else "",
                 "truncated": rollout is not None and rollout.truncated})
@@ -709,8 +710,8 @@ def open_folder(folder: Path, config: dict, accelerator) -> set[tuple]:
     saved = json.loads(path.read_text())
     for name, value in config.items():
         if saved.get(name) != value:
-            raise SystemExit(f"{folder}: {name} was {saved.get(name)!r} and is {value!r} now; "
-                             "remove the folder or choose another --out")
+            raise SystemExit(f"{folder}: {name} was {saved.get(name)!r} and is {value!r} "
+                             "now; remove the folder or choose another --out")
     return {(row["id"], row["turn"], row["k"]) for row in perl.read_lines(samples)}
 
 def run_benchmark(name: str, model, processor, weights: str, cfg, args, folder: Path,
@@ -718,7 +719,7 @@ def run_benchmark(name: str, model, processor, weights: str, cfg, args, folder: 
     """Ask all questions of a benchmark to which the folder has no answers yet."""
     with accelerator.main_process_first():
         questions = load_benchmark(name, args)
-    samples = [question.sample for question in questions]
+    samples, planned, todo = [question.sample for question in questions], [], []
     content = json.dumps([[s.id, s.question, s.answer] for s in samples])
     cap = args.orders or (24 if name == "digits" else 1)
     config = {
@@ -727,8 +728,9 @@ def run_benchmark(name: str, model, processor, weights: str, cfg, args, folder: 
         "temperature": args.temperature, "questions": hashlib.sha1(content.encode()).hexdigest(),
         "tasks": Counter(sample.source for sample in samples)}
     config |= {key: getattr(cfg, key) for key in KEPT_SETTINGS[:4]}
-    done, todo = open_folder(folder, config, accelerator), []
-    planned = sum((plan(question, cap, processor, cfg, args) for question in questions), [])
+    done = open_folder(folder, config, accelerator)
+    for question in questions:
+        planned += plan(question, cap, processor, cfg, args)
     for chunk in perl.fill(planned, lambda c: sum(len(q.orders) for q in c) <= cfg.rollout_batch):
         wanted = {(q.sample.id, q.turn, k) for q in chunk for k in range(len(q.orders))}
         if not wanted <= done:
@@ -744,12 +746,12 @@ def run_benchmark(name: str, model, processor, weights: str, cfg, args, folder: 
 
 def percent(value: float, interval=()) -> str:
     """0.5, (0.4, 0.6) -> "50.0 [40.0, 60.0]"."""
-    low, high = interval or (0, 0)
-    return f"{100 * value:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if interval else "")
+    bounds = [f"{100 * bound:.1f}" for bound in interval]
+    return f"{100 * value:.1f} [{', '.join(bounds)}]" if bounds else f"{100 * value:.1f}"
 
 def table(rows: list[list]) -> str:
     """Rows, the first a heading, as an aligned Markdown table."""
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
@@ -782,18 +784,17 @@ def compare(folder_a: Path, folder_b: Path) -> str:
     for folder in sorted(path.parent for path in folder_a.glob("*/samples.jsonl")):
         mean = BENCHMARKS.get(folder.name, BENCHMARKS["digits"]).mean
         in_b = {group[0]["id"]: group for group in graded_groups(folder_b / folder.name)}
-        columns = [{}, {}, {}, {}, {}]  # A, B, gains: {task: a value a question}
+        columns, n = [{}, {}, {}, {}, {}], 0  # columns: {task: a value a question}
         for group in graded_groups(folder):
-            if group[0]["id"] not in in_b:
-                continue
-            others = in_b[group[0]["id"]]
-            a = [row["right"] for row in group[:group[0]["orders"]]]
-            b = [row["right"] for row in others[:others[0]["orders"]]]
-            gains = b[0] - a[0], sum(b) / len(b) - sum(a) / len(a), min(b) - min(a)
-            for column, value in zip(columns, (a[0], b[0], *gains)):
-                column.setdefault(group[0]["task"], []).append(value)
-        if columns[0]:
-            n = sum(map(len, columns[0].values()))
+            first, other = group[0], in_b.get(group[0]["id"], [])
+            a = [row["right"] for row in group if row["turn"] == 0][:first["orders"]]
+            b = [row["right"] for row in other if row["turn"] == 0][:first["orders"]]
+            if a and b:
+                n += 1
+                gains = b[0] - a[0], statistics.mean(b) - statistics.mean(a), min(b) - min(a)
+                for column, value in zip(columns, (a[0], b[0], *gains)):
+                    column.setdefault(first["task"], []).append(value)
+        if n:
             cells = [percent(average(column, mean)) for column in columns[:2]]
             for gain in columns[2:]:
                 cells.append(percent(average(gain, mean), bootstrap(gain, mean)))
@@ -866,8 +867,7 @@ def count_flops(config, cfg, shape: list[int]) -> tuple[dict, dict]:
 
 def time_step(cfg, shape: list[int]) -> dict[str, float]:
     """Seconds of sampling and update, and this process's peak memory in MB."""
-    if cfg.cpu_threads:
-        torch.set_num_threads(cfg.cpu_threads)
+    torch.set_num_threads(cfg.cpu_threads or torch.get_num_threads())
     accelerator, processor = Accelerator(), perl.load_processor(cfg.model, cfg)
     processor.banned_ids += processor.eos_ids  # responses of full length
     model = perl.load_model(cfg.model, cfg, accelerator.device)
@@ -881,8 +881,8 @@ def time_step(cfg, shape: list[int]) -> dict[str, float]:
     for rollout, ids in zip(rollouts, sum(responses, [])):
         rollout.ids = ids
     perl.update(model, None, optimizer, processor, [rollouts], cfg, accelerator)
-    ended, peak_mb = time.time(), 1e3 * perl.peak_gb()
-    return {"sample": sampled - start, "update": ended - sampled, "peak_mb": peak_mb}
+    return {"sample": sampled - start, "update": time.time() - sampled,
+            "peak_mb": 1e3 * perl.peak_gb()}
 
 def time_apart(cfg, shape: list[int]) -> dict[str, float]:
     """time_step in a process of its own, out of reach of a terminal's Ctrl-C."""
@@ -900,8 +900,8 @@ def step_cost(args, perl_flags: list[str]) -> None:
         "--max-tokens-per-micro-batch", "16384", "--updates-per-step", "1", "--beta", "0",
         "--no-gradient-checkpointing", *perl_flags])
     if min(shape) < 1 or shape[2] <= shape[0] or cfg.max_new_tokens < 3:
-        raise SystemExit(f"--step-cost: {shape}: it takes images of one token or more, more "
-                         "text tokens than images, and --max-new-tokens of 3 or more")
+        raise SystemExit("--step-cost: images and tokens from 1, more text tokens than images, "
+                         "--max-new-tokens from 3")
     config = perl.load_pretrained(transformers.AutoConfig, cfg.model)
     config = QWEN_7B if cfg.model == "tiny" else config
     parts, row = {}, {}  # parts: {"flops_shared": {"vision": .., ..}, ..}
@@ -957,8 +957,7 @@ def ask_and_report(args) -> None:
     out = Path(args.out, "-".join(parts[-n_names:]))
     if not args.score_only:
         cfg = settings(args)
-        if cfg.cpu_threads:
-            torch.set_num_threads(cfg.cpu_threads)
+        torch.set_num_threads(cfg.cpu_threads or torch.get_num_threads())
         processor = perl.load_processor(args.model, cfg)
         model = perl.load_model(args.model, cfg, accelerator.device)
         starts = [w.detach().flatten()[:64].float().tolist() for w in model.parameters()]
@@ -983,8 +982,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.compare:
             print(compare(*map(Path, args.compare)))
         elif args.page:
-            sys.path.append(str(SAMPLES))
-            import page  # data_samples/page.py, needed here only
+            from data_samples import page  # needed here only
             print(f"wrote {page.write(Path(args.page))}")
         elif args.time_step:
             cfg, shape = json.loads(args.time_step)
