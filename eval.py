@@ -296,9 +296,11 @@ def from_mmiu(row: dict, number: int, place) -> Question:
     return make_question(f"{task}-{number}", images, text, gold, "choice", options, task)
 
 def from_remi(row: dict, number: int, place) -> Question:
-    """ReMI: tags <image1> in the text. Where the gold is 0 or 1, no or yes is right, too."""
+    """ReMI: tags <image1> in the text."""
     text, images = place_tags(row["question"], numbered_images(row, place))
     gold, task = row["label"], row["task"]
+    if task in ("Collisions", "Isomorphism"):
+        text += " If it is a yes or no question, answer 0 for no and 1 for yes."
     return make_question(f"{task}-{number}", images, text, gold, f"remi {task}", (), task)
 
 def from_mv_math(row: dict, number: int, place) -> Question:
