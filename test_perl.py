@@ -3212,19 +3212,23 @@ def test_the_report_stands_beside_the_paper():
 
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory):
-    """A run of two steps with a kept and a dropped group, whose texts try to break out."""
+    """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
+    held-out question asked at steps 0 and 1."""
     run = tmp_path_factory.mktemp("paged") / "run"
     Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
     run.mkdir()
     (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
     shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0)
+                  format=1.0, order_rule="index", movable=[0, 1], held_out=False)
     hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
     rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
                           reward=right, advantage=2 * right - 1)
             for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
     rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
                               reward=1.0, advantage=0.0))
+    rows += [shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
+                           accuracy=step, reward=step, advantage=0.0, held_out=True)
+             for step in (0, 1)]
     write_rows(run / "rollouts.jsonl", *rows)
     write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
                dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
@@ -3238,21 +3242,43 @@ def test_a_page_needs_nothing_else(paged):
     assert "<b>bold" not in text and text.count("</script>") == 1
     data = json.loads(re.search(r"const DATA = (.*);", text)[1])
     assert [(group["verdict"], group["mean"], len(group["orders"])) for group in data["groups"]] == [
-        ("kept", 0.5, 2), ("all_right", 1.0, 1)]
+        ("kept", 0.5, 2), ("all_right", 1.0, 1), ("flat", 0.5, 1)]
+    assert [row["step"] for row in data["groups"][2]["orders"][0]] == [0, 1], "through the run"
+    assert [order[0]["right_image"] for order in data["groups"][0]["orders"]] == [0, 1]
     red, gone = data["images"].values()
     with Image.open(io.BytesIO(base64.b64decode(red.partition(",")[2]))) as image:
         assert image.width == 256 and gone == ""
 
-def test_the_page_in_a_browser(paged, tmp_path):
-    """Its script runs: curves are drawn, the group is shown, and model text is text."""
+def in_browser(page, profile, width):
+    """The page as Chromium has it after its script ran."""
     browser = shutil.which("chromium") or pytest.skip("no chromium")
     flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-             f"--disable-component-update --disable-sync --user-data-dir={tmp_path} --dump-dom")
-    shown = subprocess.run([browser, *flags.split(), f"file://{paged}"], capture_output=True,
-                           text=True, timeout=60).stdout
+             f"--disable-component-update --disable-sync --user-data-dir={profile} --dump-dom "
+             f"--window-size={width},800")
+    return subprocess.run([browser, *flags.split(), f"file://{page}"], capture_output=True,
+                          text=True, timeout=60).stdout
+
+def test_the_page_in_a_browser(paged, tmp_path):
+    """Its script runs: curves are drawn, the group is shown, and model text is text."""
+    shown = in_browser(paged, tmp_path, 1200)
     assert shown.count("<svg") == 6 and "<title>PeRL run</title>" in shown
-    assert "order 2, 1: 1 of 1 right" in shown and "mean reward 0.500" in shown
+    assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
     assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
+    assert shown.count('class="right"') == 2, "the right image is framed in both orders"
+
+def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
+    """Arrow keys go through the groups, to the held-out question; nothing sticks out."""
+    keys = """<script>
+      for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
+        document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+      document.title = document.documentElement.scrollWidth + " of " + innerWidth;
+    </script>"""
+    page = tmp_path / "keys.html"
+    page.write_text(paged.read_text() + keys)
+    shown = in_browser(page, tmp_path / "profile", 400)
+    assert "Held-out question h" in shown and "step 1: right" in shown
+    width, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
+    assert width <= screen <= 500
 
 def test_a_page_of_no_run_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="no metrics.jsonl of a training run"):

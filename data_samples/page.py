@@ -1,5 +1,5 @@
-"""What `python eval.py --page RUN` writes: RUN/page.html, one file with a run's curves and its logged
-groups of rollouts, images included. page.html beside this file is the page without the data."""
+"""What `python eval.py --page RUN` writes: RUN/page.html, one file with a run's curves and its
+logged groups, images included. page.html beside this file is the page without the data."""
 import base64
 import io
 import json
@@ -17,10 +17,11 @@ def write(run: Path) -> Path:
     if not metrics:
         raise SystemExit(f"--page {run}: no metrics.jsonl of a training run there")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    by_step = {}
+    by_group = {}  # a held-out question is one group through all steps
     for row in rows:
-        by_step.setdefault(row["step"], []).append(row)
-    groups = [describe(group, perl.Config(**config)) for group in by_step.values()]
+        step = "held-out" if row.get("held_out") else row["step"]
+        by_group.setdefault((step, row["id"]), []).append(row)
+    groups = [describe(group, perl.Config(**config)) for group in by_group.values()]
     images = {path: as_data(path) for row in rows for path in row["images"]}
     data = {"run": run.name, "config": config, "metrics": metrics, "groups": groups,
             "images": images}
@@ -36,10 +37,13 @@ def describe(rows: list[dict], cfg: perl.Config) -> dict:
     rewards = [row["reward"] for row in rows]
     orders = {}
     for row in rows:
-        orders.setdefault(tuple(row["order"]), []).append(row)
+        position_of = perl.ORDER_RULES[row.get("order_rule", "keep")].position_of
+        right = position_of(row["gold"], SimpleNamespace(**row)) if position_of else -1
+        orders.setdefault(tuple(row["order"]), []).append(row | {"right_image": right})
     verdict = perl.verdict([SimpleNamespace(**row) for row in rows], cfg)
     return {"step": rows[0]["step"], "id": rows[0]["id"], "orders": list(orders.values()),
-            "mean": fmean(rewards), "deviation": pstdev(rewards), "verdict": verdict}
+            "held_out": rows[0].get("held_out", False), "mean": fmean(rewards),
+            "deviation": pstdev(rewards), "verdict": verdict}
 
 def as_data(path: str) -> str:
     """An image, at most 256 pixels wide and high, as the page's own; empty if it is gone."""
