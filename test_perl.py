@@ -3567,6 +3567,31 @@ def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, 
     with pytest.raises(SystemExit, match="begun with other sources"):
         run_curate(copies, out, sources=["mmk12"])
 
+def test_a_label_that_a_model_disputes_is_never(copies, curated, tmp_path, monkeypatch):
+    """A stub says that images are options and that order matters: only `letter` is so. A
+    killed run does not ask again; the tiny model, which knows none of this, agrees with none."""
+    asked = []
+
+    def says_yes(model, processor, samples, orders, n, cfg, greedy):
+        asked.extend(samples)
+        assert greedy and n == 1 and all(order == [tuple(range(len(s.images)))]
+                                         for s, order in zip(samples, orders))
+        return [[SimpleNamespace(accuracy=float(s.answer == "Yes"))] for s in samples]
+
+    monkeypatch.setattr(perl, "sample_groups", says_yes)
+    out = run_curate(copies, tmp_path / "out", "--label-with", "tiny")
+    rules = Counter((s.source, s.order_rule) for s in perl.load_samples(out / "train.jsonl"))
+    assert rules == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6,
+                     ("mmk12", "never"): 4, ("geometry3k", "never"): 3}
+    assert len(asked) == 2 * 12 and "options to choose from" in asked[1].question
+    assert "| never, not keep | all |" in (out / "REPORT.md").read_text()
+    before = (out / "train.jsonl").read_bytes()
+    run_curate(copies, out, "--label-with", "tiny")
+    assert len(asked) == 2 * 12 and (out / "train.jsonl").read_bytes() == before
+    monkeypatch.undo()
+    out = run_curate(copies, tmp_path / "real", "--label-with", "tiny", sources=["mantis:iconqa"])
+    assert {s.order_rule for s in perl.load_samples(out / "train.jsonl")} == {"never"}
+
 @table("sources, message", [
     (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
     (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources of one name"),

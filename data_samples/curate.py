@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import perl  # noqa: E402  (found through the line above)
 from eval import listed_options  # noqa: E402
-from order_rules import IMAGE, gold_of, infer_label, score_labels  # noqa: E402
+from order_rules import IMAGE, LabelJudge, gold_of, infer_label, score_labels  # noqa: E402
 from pictures import (  # noqa: E402
     Dropped, NearIndex, decode, draw_ten, near_hash, pixel_name, store_image)
 
@@ -349,6 +349,26 @@ def text_of(record: dict) -> str:
 def kept(records: list[dict]) -> list[dict]:
     return [record for record in records if "rule" not in record]
 
+def judge_labels(records: list[dict], args, work: Path) -> None:
+    """Labels that the model of --label-with does not agree with become never."""
+    judge, log = LabelJudge(args.label_with), work / "judged.jsonl"
+    rows = perl.read_lines(log)
+    perl.write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
+    agrees = {row["id"]: row["agrees"] for row in rows}
+    for record in records:
+        sample = record["sample"]
+        if sample["order_rule"] == "never":
+            continue
+        if sample["id"] not in agrees:
+            parsed = perl.parse_sample(json.dumps(sample).encode(), args.out, sample["id"])
+            agrees[sample["id"]] = judge.agrees(parsed)
+            perl.append_line(log, {"id": sample["id"], "agrees": agrees[sample["id"]]})
+        if not agrees[sample["id"]]:
+            record["disputed"] = f"never, not {sample['order_rule']}"
+            sample["order_rule"] = "never"
+            sample.pop("movable", None)
+    print(f"{args.label_with} agrees with {sum(agrees.values())} of {len(agrees)} labels")
+
 # ---- Report ----------------------------------------------------------------------------
 
 def cross_table(pairs: list[tuple], name: str) -> str:
@@ -370,7 +390,8 @@ def report(records: list[dict], sources: list[str]) -> str:
         text = " ".join(s["question"].split())
         ten.append(f"{k}. `{s['id']}`, {s['order_rule']}, answer `{s['answer']}`: `{text}`")
     images = [(s["source"], len(s["images"])) for s in samples]
-    rules = [(s["source"], s["order_rule"]) for s in samples]
+    rules = [(record["sample"]["source"], record.get("disputed", record["sample"]["order_rule"]))
+             for record in kept(records)]
     return "\n\n".join([
         f"# {len(samples)} of {len(records)} questions of {', '.join(sources)}",
         "## What became of the rows", cross_table(fates, "rule"),
@@ -407,6 +428,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "Mantis-Instruct/CONFIG, MMK12, NAME in it, with the Hub's files")
     parser.add_argument("--against", type=Path, action="append", default=[],
                         help="folder of benchmarks' files; what they hold is dropped")
+    parser.add_argument("--label-with", default="", metavar="MODEL",
+                        help="a model judges the order labels too; where it disagrees, never")
     parser.add_argument("--score-labels", action="store_true",
                         help="score the order labels on order_labels.jsonl, and stop")
     args = parser.parse_args(argv)
@@ -419,7 +442,7 @@ def open_work(args) -> Path:
     work = args.out / ".work"
     files = ("curate.py", "order_rules.py", "pictures.py")
     code = [Path(HERE, name).read_bytes() for name in files]
-    settings = {"sources": args.sources, "data_dir": args.data_dir,
+    settings = {"sources": args.sources, "data_dir": args.data_dir, "judge": args.label_with,
                 "code": hashlib.sha1(b"".join(code)).hexdigest()}
     path = work / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
@@ -457,6 +480,8 @@ def main(argv: list[str] | None = None) -> None:
     drop_twins(kept(records))
     if not kept(records):
         raise SystemExit(f"no question is left of {len(records)}; see {work}")
+    if args.label_with:
+        judge_labels(kept(records), args, work)
     write_results(records, args)
     print(f"{len(kept(records))} of {len(records)} questions are in {args.out / 'train.jsonl'}; "
           f"{args.out / 'REPORT.md'} says what became of the others")

@@ -19,12 +19,15 @@ were wrong. Lists of words do not end; so what is asked of unnamed images must a
 are meant (SEVERAL) and ask what they show (SHOWN). All of `attack` is right or never now, which
 says nothing about the next round.
 """
+import dataclasses
 import json
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -313,6 +316,33 @@ def gold_of(answer: str, question: str, n_images: int) -> str:
     if name:
         return str(image_number(name)) if image_number(name) <= n_images else ""
     return text.strip("$ ") or text
+
+# ---- A model as second judge (--label-with) --------------------------------------------
+
+WOULD_CHANGE = ("If the images stood in another order, and the text spoke of them by their new "
+                "numbers, would the right answer to it be another one?")
+ARE_OPTIONS = "Are the images themselves the options to choose from?"
+
+class LabelJudge:
+    """Asks a local model the paper's two questions about a label, in perl.py's format."""
+    def __init__(self, name: str):
+        self.cfg = perl.parse_config(["--model", name])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.processor = perl.load_processor(name, self.cfg)
+        self.model = perl.load_model(name, self.cfg, device)
+
+    def agrees(self, sample: perl.Sample) -> bool:
+        """Whether the model says of both questions what the label says; no answer is a no."""
+        follows, are_options = sample.order_rule != "keep", sample.order_rule == "letter"
+        asked = []
+        for text, holds in ((WOULD_CHANGE, follows), (ARE_OPTIONS, are_options)):
+            question = f"{sample.question}\n\nThis is about the question above. {text} Yes or no?"
+            asked.append(dataclasses.replace(sample, question=question, order_rule="never",
+                                             answer="Yes" if holds else "No"))
+        as_given = tuple(range(len(sample.images)))
+        groups = perl.sample_groups(self.model, self.processor, asked, [[as_given]] * 2, 1,
+                                    self.cfg, greedy=True)
+        return all(rollout.accuracy == 1 for (rollout,) in groups)
 
 def score_labels(path: Path) -> None:
     """Print precision and recall of the rules on the labelled questions, and the misses."""
