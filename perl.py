@@ -1256,13 +1256,6 @@ def open_run(cfg, accelerator) -> int:
         busy = "another run is at work there" if type(error) is BlockingIOError else repr(error)
         raise SystemExit(f"--out {out} is no folder to run in: {busy}") from None
     accelerator.wait_for_everyone()
-    orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
-    accelerator.print(
-        f"config: {json.dumps(vars(cfg))}\ntorch {torch.__version__}, transformers "
-        f"{transformers.__version__}, accelerate {accelerate.__version__}; "
-        f"{accelerator.num_processes} process(es) on {accelerator.device}\nrun folder: {out}\n"
-        f"batch: {cfg.questions_per_step} questions x {orders} orders x {n} = "
-        f"{cfg.questions_per_step * orders * n} rollouts, {cfg.updates_per_step} update(s)")
     return lock
 
 def save_checkpoint(cfg, step: int, model, ref_model, processor, optimizer,
@@ -1432,10 +1425,7 @@ class SplitAdamW:
             self.weights[name].grad_dtype = torch.float32  # sums in bfloat16 lose the small
             self.owners[name] = load.index(min(load))
             load[self.owners[name]] += self.weights[name].numel()
-        free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else math.inf
-        tight = 16 * max(load) > free / 2  # bytes: copy, moments, gradient; the rest: activations
-        on_host = cfg.optimizer_device == "host" or cfg.optimizer_device == "auto" and tight
-        device = torch.device("cpu") if on_host else model.device
+        device = torch.device("cpu") if cfg.optimizer_device == "host" else model.device
         self.masters = {name: w.detach().to(device, torch.float32)
                         for name, w in self.weights.items() if self.owners[name] == self.rank}
         self.adamw = torch.optim.AdamW(
@@ -1537,13 +1527,22 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print("NOTE: these are the sample digits; --data names your own questions")
     wanted = cfg.eval_data and (cfg.stage > 0 or cfg.dry_run)  # stage 0 does not evaluate
     held_out = load_questions(cfg.eval_data, processor, cfg, accelerator) if wanted else []
+    orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
+    accelerator.print(
+        f"config: {json.dumps(vars(cfg))}\ntorch {torch.__version__}, transformers "
+        f"{transformers.__version__}, accelerate {accelerate.__version__}; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}\nrun folder: {cfg.out}\n"
+        f"batch: {cfg.questions_per_step} questions x {orders} orders x {n} = "
+        f"{cfg.questions_per_step * orders * n} rollouts, {cfg.updates_per_step} update(s)")
+    place = cfg.optimizer_device
     if cfg.dry_run or cfg.gpu_gb or accelerator.device.type == "cuda":
         sys.path.append(str(SAMPLES))
         import dry_run  # it plans the memory, which is no part of the method
-        dry_run.plan(cfg, processor, questions, accelerator)  # or SystemExit: it does not fit
+        place = dry_run.plan(cfg, processor, questions, accelerator)  # SystemExit: it is too small
     if cfg.dry_run:
         return
     lock = open_run(cfg, accelerator)
+    cfg.optimizer_device = place  # after config.json: where a run is resumed, it may be another
     accelerator.init_trackers("perl", vars(cfg))
     try:
         if cfg.stage == 0:

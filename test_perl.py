@@ -1690,7 +1690,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
         data, straight, tmp_path, monkeypatch, request, kind, room, place):
     """In the weights (2 MB), in the optimizer's state (6 MB), in a line of a log."""
     folder = request.getfixturevalue("small_disk") if kind == "disk" else tmp_path
-    out, calls = folder / "run", dict(save_checkpoint=2, append_line=16, log_group=2)
+    out, held_out = folder / "run", len(read_rows(straight / "held_out.jsonl")) // 3
+    calls = dict(save_checkpoint=2, append_line=16 + 2 * held_out, log_group=6)  # in step 3
     with contextlib.ExitStack() as stack:
         with pytest.raises(SystemExit, match=f"(No space left|File too large).*"
                                              f"--resume {out}"):
