@@ -48,6 +48,7 @@ from perl import Rollout, Sample
 
 sys.path.append(str(Path(perl.__file__).parent / "data_samples"))
 import ablate
+import dry_run
 
 HERE, TINY, CPU = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"]), torch.device("cpu")
 FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
@@ -1838,6 +1839,90 @@ def test_dry_run_loads_no_model_and_writes_nothing(data, tmp_path, monkeypatch, 
     monkeypatch.setattr(perl, "load_model", die)
     perl.main(arguments(data, tmp_path / "run", "--dry-run"))
     assert "order (0, 1, 2, 3" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+# ---- Memory plan ---------------------------------------------------------------------------------
+
+def planned(n_processes=1, on_gpu=True, **changes):
+    return dry_run.plan_memory(tiny_config(**changes), n_processes, on_gpu)
+
+@table("changes", [{}, dict(dtype="bf16"), dict(freeze_vision=True), dict(lora_rank=4),
+                   dict(dtype="bf16", lora_rank=4)])
+def test_the_plan_counts_weights_gradients_and_state_to_the_byte(changes):
+    cfg = tiny_config(**changes)
+    model, plan = perl.load_model("tiny", cfg, CPU), planned(on_gpu=False, **changes)
+    if cfg.lora_rank:
+        perl.add_lora(model, cfg)
+    sizes = [weight.numel() for weight in trained(model)]
+    assert plan["trained"] == sum(sizes)
+    assert plan["frozen"] == sum(weight.numel() for weight in model.parameters()) - sum(sizes)
+    assert plan["weights"] == sum(weight.nbytes for weight in model.parameters())
+    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
+    for weight in trained(model):
+        weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+    assert plan["gradients"] == sum(weight.grad.nbytes for weight in trained(model))
+    optimizer.step()
+    own = {weight.data_ptr() for weight in model.parameters()}  # a float32 weight is its own copy
+    state = [value for row in optimizer.state_dict().values() for value in row.values()]
+    assert plan["adamw"] == sum(value.nbytes for value in state
+                                if value.ndim and value.data_ptr() not in own)
+
+@table("changes, part, factor", [
+    (dict(dtype="bf16"), "weights", 2), (dict(dtype="float32"), "weights", 4),
+    (dict(optimizer_device="host"), "adamw", 12), (dict(optimizer_device="host"), "host", 12),
+    (dict(optimizer_device="gpu"), "host", 0), (dict(optimizer_device="gpu", beta=0.1), "host", 2),
+    (dict(beta=0.1), "start_model", 2), (dict(beta=0.1, lora_rank=4), "start_model", 0),
+    (dict(n_processes=2), "adamw", 6), ({}, "disk", 14)])
+def test_bytes_a_parameter(changes, part, factor):
+    assert planned(**changes)[part] == factor * planned()["trained"]
+
+@table("changes, smaller, same", [
+    (dict(optimizer_device="host"), ["sampling", "update"], ["weights", "gradients"]),
+    (dict(freeze_vision=True), ["gradients", "activations", "update"], ["weights", "kv_cache"]),
+    (dict(lora_rank=1), ["gradients", "adamw", "disk", "update"], ["kv_cache", "images_read"]),
+    (dict(gradient_checkpointing=True), ["activations", "update"], ["sampling"]),
+    (dict(rollout_batch=12), ["kv_cache"], ["update", "images_read"]),
+    (dict(max_new_tokens=10), ["kv_cache"], ["weights"]),
+    (dict(logit_chunk=10), ["logits_chunk"], ["sampling"])])
+def test_what_a_setting_saves(changes, smaller, same):
+    before, after = planned(), planned(**changes)
+    assert all(after[part] < before[part] for part in smaller)
+    assert all(after[part] == before[part] for part in same)
+
+def test_the_plan_of_the_real_sizes_needs_no_weights(tmp_path):
+    """The 7B's config.json alone: the paper's settings on one 80 GB GPU, AdamW on the host."""
+    text = dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+                num_hidden_layers=28, intermediate_size=18944, tie_word_embeddings=False,
+                rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24]), layer_types=None)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                  out_hidden_size=3584)
+    config = json.loads((TINY / "config.json").read_text()) | dict(tie_word_embeddings=False)
+    config["text_config"] |= text
+    config["vision_config"] |= vision
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = perl.parse_config(["--model", str(tmp_path), "--optimizer-device", "host"])
+    plan = dry_run.plan_memory(cfg, 1, on_gpu=True)
+    assert plan["trained"] == 8_292_166_656 and plan["weights"] == 2 * plan["trained"]
+    assert 60e9 < plan["update"] < 70e9 and plan["sampling"] < plan["update"]
+
+def test_where_the_state_lies_and_what_does_not_fit():
+    def place(gigabytes, *more):
+        flags = ["--dtype", "bf16", "--gpu-gb", str(gigabytes / 0.92), *more]
+        return dry_run.plan(perl.parse_config(flags), PROCESSOR, [], ACCELERATOR)
+
+    cfg = perl.parse_config(["--dtype", "bf16", "--optimizer-device", "gpu"])
+    plan = dry_run.plan_memory(cfg, 1, on_gpu=True)
+    sampling, update, state = (plan[part] / 1e9 for part in ("sampling", "update", "adamw"))
+    enough, peak = 1.01 * max(sampling, update), max(sampling, update)
+    assert dry_run.plan(perl.parse_config([]), PROCESSOR, [], ACCELERATOR) == "gpu", "the CPU's own memory"
+    assert place(enough) == "gpu" and place(peak - state / 2) == "host"
+    assert place(enough, "--optimizer-device", "host") == "host", "as asked for"
+    for flags in ([peak - state / 2, "--optimizer-device", "gpu"], [peak - 2 * state]):
+        with pytest.raises(SystemExit, match="GB in .* --max-tokens-per-micro-batch.* --lora-rank"):
+            place(*flags)
+    if sampling < update:  # stage 0 makes no update
+        assert place(peak - 2 * state, "--stage", "0") == "host"
+
+# ---- Several processes --------------------------------------------------------------------------
 
 TWO_PROCESSES = """
 import os, sys, torch
