@@ -3611,6 +3611,13 @@ def test_what_a_rule_drops_is_counted_and_shown(bad_copies, tmp_path, monkeypatc
     assert all(f"| {rule} | " in text for rule in BAD)
     assert text.startswith(f"# 3 of {len(BAD) + 4} questions")
 
+def test_an_answer_that_names_an_image_never_stays(tmp_path):
+    rows = [mantis_row(0, ["a.png", "b.png"], f"<image><image> {question}", "The first image")
+            for question in ("How many of the images show a 3?", "Which image shows a 3?")]
+    write_mantis(tmp_path, "nlvr2", rows, {"a.png": digit(0), "b.png": digit(1)})
+    out = run_curate(tmp_path, tmp_path / "out", sources=["mantis:nlvr2"])
+    assert [s.order_rule for s in perl.load_samples(out / "train.jsonl")] == ["never", "index"]
+
 def test_benchmarks_are_kept_out(copies, tmp_path):
     """By the same pixels, by a JPEG of them, by 13 words; 13 words of a template do not count."""
     against = tmp_path / "against"

@@ -177,6 +177,8 @@ def make_sample(question: str, answer: str, images: list, *, number: int, source
     check_answer(gold, options)
     asks = not options and re.search(IMAGE, answer, re.IGNORECASE)
     label = infer_label(question, gold, len(images), source.config)
+    if asks and label.order_rule != "index":  # "The first image" is no count that stays
+        label = label._replace(order_rule="never")
     stored = [store_image(read_image(image, index), out) for image in images]
     text = label.question
     if (label.order_rule == "index" or asks) and not re.search("(?i)image number", text):
