@@ -1902,7 +1902,7 @@ def test_the_plan_of_the_real_sizes_needs_no_weights(tmp_path):
     cfg = perl.parse_config(["--model", str(tmp_path), "--optimizer-device", "host"])
     plan = dry_run.plan_memory(cfg, 1, on_gpu=True)
     assert plan["trained"] == 8_292_166_656 and plan["weights"] == 2 * plan["trained"]
-    assert 60e9 < plan["update"] < 70e9 and plan["sampling"] < plan["update"]
+    assert 60e9 < plan["update"] < 70e9 and 60e9 < plan["sampling"] < 0.92 * 80e9
 
 def test_where_the_state_lies_and_what_does_not_fit():
     def place(gigabytes, *more):
@@ -3305,17 +3305,17 @@ def paged(tmp_path_factory):
     run.mkdir()
     (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
     shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0, order_rule="index", movable=[0, 1], held_out=False)
+                  format=1.0, order_rule="index", movable=[0, 1])
     hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
     rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
                           reward=right, advantage=2 * right - 1)
             for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
     rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
                               reward=1.0, advantage=0.0))
-    rows += [shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
-                           accuracy=step, reward=step, advantage=0.0, held_out=True)
-             for step in (0, 1)]
     write_rows(run / "rollouts.jsonl", *rows)
+    write_rows(run / "held_out.jsonl", *[
+        shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
+                      accuracy=step, reward=step, advantage=0.0) for step in (0, 1)])
     write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
                dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
                     length=9.0, kl=0.0, idle=.1, truncated=0.0))

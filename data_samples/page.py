@@ -13,13 +13,15 @@ HERE = Path(__file__).resolve().parent
 
 def write(run: Path) -> Path:
     """SystemExit: `run` is no run folder, or nothing is logged in it yet."""
-    rows, metrics = (perl.read_lines(run / name) for name in ("rollouts.jsonl", "metrics.jsonl"))
+    rows = [row | {"held_out": name == "held_out"} for name in ("rollouts", "held_out")
+            for row in perl.read_lines(run / f"{name}.jsonl")]
+    metrics = perl.read_lines(run / "metrics.jsonl")
     if not metrics:
         raise SystemExit(f"--page {run}: no metrics.jsonl of a training run there")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     by_group = {}  # a held-out question is one group through all steps
     for row in rows:
-        step = "held-out" if row.get("held_out") else row["step"]
+        step = "held-out" if row["held_out"] else row["step"]
         by_group.setdefault((step, row["id"]), []).append(row)
     groups = [describe(group, perl.Config(**config)) for group in by_group.values()]
     images = {path: as_data(path) for row in rows for path in row["images"]}
@@ -42,7 +44,7 @@ def describe(rows: list[dict], cfg: perl.Config) -> dict:
         orders.setdefault(tuple(row["order"]), []).append(row | {"right_image": right})
     verdict = perl.verdict([SimpleNamespace(**row) for row in rows], cfg)
     return {"step": rows[0]["step"], "id": rows[0]["id"], "orders": list(orders.values()),
-            "held_out": rows[0].get("held_out", False), "mean": fmean(rewards),
+            "held_out": rows[0]["held_out"], "mean": fmean(rewards),
             "deviation": pstdev(rewards), "verdict": verdict}
 
 def as_data(path: str) -> str:
