@@ -2264,7 +2264,11 @@ FORKS = {  # what a snippet changes: before and after
              pytest.approx(-(1.0 + 2.2) / 2)),
     "centered": (lambda: perl.group_advantages(torch.tensor([[1.0, 0, 0, 0]]))[0, 0].item(),
                  pytest.approx(ROOT), 0.75),
-    "pair": (lambda: perl.permute(pair_sample(), (2, 0, 1)).answer, KeyError, "2-1"),
+    "exact zeros": (lambda: perl.group_advantages(torch.full((1, 12), 0.1)).any().item(), False,
+                    False),
+    "pair": (lambda: [perl.permute(pair_sample(), (2, 0, 1)).answer, perl.same_answer("1-3", "1-3"),
+                      perl.same_answer("2-4", "1-3"), perl.same_answer("1/2", "0.5")],
+             KeyError, ["2-1", True, False, True]),
     "disagree": (lambda: [perl.verdict(
         [dataclasses.replace(r, order=(k // 2,)) for k, r in enumerate(scored_group(accuracies))],
         tiny_config(filter="disagree")) for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1])],
@@ -2291,7 +2295,7 @@ def test_the_readmes_forks_do_what_they_say(name, monkeypatch):
     elif before is not None:
         assert value() == before
     for target in ("grade", "policy_loss", "loss_denominator", "group_advantages", "verdict",
-                   "VERDICTS", "set_advantages"):
+                   "VERDICTS", "set_advantages", "same_answer"):
         monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
     monkeypatch.setattr(perl, "CHOICES", dict(perl.CHOICES))
     monkeypatch.setattr(perl, "ORDER_RULES", dict(perl.ORDER_RULES))
