@@ -157,7 +157,7 @@ CHOICES = {"stage": (0, 1, 2), "filter": ("none", "offline", "online"),
            "report_to": ("none", "tensorboard", "wandb", "trackio")}
 SHORT_NAMES = {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct"
                for size in ("3B", "7B", "32B", "72B")} | {"tiny": str(SAMPLES / "tiny")}
-# What has no place in a text: tokens of the chat format, NUL, half a character ("\ud83d").
+# What no text may hold: tokens of the chat format, NUL, half a character ("\ud83d").
 CONTROL = re.compile(r"<\|\w+\|>|[\0\ud800-\udfff]")
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -246,7 +246,7 @@ class OrderRule(NamedTuple):
 NUMBER = r"[1-9]\d{0,3}"
 BY_NUMBER = (lambda name, sample: int(name) - 1, lambda position, sample: str(position + 1))
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # with movable (1, 3), A names image 1 and B image 3
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # movable (1, 3): A names 1, B names 3
 BY_LETTER = (lambda name, sample: dict(zip(LETTERS, sample.movable)).get(name, -1),
              lambda position, sample: LETTERS[sample.movable.index(position)])
 ORDER_RULES = {
@@ -279,7 +279,7 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     """One JSONL line -> Sample, image paths joined to `folder`. ValueError: unfit."""
     def require(is_fine, name: str, problem: str) -> None:
         if not is_fine:
-            problem = problem if name in row else "is missing"  # whatever was to be checked
+            problem = problem if name in row else "is missing"  # whatever the check
             raise ValueError(f"{where}, field {name}: {problem}")
 
     try:
@@ -307,7 +307,7 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     places = question.count("<image>")
     require(places == n, "question", f"has {places} <image> placeholders for {n} images")
     for number in MENTION.findall(question):
-        known = len(number) < 5 and 1 <= int(number) <= n  # int() refuses thousands of digits
+        known = len(number) < 5 and 1 <= int(number) <= n  # int() has a limit
         require(known, "question", f"mentions image {number[:9]} of {n}")
     paths = [os.path.normpath(folder / image) for image in images]
     for path in paths:
@@ -318,11 +318,11 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     problem = f"{sample.answer[:80]!r} does not fit {sample.order_rule}, movable {sample.movable}"
     require(re.fullmatch(rule.pattern, sample.answer), "answer", problem)
     named = [rule.position_of(name, sample) for name in re.findall(rule.name, sample.answer)]
-    require(len(set(named) & set(range(n))) == len(named), "answer", problem)  # distinct too
+    require(len(set(named) & set(range(n))) == len(named), "answer", problem)
     too_many = sample.order_rule == "letter" and len(sample.movable) > len(LETTERS)
     require(not too_many, "images", "has more options than there are letters")
     movable_paths = [paths[k] for k in sample.movable]
-    twice = any(movable_paths.count(paths[k]) > 1 for k in named)  # one prompt, two answers
+    twice = any(movable_paths.count(paths[k]) > 1 for k in named)  # then two are right
     require(not twice, "images", "has one twice that the answer names: order_rule never?")
     return sample
 
@@ -436,8 +436,8 @@ def load_pretrained(kind, name: str, **options):
         raise SystemExit(f"--model: could not load {path!r}: {reason}") from None
 
 def chat_template(name: str, tokenizer) -> str:
-    """The checkpoint's template for images: the tokenizer's, unless it is for text only; else
-    chat_template.json's, which AutoTokenizer does not read; else that of the tiny model."""
+    """The checkpoint's template for images: the tokenizer's, if it takes them; else that of
+    chat_template.json, which AutoTokenizer does not read; else that of the tiny model."""
     template = tokenizer.chat_template or ""
     path = transformers.utils.cached_file(SHORT_NAMES.get(name, name), "chat_template.json",
                                           _raise_exceptions_for_missing_entries=False)
@@ -460,9 +460,9 @@ def load_processor(name: str, cfg) -> Processor:
     if len(tokenizer) > config.text_config.vocab_size or image_id != config.image_token_id:
         raise SystemExit(f"{name}: its tokenizer belongs to another model")
     image_processor = load_pretrained(transformers.AutoImageProcessor, name, config=config)
-    least = min(image_processor.size["shortest_edge"], cfg.max_pixels)  # pixels, both of them
+    least = min(image_processor.size["shortest_edge"], cfg.max_pixels)  # both in pixels
     image_processor.size = {"longest_edge": cfg.max_pixels, "shortest_edge": least}
-    eos = load_pretrained(transformers.GenerationConfig, name).eos_token_id  # one, a list, or None
+    eos = load_pretrained(transformers.GenerationConfig, name).eos_token_id  # or a list
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     return Processor(tokenizer, image_processor, cfg.instruction, image_id,
                      pad_id=tokenizer.pad_token_id, eos_ids=sorted(eos_ids),
@@ -485,7 +485,7 @@ def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedM
     model.model.visual.requires_grad_(not cfg.freeze_vision)                # FAMILY
     return model.eval()
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # no EPS, which would run Ghostscript
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # EPS would run Ghostscript
 
 def read_image(file) -> Image.Image:
     """In RGB, upright (EXIF), transparent parts white; of an animation the first frame."""
@@ -533,7 +533,7 @@ def encode_prompt(sample: Sample, processor, pictures: dict[str, Picture] = None
     return Prompt(sample, ids, in_order)
 
 def prompt_length(sample: Sample, processor) -> int:
-    """Tokens of a prompt, from its images' sizes; to turn one as EXIF says changes nothing."""
+    """Tokens of a prompt, from its images' sizes; turned by EXIF or not makes no difference."""
     images = processor.image_processor
     length = len(processor.tokenizer(prompt_text(sample, processor)).input_ids)
     for path in sample.images:
@@ -543,7 +543,7 @@ def prompt_length(sample: Sample, processor) -> int:
     return length
 
 def load_questions(files: str, processor, cfg, accelerator) -> list[Sample]:
-    """Samples of "a.jsonl*2,b.jsonl" (a.jsonl's twice). Too long prompts are dropped, counted."""
+    """Samples of "a.jsonl*2,b.jsonl", a.jsonl's twice. Too long ones are dropped, counted."""
     try:
         samples = []
         for file in files.split(","):
@@ -620,7 +620,7 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg,
         temperature=1.0 if greedy else cfg.temperature, repetition_penalty=1.0,
         suppress_tokens=processor.banned_ids, pad_token_id=processor.pad_id,
         eos_token_id=processor.eos_ids)
-    # NOTE: generate fills what is None in it from the model's own: so that is swapped too.
+    # NOTE: generate fills what is None in it from the model's own; so that is swapped.
     own_config, model.generation_config = model.generation_config, sampling
     lengths = [len(prompt.ids) for prompt in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda k: -lengths[k])
@@ -643,7 +643,7 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg,
 
 def sample_groups(model, processor, samples: list[Sample], orders: list[list[Order]], n: int,
                   cfg, greedy: bool = False) -> list[list[Rollout]]:
-    """n graded responses to each order of each sample: a list a sample, order by order."""
+    """n graded responses to each order of each sample: one list a sample, by order."""
     prompts = []
     for sample, sample_orders in zip(samples, orders):
         pictures = load_pictures(sample, processor)
@@ -804,7 +804,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return advantages.where(varied, torch.zeros_like(advantages))
 
 def set_advantages(groups: list[list[Rollout]]) -> None:
-    """Write each rollout's advantage: among all of its question, whatever their orders."""
+    """Write each rollout's advantage among all of its question, whatever their orders."""
     for group in groups:
         rewards = torch.tensor([[rollout.reward for rollout in group]])     # (1, R)
         for rollout, advantage in zip(group, group_advantages(rewards)[0].tolist()):
@@ -933,7 +933,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | N
     mask, advantages = mask.bool(), advantages[:, None]                 # (B, T), (B, 1)
     ratio = (logprobs - old_logprobs).where(mask, 0.0).exp()                # pi / pi_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    # With one update the ratio is 1 everywhere: the value says little, its gradient counts.
+    # With one update the ratio is 1: the value says little, its gradient counts.
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(ratio)
     if ref_logprobs is not None:
@@ -1075,7 +1075,7 @@ def train(cfg, processor, questions: list[Sample], held_out: list[Sample], accel
     steps = cfg.steps or math.ceil(cfg.epochs * len(questions) / cfg.questions_per_step)
 
     resumed = newest(cfg, "checkpoint-*") if cfg.resume else None
-    # With LoRA the weights stay those of the start, and a checkpoint's state has the adapters.
+    # With LoRA the weights stay the start's; a checkpoint's state has the adapters.
     weights = start if cfg.lora_rank else str(resumed or start)
     model, ref_model = load_model(weights, cfg, accelerator.device), None
     if cfg.lora_rank:
@@ -1172,7 +1172,7 @@ def evaluate(model, processor, samples: list[Sample], cfg, accelerator,
              step: int | None = None) -> dict[str, float]:
     """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in
     [0, 1]: eval_accuracy, the mean over orders; eval_worst, right in every order;
-    eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5). Logs some at a step."""
+    eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5). Logs some."""
     rows, clock = {}, time.time()
     for start in range(0, len(samples), cfg.questions_per_step):  # a batch fits in memory
         batch = samples[start:start + cfg.questions_per_step]
@@ -1332,7 +1332,7 @@ class SharedPromptLayer(DynamicLayer):
     prompts = None
 
     def update(self, keys, values, *args, **kwargs):
-        if self.prompts is None:  # contiguous once, or each step of decoding would copy them
+        if self.prompts is None:  # contiguous, or each step would copy them
             self.prompts = keys.contiguous(), values.contiguous()
             return keys, values
         keys, values = super().update(keys, values)
@@ -1422,7 +1422,7 @@ class SplitAdamW:
         largest_first = sorted(self.weights, key=lambda name: -self.weights[name].numel())
         self.owners, load = {}, [0] * self.world
         for name in largest_first:
-            self.weights[name].grad_dtype = torch.float32  # sums in bfloat16 lose the small
+            self.weights[name].grad_dtype = torch.float32  # bfloat16 sums lose much
             self.owners[name] = load.index(min(load))
             load[self.owners[name]] += self.weights[name].numel()
         device = torch.device("cpu") if cfg.optimizer_device == "host" else model.device
@@ -1450,7 +1450,7 @@ class SplitAdamW:
             torch.distributed.all_reduce(norm.square_())
             norm.sqrt_()
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for name, master in self.masters.items():  # one by one: the host holds one gradient
+        for name, master in self.masters.items():  # one gradient on the host
             weight = self.weights[name]
             master.grad = weight.grad.mul_(scale).to(master.device)
             weight.grad = None
@@ -1472,7 +1472,7 @@ class SplitAdamW:
         """Take what this process owns from a checkpoint of any number of processes."""
         missing = set(self.masters)
         for path in folder.glob("optimizer-*.pt"):
-            saved = torch.load(path, "cpu", mmap=True, weights_only=True)  # read what is owned
+            saved = torch.load(path, "cpu", mmap=True, weights_only=True)
             for name in missing & saved.keys():
                 master, state = self.masters[name], saved[name]
                 master.copy_(state.pop("master"))
@@ -1485,7 +1485,7 @@ class SplitAdamW:
 
 def add_lora(model, cfg):
     """Freeze the model and put low-rank adapters in float32 beside the language layers'
-    projections. Returns peft's wrapper, which switches and merges them; the model stays usable."""
+    projections. Returns peft's wrapper, which switches and merges them."""
     from peft import LoraConfig, LoraModel
     from peft.tuners.tuners_utils import cast_adapter_dtype
     torch.manual_seed(cfg.seed)  # the same in all processes
@@ -1517,7 +1517,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_processes(cfg)
     if cfg.cpu_threads:  # more are slower beside a busy process, and round differently
         torch.set_num_threads(cfg.cpu_threads)
-    elif accelerator.device.type == "cuda":  # for AdamW on the host: torchrun leaves it one
+    elif accelerator.device.type == "cuda":  # AdamW's, on the host
         torch.set_num_threads(max(os.cpu_count() // accelerator.num_processes, 1))
     if cfg.questions_per_step % accelerator.num_processes:
         raise SystemExit("--questions-per-step is not a multiple of the number of processes")
@@ -1537,12 +1537,12 @@ def main(argv: list[str] | None = None) -> None:
     place = cfg.optimizer_device
     if cfg.dry_run or cfg.gpu_gb or accelerator.device.type == "cuda":
         sys.path.append(str(SAMPLES))
-        import dry_run  # it plans the memory, which is no part of the method
-        place = dry_run.plan(cfg, processor, questions, accelerator)  # SystemExit: it is too small
+        import dry_run  # it plans the memory, and ends what will not fit
+        place = dry_run.plan(cfg, processor, questions, accelerator)
     if cfg.dry_run:
         return
     lock = open_run(cfg, accelerator)
-    cfg.optimizer_device = place  # after config.json: where a run is resumed, it may be another
+    cfg.optimizer_device = place  # config.json keeps what was asked
     accelerator.init_trackers("perl", vars(cfg))
     try:
         if cfg.stage == 0:
