@@ -589,7 +589,7 @@ def draw_curves(axes, runs: Runs) -> None:
         label_end(axes, name, steps[-1], means[-1])
     axes.set_xlim(0, steps[-1])
     axes.set_xlabel("training step")
-    axes.set_title("During training", loc="left")
+    axes.set_title("During training; right image first in 95 %", loc="left")
 
 def draw_doses(axes, runs: Runs) -> None:
     """Worst order at the end over the share of right images in front: means and intervals."""
@@ -645,8 +645,8 @@ def draw(runs: Runs, path: Path) -> None:
     number = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
     figure.text(0.035, 0.9, "Held-out questions answered right in every order of their images",
                 fontsize=14, fontweight="bold")
-    figure.text(0.97, 0.9, f"mean of {number} seeds, 95 % interval", fontsize=10, color="#656d76",
-                ha="right")
+    figure.text(0.97, 0.9, f"mean of {number} seeds, 95 % interval\nthin lines: single seeds",
+                fontsize=10, color="#656d76", ha="right")
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
     pyplot.close(figure)
     print(f"drew {path} ({path.stat().st_size // 1000} kB)")
