@@ -900,7 +900,7 @@ def step_cost(args, perl_flags: list[str]) -> None:
     cfg = perl.parse_config([
         "--model", args.model, "--max-new-tokens", str(args.max_new_tokens or 256),
         "--max-tokens-per-micro-batch", "16384", "--updates-per-step", "1", "--beta", "0",
-        "--no-gradient-checkpointing", *perl_flags])
+        "--no-gradient-checkpointing", "--optimizer-device", "host", *perl_flags])
     if min(shape) < 1 or shape[2] <= shape[0] or cfg.max_new_tokens < 3:
         raise SystemExit("--step-cost: images and tokens from 1, more text tokens than images, "
                          "--max-new-tokens from 3")

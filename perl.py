@@ -18,7 +18,7 @@ picture: reorder the images, and its answer changes. PeRL trains that away. One 
 
 Stage 0 scores the questions with the start model and resamples them by difficulty; 1 explores
 (the probability alpha of permuting falls from 1 to 0); 2 exploits (goes on from 1's checkpoint,
-alpha 0, online filter of point 5). A stage is a preset of flags; the paper has no stage 2.
+alpha 0, online filter of point 5). A stage is a preset of flags; that there are two is ours.
 
 Where this departs from the released code: the paper's standard deviation (population); how an
 answer moves is a field of the data (`order_rule`), statements about "left" and "right" stay
@@ -26,7 +26,7 @@ unpermuted; permutations are distinct, from one random generator; a group withou
 left out of the loss, KL included; updates do not depend on n_s; no dual clip, no KL clamp.
 
     python perl.py                                             # tiny model, CPU, minutes
-    python perl.py --model Qwen2.5-VL-7B --stage 1             # one 80 GB GPU
+    python perl.py --model Qwen2.5-VL-7B --stage 1             # 80 GB GPU, 120 GB host
     accelerate launch perl.py --model Qwen2.5-VL-7B --stage 1  # several
 
 A first reading may skip "Shared compute" (which --no-share does without) and "Memory and
@@ -279,7 +279,7 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     """One JSONL line -> Sample, image paths joined to `folder`. ValueError: unfit."""
     def require(is_fine, name: str, problem: str) -> None:
         if not is_fine:
-            problem = problem if name in row else "is missing"  # whatever the check
+            problem = problem if name in row else "is missing"  # fails any check
             raise ValueError(f"{where}, field {name}: {problem}")
 
     try:
@@ -307,7 +307,7 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     places = question.count("<image>")
     require(places == n, "question", f"has {places} <image> placeholders for {n} images")
     for number in MENTION.findall(question):
-        known = len(number) < 5 and 1 <= int(number) <= n  # int() has a limit
+        known = len(number) < 5 and 1 <= int(number) <= n  # int() takes 4300 digits
         require(known, "question", f"mentions image {number[:9]} of {n}")
     paths = [os.path.normpath(folder / image) for image in images]
     for path in paths:
@@ -462,7 +462,7 @@ def load_processor(name: str, cfg) -> Processor:
     image_processor = load_pretrained(transformers.AutoImageProcessor, name, config=config)
     least = min(image_processor.size["shortest_edge"], cfg.max_pixels)  # both in pixels
     image_processor.size = {"longest_edge": cfg.max_pixels, "shortest_edge": least}
-    eos = load_pretrained(transformers.GenerationConfig, name).eos_token_id  # or a list
+    eos = load_pretrained(transformers.GenerationConfig, name).eos_token_id  # an id or a list
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     return Processor(tokenizer, image_processor, cfg.instruction, image_id,
                      pad_id=tokenizer.pad_token_id, eos_ids=sorted(eos_ids),
@@ -1450,7 +1450,7 @@ class SplitAdamW:
             torch.distributed.all_reduce(norm.square_())
             norm.sqrt_()
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for name, master in self.masters.items():  # one gradient on the host
+        for name, master in self.masters.items():  # the host holds one at a time
             weight = self.weights[name]
             master.grad = weight.grad.mul_(scale).to(master.device)
             weight.grad = None
@@ -1517,7 +1517,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_processes(cfg)
     if cfg.cpu_threads:  # more are slower beside a busy process, and round differently
         torch.set_num_threads(cfg.cpu_threads)
-    elif accelerator.device.type == "cuda":  # AdamW's, on the host
+    elif accelerator.device.type == "cuda":  # for AdamW on the host
         torch.set_num_threads(max(os.cpu_count() // accelerator.num_processes, 1))
     if cfg.questions_per_step % accelerator.num_processes:
         raise SystemExit("--questions-per-step is not a multiple of the number of processes")

@@ -49,6 +49,7 @@ from perl import Rollout, Sample
 sys.path.append(str(Path(perl.__file__).parent / "data_samples"))
 import ablate
 import dry_run
+import page
 
 HERE, TINY, CPU = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"]), torch.device("cpu")
 FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
@@ -1904,6 +1905,23 @@ def test_the_plan_of_the_real_sizes_needs_no_weights(tmp_path):
     assert plan["trained"] == 8_292_166_656 and plan["weights"] == 2 * plan["trained"]
     assert 60e9 < plan["update"] < 70e9 and 60e9 < plan["sampling"] < 0.92 * 80e9
 
+def test_without_sharing_each_rollout_has_its_own_prompt_in_the_plan():
+    shared, plain = planned(), planned(share=False)
+    n = perl.Config.rollouts_per_order
+    assert plain["images_read"] == n * shared["images_read"]
+    assert shared["kv_cache"] < plain["kv_cache"] < n * shared["kv_cache"]
+
+def test_on_a_gpu_the_dtype_is_resolved_before_anything_loads(monkeypatch):
+    """Else KL's start model, which is loaded on the host, would be in float32."""
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    for typed, dtype in (([], "bf16"), (["--dtype", "float32"], "float32")):
+        cfg = perl.parse_config(typed)
+        assert dry_run.plan(cfg, PROCESSOR, [], gpu) == "gpu" and cfg.dtype == dtype
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1e8, 80e9))
+    with pytest.raises(SystemExit, match="0.1 are free"):
+        dry_run.plan(perl.parse_config([]), PROCESSOR, [], gpu)
+
 def test_where_the_state_lies_and_what_does_not_fit():
     def place(gigabytes, *more):
         flags = ["--dtype", "bf16", "--gpu-gb", str(gigabytes / 0.92), *more]
@@ -3338,6 +3356,18 @@ def test_a_page_needs_nothing_else(paged):
     red, gone = data["images"].values()
     with Image.open(io.BytesIO(base64.b64decode(red.partition(",")[2]))) as image:
         assert image.width == 256 and gone == ""
+
+def test_a_page_of_answers_that_name_no_single_image_and_of_a_forks_filter(paged, tmp_path):
+    rows = [dict(row, order_rule=rule, gold=gold, id=rule) for row in read_rows(
+        paged.parent / "rollouts.jsonl")[:1] for rule, gold in (
+            ("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("a fork's", "1-2"))]
+    write_rows(tmp_path / "rollouts.jsonl", *rows)
+    write_rows(tmp_path / "metrics.jsonl", dict(step=1, kept=1, dropped=0))
+    (tmp_path / "config.json").write_text(json.dumps(vars(perl.Config(filter="disagree"))))
+    page.write(tmp_path)
+    data = json.loads(re.search(r"const DATA = (.*);", (tmp_path / "page.html").read_text())[1])
+    assert [group["verdict"] for group in data["groups"]] == ["disagree"] * 4
+    assert [group["orders"][0][0]["right_image"] for group in data["groups"]] == [-1, -1, 1, -1]
 
 def in_browser(page, profile, width):
     """The page as Chromium has it after its script ran."""

@@ -21,7 +21,6 @@ import dataclasses
 import fcntl
 import hashlib
 import inspect
-import json
 import math
 import os
 import shutil
@@ -121,7 +120,7 @@ def reward_agree_and_right() -> None:
 def permute_by_gap() -> None:
     """Adaptive permutation: a question is permuted with the probability of its own gap between
     two orders. Stage 0 measures it, half of its answers in each: training sees few questions
-    twice."""
+    twice. For one process: `gaps` are those of its own questions."""
     sample_orders, draw_orders, gaps = perl.sample_orders, perl.draw_orders, {}
 
     def in_two_orders(model, processor, samples, n_orders, n, cfg, *more, **named):

@@ -3,6 +3,7 @@
 
     python curate.py mantis:nlvr2 mantis:iconqa mmk12 hiyouga/geometry3k --out DIR
     python curate.py mantis:dreamsim --data-dir COPIES --against BENCHMARKS --out DIR
+    python curate.py mmk12 --label-with Qwen2.5-VL-7B --out DIR  # a model doubts labels too
     python curate.py --score-labels    # the rules for order labels on order_labels.jsonl
 
 1. Adapters: the first question of a row, its images as plain RGB files named by their pixels.

@@ -26,6 +26,8 @@ def plan(cfg, processor, questions: list, accelerator) -> str:
     on the GPU: that of --gpu-gb, else the one at hand. With --dry-run, prints all about it."""
     is_cuda = accelerator.device.type == "cuda"
     on_gpu = is_cuda or cfg.gpu_gb > 0
+    if is_cuda and cfg.dtype == "auto":
+        cfg.dtype = "bf16"  # resolved here: KL's start model is loaded on the host, but likewise
     at_hand = torch.cuda.mem_get_info()[0] / 1e9 if is_cuda else math.inf
     room = USED * (cfg.gpu_gb or at_hand)
     for place in ("gpu", "host") if cfg.optimizer_device == "auto" else (cfg.optimizer_device,):
@@ -72,13 +74,14 @@ def plan_memory(cfg, n_processes: int, on_gpu: bool) -> dict[str, int]:
     text, vision = config.text_config, config.vision_config
     tokens = max(cfg.max_tokens_per_micro_batch, cfg.max_prompt_tokens + cfg.max_new_tokens)
     patches = tokens * vision.spatial_merge_size ** 2
+    copies = 1 if cfg.share else cfg.rollouts_per_order  # of a prompt, to sample from
     # Keys and values of prompts and responses in all layers, and twice in the one at work.
     kv_width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    cached = 4 * tokens + cfg.rollout_batch * cfg.max_new_tokens
+    cached = 4 * tokens * copies + cfg.rollout_batch * cfg.max_new_tokens
     kv_cache = cached * 2 * kv_width * (text.num_hidden_layers + 1) * size
     # Before that, images: pixels, in float32 too; nine float32 vectors as positions come in.
     pixels = model.model.visual.patch_embed.proj.weight[0].numel()  # of a patch
-    images = 4 * patches * ((4 + size) * pixels + 36 * vision.hidden_size)
+    images = 4 * patches * copies * ((4 + size) * pixels + 36 * vision.hidden_size)
     # A chunk's logits with four float32 copies; the gradient of the weights that made them.
     logits = text.vocab_size * (cfg.logit_chunk * (size + 16) + text.hidden_size * (size + 4))
 

@@ -3,6 +3,7 @@ logged groups, images included. page.html beside this file is the page without t
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from statistics import fmean, pstdev
 from types import SimpleNamespace
@@ -39,10 +40,12 @@ def describe(rows: list[dict], cfg: perl.Config) -> dict:
     rewards = [row["reward"] for row in rows]
     orders = {}
     for row in rows:
-        position_of = perl.ORDER_RULES[row.get("order_rule", "keep")].position_of
-        right = position_of(row["gold"], SimpleNamespace(**row)) if position_of else -1
+        rule = perl.ORDER_RULES.get(row.get("order_rule"), perl.ORDER_RULES["keep"])
+        is_name = re.fullmatch(rule.name, row["gold"])  # of one image
+        right = rule.position_of(row["gold"], SimpleNamespace(**row)) if is_name else -1
         orders.setdefault(tuple(row["order"]), []).append(row | {"right_image": right})
-    verdict = perl.verdict([SimpleNamespace(**row) for row in rows], cfg)
+    known = cfg.filter in perl.CHOICES["filter"]  # not a fork's
+    verdict = perl.verdict([SimpleNamespace(**row) for row in rows], cfg) if known else cfg.filter
     return {"step": rows[0]["step"], "id": rows[0]["id"], "orders": list(orders.values()),
             "held_out": rows[0]["held_out"], "mean": fmean(rewards),
             "deviation": pstdev(rewards), "verdict": verdict}
