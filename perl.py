@@ -32,7 +32,8 @@ left out of the loss, KL included; updates do not depend on n_s; no dual clip, n
 A first reading may skip "Shared compute" (which --no-share does without) and "Memory and
 machines". Arguments: processor a Processor, cfg a Config, accelerator an Accelerator, rng a
 random.Random. Shapes: Q questions, R = (n_s + 1) * n rollouts of each; B rows of a batch, P
-prompts; L tokens of a prompt, T of a response, S of a row; D width, V vocabulary.
+prompts; L tokens of a prompt, T of a response, S of a row; D width, V vocabulary; H heads of
+queries and h of keys, each d wide.
 """
 import argparse
 import copy
@@ -1172,7 +1173,7 @@ def evaluate(model, processor, samples: list[Sample], cfg, accelerator,
              step: int | None = None) -> dict[str, float]:
     """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in
     [0, 1]: eval_accuracy, the mean over orders; eval_worst, right in every order;
-    eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5). Logs some."""
+    eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5). With a step, logs some."""
     rows, clock = {}, time.time()
     for start in range(0, len(samples), cfg.questions_per_step):  # a batch fits in memory
         batch = samples[start:start + cfg.questions_per_step]

@@ -1,5 +1,4 @@
-"""What `python eval.py --page RUN` writes: RUN/page.html, one file with a run's curves and its
-logged groups, images included. page.html beside this file is the page without the data."""
+"""`python eval.py --page RUN`: page.html, beside this file, with a run's data and images in it."""
 import base64
 import io
 import json
@@ -10,8 +9,6 @@ from types import SimpleNamespace
 
 import perl
 
-HERE = Path(__file__).resolve().parent
-
 def write(run: Path) -> Path:
     """SystemExit: `run` is no run folder, or nothing is logged in it yet."""
     rows = [row | {"held_out": name == "held_out"} for name in ("rollouts", "held_out")
@@ -20,23 +17,24 @@ def write(run: Path) -> Path:
     if not metrics:
         raise SystemExit(f"--page {run}: no metrics.jsonl of a training run there")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    by_group = {}  # a held-out question is one group through all steps
+    cfg = perl.Config(**config)
+    by_group, paths = {}, {}  # a held-out question is one group through all steps
     for row in rows:
         step = "held-out" if row["held_out"] else row["step"]
         by_group.setdefault((step, row["id"]), []).append(row)
-    groups = [describe(group, perl.Config(**config)) for group in by_group.values()]
-    images = {path: as_data(path) for row in rows for path in row["images"]}
+        paths |= dict.fromkeys(row["images"])
+    groups = [describe(group, cfg) for group in by_group.values()]
+    images = {path: as_data(path) for path in paths}  # each read once, though in many rows
     data = {"run": run.name, "config": config, "metrics": metrics, "groups": groups,
             "images": images}
     # Model text stays text: "</script>" in it must not end the script, nor any tag begin.
     content = json.dumps(data).replace("<", "\\u003c")
-    page = (HERE / "page.html").read_text(encoding="utf-8").replace("NO_DATA", content)
-    perl.write_atomic(run / "page.html", page)
+    empty = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    perl.write_atomic(run / "page.html", empty.replace("NO_DATA", content))
     return run / "page.html"
 
 def describe(rows: list[dict], cfg: perl.Config) -> dict:
-    """A group as the page shows it: its rollouts by order, mean and deviation of the rewards, and
-    what the filter did with it."""
+    """A group as the page shows it: rollouts by order, statistics of rewards, the verdict."""
     rewards = [row["reward"] for row in rows]
     orders = {}
     for row in rows:
