@@ -1173,7 +1173,7 @@ def evaluate(model, processor, samples: list[Sample], cfg, accelerator,
              step: int | None = None) -> dict[str, float]:
     """Greedy answers to every question in all its orders, up to cfg.eval_orders. Shares in
     [0, 1]: eval_accuracy, the mean over orders; eval_worst, right in every order;
-    eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5). With a step, logs some."""
+    eval_bias, best order less worst, the paper's p(x_max) - p(x_min) (A.5). A step logs a few."""
     rows, clock = {}, time.time()
     for start in range(0, len(samples), cfg.questions_per_step):  # a batch fits in memory
         batch = samples[start:start + cfg.questions_per_step]
