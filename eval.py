@@ -1,28 +1,32 @@
 #!/usr/bin/env python3
-"""Measure a model on the paper's eight benchmarks and two more, and what order does.
+"""Measures a model on the paper's eight benchmarks and two more, and what order does.
 
     python eval.py                                         # tiny, data_samples/, CPU
-    python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU has 25 GB
-    python eval.py --step-cost                             # of a training step
+    python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU downloads 25 GB
+    python eval.py --compare eval_runs/A eval_runs/B       # two models, paired
+    python eval.py --flip --data-dir COPIES                # flip rates next to published ones
+    python eval.py --page runs/tiny-seed0                  # a training run as HTML
 
-Greedy, with the prompt and the grader of training; what cannot be read, asked or parsed
-is wrong. eval_runs/MODEL/BENCHMARK/ holds all of it; after a kill the same command goes on.
+Decoding is greedy and uses the prompt of training. A question that cannot be asked, or an
+answer that cannot be read, counts as wrong. eval_runs/MODEL/BENCHMARK/ holds config.json,
+samples.jsonl (all responses) and results.json. After a kill, run the same command again.
 """
 import argparse
+import base64
+import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -30,138 +34,177 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageFile
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import perl
-from perl import (LETTERS, MODEL_PRESETS, SAMPLES, Config, Sample, all_orders, extract_answer,
-                  last_boxed, permute, plain, prompt_length, same_answer, sample_groups)
+from perl import LETTERS, Sample, all_orders, normalize, permute, same_answer, sample_groups
+
+RULES = "by rules; below judged scores, for which a language model read the answers"
 
 class Benchmark(NamedTuple):
-    """Where a benchmark's rows are, how many there are, and how its score is made."""
-    hub: str      # data set on the Hub; --data-dir holds it under the name behind "/"
+    """Where a benchmark's rows are, how many there are, and how its score is computed."""
+    hub: str      # data set on the Hub; --data-dir holds it under the name after "/"
     files: str    # its rows
     rows: int     # 0: any number
     scoring: str
     paper: tuple = ("", "")  # the paper's Qwen2.5-VL-7B and PeRL (n_s = 1)
-    mean: str = "questions"  # what the score is a mean over, or "tasks"
+    mean: str = "questions"  # the score is a mean over questions or over tasks
     has_paths: bool = False  # images are files, zipped or not
 
-LOWER = "below judged: only rules, where a language model read for the published score"
 BENCHMARKS = {
     "digits": Benchmark("", "test.jsonl", 0, "as in training"),
     "mantis-eval": Benchmark("TIGER-Lab/Mantis-Eval", "mantis_eval/test-*.parquet", 217,
                              "10 of the paper's 12 scores are k/216", (70.80, 76.39)),
     "blink": Benchmark("BLINK-Benchmark/BLINK", "*/val-*.parquet", 1901, "letter", (55.23, 58.53)),
-    "mmiu": Benchmark("FanqingM/MMIU-Benchmark", "all.parquet", 11698, "letter",
-                      (52.00, 54.23), mean="tasks", has_paths=True),
-    "mathvista": Benchmark("AI4Math/MathVista", "data/testmini-*.parquet", 1000,
-                           "rows' precision; " + LOWER, (68.20, 73.00)),
-    "mathverse": Benchmark("AI4Math/MathVerse", "testmini.parquet", 3940,
-                           "unit optional; " + LOWER, (46.30, 49.56)),
-    "mathvision": Benchmark("MathLLMs/MathVision", "data/test-*.parquet", 3040,
-                            "unit optional; " + LOWER, (25.07, 28.26)),
+    "mmiu": Benchmark("FanqingM/MMIU-Benchmark", "all.parquet", 11698,
+                      "letter; no rows without a gold", (52.00, 54.23), "tasks", has_paths=True),
+    "mathvista": Benchmark("AI4Math/MathVista", "data/testmini-*.parquet", 1000, RULES,
+                           (68.20, 73.00)),
+    "mathverse": Benchmark("AI4Math/MathVerse", "testmini.parquet", 3940, RULES, (46.30, 49.56)),
+    "mathvision": Benchmark("MathLLMs/MathVision", "data/test-*.parquet", 3040, RULES,
+                            (25.07, 28.26)),
     "remi": Benchmark("mehrankazemi/ReMI", "test.parquet", 2600,
                       "value within its task's tolerance", (36.38, 43.38), mean="tasks"),
-    "mv-math": Benchmark("PeijieWang/MV-MATH", "**/MV-MATH.json", 2009,
-                         "all parts; " + LOWER, (20.41, 25.68), has_paths=True),
+    "mv-math": Benchmark("PeijieWang/MV-MATH", "**/MV-MATH.json", 2009, RULES, (20.41, 25.68),
+                         has_paths=True),
     "muirbench": Benchmark("MUIRBENCH/MUIRBENCH", "data/test-*.parquet", 2600, "letter"),
     "medframeqa": Benchmark("SuhaoYu1020/MedFrameQA", "**/test-*.parquet", 2851, "letter")}
 
-# ---- Choices: the letter that a free text settles on -----------------------------------
+# ---- Reading free text: what an answer or a choice is ----------------------------------
+# "the answer is ...", "the best option: ..."; but not "the answer if ...".
+DECLARATION = re.compile(
+    r"(?i)\b(?:answer|(?:correct|right|best|final) (?:option|choice))\b(?:(?!\bif\b)"
+    r"[^.\n:=]){0,80}?(?:\b(?:is|be)\b|:|=)[\s:]*(?=((?:[^.\n]|\.(?=\S)){1,300}))")
 
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-ORDINALS = "- first second third fourth fifth sixth seventh eighth ninth tenth".split()
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?!But\b|However\b)|\n+")
-# What names an option: a label in front, "(B)", "or C. dogs", "option b".
+# A program, fenced or not: letters and numbers in it are names and steps.
+PROGRAM = re.compile(
+    r"(?ms)```(?=[^`]*(?:=|\w\())\w*\n.*?(?:```|\Z)|"
+    r"^ *(?:import \w|from \w+ import|def \w+\(|\w+ = |print\().*^ *(?:print\(|return\b)[^\n]*|"
+    r"^ *(?:import \w+|from \w+ import .*|def \w+\(.*\):)\n.*\Z")
+
+def visible(response: str) -> str:
+    """A response after </think>, without the source of programs."""
+    return PROGRAM.sub("", response.rpartition("</think>")[2])
+
+def stated_answer(response: str) -> str | None:
+    r"""The last \boxed{} or <answer>, as in training; else the last "the answer is"."""
+    answer, text = perl.extract_answer(response), visible(response)
+    if answer or perl.last_boxed(text) is not None or re.search("<answer>|<think>", text):
+        return answer
+    declared = DECLARATION.findall(text) or [""]
+    return re.sub(r"^\((\w+)\)$", r"\1", declared[-1].strip("*_ $")) or None
+
+def final_number(response: str) -> str | None:
+    """The number that the last sentence settles on: "36", "So there are 36 cm."."""
+    text = re.sub(r"[*_`#]", "", visible(response)).strip()
+    if re.search(r"\\boxed|<answer>|<think>", text) or REFUSAL.search(text):
+        return None
+    last = canonical(SENTENCE_END.split(text)[-1])
+    end = re.split(r"\b(?:is|are|was|were|be|equals?|has|have|gives?|get)\b|=|:\s", last)[-1]
+    if to_number(end) is not None:
+        return end.strip()
+    alone = rf"(?<![\w-]){NUMBER.pattern}(?!\w)"
+    numbers = re.findall(alone, end) or re.findall(alone, last)
+    return numbers[0] if len(numbers) == 1 else None
+
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth".split()
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?!But\b|However\b)|\n+|(?<=[。！？])(?=.)")
+# These mark an option: a label in front, "(B)", "or C. dogs", "option b".
 LABEL = r"\(?([A-Za-z])(?=[).:]|$|,? (?:because|since)\b)"
-MARKED = re.compile(rf"^{LABEL}|\(([A-Z])\)|(?<=\s)([A-Z])(?=[).:]\s)|"
-                    r"\b(?i:option|choice|answer)\s*:?\s*\(?([A-Z]|[a-z](?!\s\w))(?![\w'’])")
-# Less surely a bare "B", unless it is the word "a" ("A unique ..."), or part of "N/A".
+MARKED = re.compile(
+    rf"^{LABEL}|\(([A-Z])\)|(?<=\s)([A-Z])(?=[).:]\s)|"
+    r"\b(?i:option|choice|answer)\s*:?\s*\(?([A-Z]|[a-z](?!\s\w))(?![\w'’])|"
+    r"(?:选[项择]?|答案|正确的)[是为]? ?:? ?\(?([A-Z])(?![A-Za-z])|([A-Z])(?:选?项)?[是为]?(?:正确|对的|答案)")
+# A bare "B" is weaker. It must not be the word "a" ("A unique ...") or part of "N/A".
 BARE = re.compile(
-    r"(?<![\w'’$\\^(/])(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|fits|looks|"
-    r"seems|appears|shows|matches|would)\b)[a-z])([A-HJ-Z])(?![\w'’(^*+-]|/)")
-# What takes it back: "not A", "closer than A"; "A is not", "A can be ruled out".
+    r"(?<![\w'’$\\^(/])"
+    r"(?!A\s+(?!(?:is|was|has|and|or|but|as|in|on|because|since|fits|looks|"
+    r"seems|appears|shows|matches|would)\b)[a-z])"
+    r"([A-HJ-Z])(?![\w'’(^*+-]|/)")
+# These take it back: "not A", "closer than A"; "A is not", "A can be ruled out".
 NOT_BEFORE = re.compile(
     r"(?i)(?:\b(?:not|than|neither|nor|unlike|except|instead of|compared to)|n't)"
-    r"(?:\s+(?:the|in|of|option|choice|point|image|box))*\s+\(?$")
+    r"(?:\s+(?:the|in|of|option|choice|point|image|box))*\s+\(?$|(?:不|非|排除)[是能应]?$")
 NOT_AFTER = re.compile(
     r"(?i)\)?(?:,[^,]*,)?(?:\s+(?!because|since|as|while|and)\w+){0,4}?\s+"
-    r"(?:(?:is|are|was|does|do|did|can)\s?n[o']t|cannot|incorrect|wrong|ruled out|too)\b")
-# A sentence that claims what was asked for, or concludes, beats one that compares.
+    r"(?:(?:is|are|was|does|do|did|can)\s?n[o']t|cannot|incorrect|wrong|ruled out|too)\b|"
+    r"\)?(?:选?项)?[是为]?[不错非]")
+# A sentence that claims or concludes counts more than one that compares.
 CLAIM = re.compile(
     r"(?i)\b(?:therefore|thus|hence|in conclusion|closer|closest|nearer|nearest|best|most|"
     r"more accurate(?:ly)?|correct(?:ly)?|fits?|match(?:es)?)\b(?!.*\bon the other hand\b)")
 REFUSAL = re.compile(
-    r"(?i)^\W*(?:N/A|none|unknown)\b|\bno (?:correct |right )?answer\b|\b(?:cannot|can't|"
-    r"could not|unable to|not possible to) (?:be )?(?:determine|tell|see|view|answer|say|identify)")
+    r"(?i)^\W*(?:N/A|none|unknown)\b|\bno (?:correct |right )?answer\b|"
+    r"\b(?:cannot|can't|could not|unable to|not possible to) (?:be )?"
+    r"(?:determine|tell|see|view|answer|say|identify)")
 
 def extract_choice(response: str, options=("",) * 26) -> str | None:
-    """The letter of the option that a response settles on behind </think>, or None."""
-    text = re.sub(r"[*`\"]+|\\[()]", "", response.rpartition("</think>")[2]).strip()
+    """The letter of the option that a response settles on after </think>, or None."""
+    text = re.sub(r"[*`\"]+|\\[()]", "", visible(response)).strip()
     if not text or "<think>" in text:
         return None
-    texts = {LETTERS[k]: unlabeled(option, k) for k, option in enumerate(options[:26])}
-    stated = extract_answer(text) or ""
-    named = spoken_for(stated, texts)
-    if not named and re.search(r"\\boxed|<answer>", text):
+    texts = dict(zip(LETTERS, unlabeled(options)))
+    stated = stated_answer(text) or ""
+    named = chosen_in(stated, texts)
+    if not named and re.search(r"\\boxed|<answer>", text):  # "\\frac12" is option "0.5"
         named = {letter for letter in texts if same_answer(stated, texts[letter])}
     elif not named:
         named = read_prose(text, texts)
     return min(named) if len(named) == 1 else None
 
 def read_prose(text: str, options: dict[str, str]) -> set[str]:
-    """Letters of a text that states no answer: of a labeled first sentence ("B. Both"); the one
-    marked as in "(B)"; of the last sentence that claims an option, or that names one."""
+    """Letters that a text without a stated answer chooses: by a label in front ("B. Both"),
+    the only "(B)", the last claim, or the last sentence with an option, in this order."""
     sentences = SENTENCE_END.split(without_list(text).strip())
     if re.match(LABEL, sentences[0]):
         sentences = sentences[:1]
     marked = set()
     for sentence in sentences:
         if re.search(r"\([A-Z]\)", sentence):
-            marked |= spoken_for(sentence, options)
+            marked |= chosen_in(sentence, options)
     if len(marked) == 1:
         return marked
     claims = list(filter(CLAIM.search, sentences))
-    readings = (spoken_for(sentence, options) for sentence in claims[::-1] + sentences[::-1])
-    return next(filter(None, readings), set())
-
-def unlabeled(option: str, k: int) -> str:
-    """The text of option k without its label: "(B) red", 1 -> "red"; "(B)" -> ""."""
-    option = re.sub(rf"^\s*\(?{LETTERS[k]}\s*[).:]\s*", "", option)
-    return "" if option == LETTERS[k] else option
+    for sentence in claims[::-1] + sentences[::-1]:
+        chosen = chosen_in(sentence, options)
+        if chosen:
+            return chosen
+    return set()
 
 def without_list(text: str) -> str:
-    """A text less the options that it lists one a line: that is no choice."""
-    first = {}  # letter -> the first line that it labels
+    """A text without the options that it lists one per line: listing is not choosing."""
+    first = {}  # letter -> the first line with this label
     for line in re.finditer(r"(?m)^[^\w\n]*([A-Z])[).:].*$", text):
         first.setdefault(line[1], line[0])
-    for line in first.values() if len(first) > 1 else ():
-        text = text.replace(line, "", 1)
+    if len(first) > 1:
+        for line in first.values():
+            text = text.replace(line, "", 1)
     return text
 
-def spoken_for(sentence: str, options: dict[str, str]) -> set[str]:
-    """Letters of the options that a sentence speaks for, first of all behind a "but"."""
-    wordings = [r"\b\B"]  # nothing
+def chosen_in(sentence: str, options: dict[str, str]) -> set[str]:
+    """Letters of the options that a sentence chooses; what follows "but" counts first."""
+    wordings = [r"\b\B"]  # never matches: the options may have no texts
+    # Longest first: "the left dog" must not be read as "the left".
     for letter, option in sorted(options.items(), key=lambda item: -len(item[1])):
         words = re.escape(canonical(option))
         if words:
             wordings.append(rf"(?P<{letter}>(?<![\w./{{]){words}(?![\w/]|\.\d))")
     worded = re.compile("|".join(wordings))
-    for clause in reversed(re.split(r"(?i)\b(?:but|however)\b", plain(sentence))):
+    for clause in reversed(re.split(r"(?i)\b(?:but|however)\b", normalize(sentence))):
         readings = [(MARKED, clause), (worded, canonical(clause)), (BARE, clause)]
-        if REFUSAL.search(clause):  # unless an option says so
-            readings = readings[1:2]
-        for pattern, text in readings:
-            named = affirmed(pattern, text) & options.keys()
+        if REFUSAL.search(clause):
+            readings = readings[1:2]  # an option may say "cannot be determined"
+        for regex, text in readings:
+            named = affirmed(regex, text) & options.keys()
             if named:
                 return named
     return set()
 
-def affirmed(pattern: re.Pattern, text: str) -> set[str]:
-    """Letters that a pattern finds in a text, less those that the text takes back."""
+def affirmed(regex: re.Pattern, text: str) -> set[str]:
+    """Letters that a regex finds in a text, without those that the text takes back."""
     letters = set()
-    for match in pattern.finditer(text):
+    for match in regex.finditer(text):
         before = text[max(0, match.start() - 60):match.start()]
         after = text[match.end():match.end() + 100]
         if not NOT_BEFORE.search(before) and not NOT_AFTER.match(after):
@@ -170,52 +213,36 @@ def affirmed(pattern: re.Pattern, text: str) -> set[str]:
 
 @functools.lru_cache(maxsize=65536)
 def canonical(text: str) -> str:
-    """To find option texts in: "the 2nd picture" -> "second image", "three" -> "3"."""
-    text = plain(text).casefold()
-    for k, (number, ordinal) in enumerate(zip(NUMBERS, ORDINALS)):
+    """One spelling for options: "the 2nd picture" -> "second image", "three" -> "3"."""
+    text = normalize(text).casefold()
+    for k, (number, ordinal) in enumerate(zip(NUMBER_WORDS, ORDINALS)):
         text = re.sub(rf"\b{number}\b", str(k), text)
         place = rf"(?:{ordinal}|{k}(?:st|nd|rd|th)) (?:1|image|picture|photo|option)"
         text = re.sub(rf"\b(?:image #?{k}|{place})\b", f"{ordinal} image", text)
     return re.sub(r"^(?:the|an?) (?=\w)", "", text)
 
-# ---- Adapters: a row of a data set -> a question ---------------------------------------
-
-class Question(NamedTuple):
-    """A Sample of perl.py, and what scoring needs beside it."""
-    sample: Sample                 # without an answer: always wrong
-    rule: str                      # how an answer is scored, see grade_row
-    options: tuple[str, ...] = ()  # texts of options A, B, ..; empty for images
-    turn: int = 0                  # by how many places the options are rotated
-    orders: tuple = ()             # of the images, to ask it in
-    problem: str = ""              # why it cannot be asked
-
-def make_question(id, images, text, answer, rule, options=(), task="") -> Question:
-    """One <image> an image, missing ones in front. Images that are options may move."""
-    text = re.sub(r"<\|\w+\|>", "", text).strip()
-    surplus = text.count("<image>") - len(images)
-    text = "<image>" * -surplus + text.replace("<image>", "", max(surplus, 0))
-    if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
-    answer, movable = str(answer or "").strip(), None
-    if answer in list(LETTERS[:len(options)]):
-        movable = option_images(list(options), len(images), text)
-    texts = tuple("" if "<image" in str(option) else str(option) for option in options)
-    order_rule = "letter" if movable else "never"
-    sample = Sample(str(id), tuple(images), text, answer, order_rule, movable, str(task))
-    return Question(sample, rule, texts)
+# ---- Options: as a text lists them -----------------------------------------------------
+def unlabeled(options) -> list[str]:
+    """Options without their labels: "A. cat", "(B) red", "(C)" -> "cat", "red", ""."""
+    texts = []
+    for letter, option in zip(LETTERS, options):
+        text = re.sub(rf"^\s*\(?{letter}\s*[).:]\s*", "", option)
+        texts.append("" if text == letter else text)
+    return texts
 
 def show_options(options: list[str]) -> str:
-    """A line for each option, for a question whose text does not list them."""
+    """One line per option, for a question whose text does not list them."""
     return "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options))
 
 def option_spans(text: str) -> list[tuple[int, int]]:
-    """Where the options stand that a text lists last, a line each: "A. 9,14", "(B) red",
-    "C:2" or a letter alone; what a page break left behind them is cut off."""
+    """Where the options are that a text lists last, one per line: "A. 9,14", "(B) red",
+    "C:2" or a letter alone."""
+    # A page break may have left its number or a "##" after them.
     end = re.search(r"\s*(?:^(?:#|Page \d).*)?\Z", text, re.MULTILINE | re.DOTALL).start()
     labels = []
     for label in re.finditer(r"(?m)^\s*\(?([A-Z])(?:\s*[).:、．]|\s*$)\s*", text[:end]):
         if label[1] == "A":
-            labels = [label]  # statements listed before are no options
+            labels = [label]  # a list before this one holds statements, not options
         elif label[1] == LETTERS[len(labels)]:
             labels.append(label)
     stops = [label.start() for label in labels[1:]] + [end]
@@ -225,38 +252,46 @@ def listed_options(text: str) -> list[str]:
     """The texts of these options."""
     return [text[start:stop] for start, stop in option_spans(text)]
 
-def option_images(options: list[str], n_images: int, text: str) -> tuple[int, ...] | None:
-    """Positions of the images that are the options: the last ones, if all options are
-    "<image>" or name them in order ("the second image") and the question none or all."""
-    first = n_images - len(options)
-    if len(options) < 2 or first < 0:
-        return None
-    if options != ["<image>"] * len(options):
-        spans = option_spans(text)
-        asked = canonical(text[:spans[0][0]] if spans else text)
-        named = [canonical(option).removesuffix(" image") for option in options]
-        spoken_of = [name for name in named if f"{name} image" in asked]
-        if named != ORDINALS[first + 1:n_images + 1] or spoken_of not in ([], named):
-            return None
-    return tuple(range(first, n_images))
+# ---- Adapters: a row of a data set -> a question ---------------------------------------
+class Question(NamedTuple):
+    """A Sample of perl.py and what scoring needs in addition."""
+    sample: Sample                 # without an answer: always wrong
+    rule: str                      # how an answer is scored, see grade_row
+    options: tuple[str, ...] = ()  # texts of options A, B, ..; empty for images
+    orders: tuple = ()             # of the images, to ask it in
+    problem: str = ""              # why it cannot be asked
+    reason: str = ""               # why its images may not move
 
-def rotate(question: Question, turn: int) -> Question | None:
-    """The question, its options `turn` places on; None if its text does not list them."""
-    sample, options = question.sample, question.options
-    text, gold = sample.question, sample.answer
-    letters = LETTERS[:len(options)]
-    if listed_options(text) != list(options) or gold not in list(letters):
-        return None
-    rotated = options[turn:] + options[:turn]
-    for (start, stop), option in zip(option_spans(text)[::-1], rotated[::-1]):
-        text = text[:start] + option + text[stop:]
-    gold = letters[letters.index(gold) - turn]
-    sample = dataclasses.replace(sample, question=text, answer=gold, order_rule="never")
-    return question._replace(sample=sample, options=rotated, turn=turn)
+def make_question(key, images, text, answer, rule, *, options=(), task="") -> Question:
+    """One <image> per image, missing ones in front. The order label is that of training."""
+    text = re.sub(r"<\|\w+\|>", "", text).strip()
+    surplus = text.count("<image>") - len(images)
+    text = "<image>" * -surplus + text.replace("<image>", "", max(surplus, 0))
+    if isinstance(answer, list):
+        answer = ", ".join(map(str, answer))
+    answer, is_listed = str(answer or "").strip(), listed_options(text) == list(options)
+    label = Label(text, answer, "never", reason="options that the text does not list")
+    if len(images) < 2 or is_listed or not options:
+        label = infer_label(text, answer, len(images), "benchmark")
+    if label.order_rule == "keep" and options:
+        options = listed_options(label.question)  # their "image 2" became "<image_2>"
+    # An option that is an image has no text to look for in a response.
+    texts = tuple("" if "<image>" in str(option) else str(option) for option in options)
+    sample = Sample(str(key), tuple(images), label.question, label.answer, label.order_rule,
+                    label.movable, str(task))
+    return Question(sample, rule, texts, reason=label.reason)
+
+def options_in(question: Question, order) -> list[str]:
+    """The options' texts as the prompt shows them in an order: "<image_2>" -> "image 1"."""
+    texts = []
+    for option in question.options:
+        moved = permute(dataclasses.replace(question.sample, question=option), order)
+        texts.append(perl.MENTION.sub(r"image \1", moved.question))
+    return texts
 
 def place_tags(text: str, images: list[str]) -> tuple[str, list[str]]:
-    """Numbered tags (<image_2>, <image2>) -> <image> where an image first stands, <image_k>
-    where it is spoken of; images without a tag in front. With the images in that order."""
+    """Numbered tags (<image_2>, <image2>): an image's first becomes <image>, a later one
+    <image_k>. Images without a tag go in front. Returns the images in the tags' order."""
     for k in range(len(images), 0, -1):
         if not re.search(rf"<image_?{k}>", text):
             text = f"<image_{k}>{text}"
@@ -267,92 +302,101 @@ def place_tags(text: str, images: list[str]) -> tuple[str, list[str]]:
             order.append(k)
             return "<image>"
         return f"<image_{order.index(k) + 1}>" if k in order else ""
-    return re.sub(r"<image_?(\d+)>", new_tag, text), [images[k - 1] for k in order]
+    text = re.sub(r"<image_?(\d+)>", new_tag, text)
+    return text, [images[k - 1] for k in order]
 
 def numbered_images(row: dict, place) -> list[str]:
     """The images of columns image_1, image_2 .., which may be empty."""
     return [place(row[f"image_{k}"]) for k in range(1, 7) if row.get(f"image_{k}")]
 
+# All adapters have one signature, though few need the row's number.
+# ruff: noqa: ARG001
 def from_mantis(row: dict, number: int, place) -> Question:
     """Mantis-Eval: options with or without labels, not in the question's text."""
     images, text, gold = [*map(place, row["images"])], row["question"], row["answer"]
     if row["question_type"] != "multi-choice":
-        return make_question(row["id"], images, text, gold, "text", (), "short-answer")
-    options = [unlabeled(option, k) for k, option in enumerate(row["options"])]
+        return make_question(row["id"], images, text, gold, "text", task="short-answer")
+    options = unlabeled(row["options"])
     gold = extract_choice(gold) or re.sub(r"[^A-Za-z]", "", gold)[:1].upper()
-    text, task = text + show_options(options), "multi-choice"
-    return make_question(row["id"], images, text, gold, "choice", options, task)
+    return make_question(row["id"], images, text + show_options(options), gold, "choice",
+                         options=options, task="multi-choice")
 
 def from_blink(row: dict, number: int, place) -> Question:
     """BLINK: the prompt lists the options."""
-    images, text, gold = numbered_images(row, place), row["prompt"], row["answer"].strip("() ")
-    return make_question(row["idx"], images, text, gold, "choice", row["choices"], row["sub_task"])
+    images, gold = numbered_images(row, place), row["answer"].strip("() ")
+    return make_question(row["idx"], images, row["prompt"], gold, "choice",
+                         options=row["choices"], task=row["sub_task"])
 
 def from_mmiu(row: dict, number: int, place) -> Question:
-    """MMIU: the context repeats the options. A gold beyond them makes all answers wrong."""
-    images, gold = [*map(place, row["input_image_path"])], (row["output"] or "").strip("() ")
-    options, task = listed_options(row["options"]), row["task"]
-    text = row["question"] + "\n" + row["context"]
-    return make_question(f"{task}-{number}", images, text, gold, "choice", options, task)
+    """MMIU: the context repeats the options. A gold that is no option: always wrong."""
+    images, task = [*map(place, row["input_image_path"])], row["task"]
+    text, gold = f"{row['question']}\n{row['context']}", (row["output"] or "").strip("() ")
+    return make_question(f"{task}-{number}", images, text, gold, "choice",
+                         options=listed_options(row["options"]), task=task)
 
 def from_remi(row: dict, number: int, place) -> Question:
     """ReMI: tags <image1> in the text."""
     text, images = place_tags(row["question"], numbered_images(row, place))
-    gold, task = row["label"], row["task"]
+    task = row["task"]
     if task in ("Collisions", "Isomorphism"):
         text += " If it is a yes or no question, answer 0 for no and 1 for yes."
-    return make_question(f"{task}-{number}", images, text, gold, f"remi {task}", (), task)
+    key, rule = f"{task}-{number}", f"remi {task}"
+    return make_question(key, images, text, row["label"], rule, task=task)
 
 def from_mv_math(row: dict, number: int, place) -> Question:
     """MV-MATH: tags <image_1>; four options in the text, often as images."""
     text, images = place_tags(row["question"], [*map(place, row["input_image"])])
-    kind, gold, rule, options = row["answer_type"], row["answer"], "value", []
+    key, gold, rule, options = row["problem_id"], row["answer"], "value", []
+    kind = row["answer_type"]
     if kind == "choice":
         rule, options, gold = "choice", listed_options(text), extract_choice(gold) or gold
         if len(set(options)) < 4 and options != ["<image>"] * 4:
-            options = [""] * 4  # not all could be read, or two are alike
+            options = [""] * 4  # not all could be read, or two are equal
     elif kind == "multi-step":
         rule = "parts"
-    return make_question(row["problem_id"], images, text, gold, rule, options, kind)
+    return make_question(key, images, text, gold, rule, options=options, task=kind)
 
 def from_mathvista(row: dict, number: int, place) -> Question:
     """MathVista: the gold of a choice is the option's text; numbers have a precision."""
     choices, gold, rule = list(row["choices"] or ()), row["answer"], row["answer_type"]
-    images, task = [place(row["decoded_image"])], row["metadata"]["task"]
+    key, text, images = row["pid"], row["query"], [place(row["decoded_image"])]
     if row["question_type"] == "multi_choice":
         rule, gold = "choice", LETTERS[choices.index(gold)] if gold in choices else ""
     elif rule in ("integer", "float"):
         rule = f"number {int(row['precision'] or 0) if rule == 'float' else 0}"
-    return make_question(row["pid"], images, row["query"], gold, rule, choices, task)
+    return make_question(key, images, text, gold, rule, options=choices,
+                         task=row["metadata"]["task"])
 
 def from_mathverse(row: dict, number: int, place) -> Question:
     """MathVerse: five versions of a question. A gold is a letter, or two, or a text."""
     text, options, gold, rule = row["question"], [], row["answer"].strip(), "value"
     if row["question_type"] == "multi-choice":
         options = listed_options(row.get("question_for_eval") or text) or [""] * 4
-        rule = "letters" if re.fullmatch(r"[A-Z](?:\s+[A-Z])+", gold) else "choice"
+        rule = "text" if re.fullmatch(r"[A-Z](?:\s+[A-Z])+", gold) else "choice"
         gold = LETTERS[options.index(gold)] if gold in options else gold.strip("()")
-    id, images, task = row["sample_index"], [place(row["image"])], row["problem_version"]
-    text = text or "Answer the question in the image."
-    return make_question(id, images, text, gold, rule, options, task)
+    images, text = [place(row["image"])], text or "Answer the question in the image."
+    return make_question(row["sample_index"], images, text, gold, rule, options=options,
+                         task=row["problem_version"])
 
 def from_mathvision(row: dict, number: int, place) -> Question:
     """MathVision: one image; options, if any, are not in the question's text."""
     options, images = list(row["options"] or ()), [place(row["decoded_image"])]
     text, rule = row["question"] + show_options(options), "choice" if options else "value"
-    return make_question(row["id"], images, text, row["answer"], rule, options, row["subject"])
+    return make_question(row["id"], images, text, row["answer"], rule,
+                         options=options, task=row["subject"])
 
 def from_muirbench(row: dict, number: int, place) -> Question:
-    """MuirBench: <image> in questions and options; a twin has "None of the choices ..."."""
-    images, options, task = [*map(place, row["image_list"])], row["options"], row["task"]
+    """MuirBench: <image> in questions and options; the last may be "None of the ..."."""
+    images, options = [*map(place, row["image_list"])], row["options"]
     text = row["question"] + show_options(options)
-    return make_question(row["idx"], images, text, row["answer"], "choice", options, task)
+    return make_question(row["idx"], images, text, row["answer"], "choice", options=options,
+                         task=row["task"])
 
 def from_medframeqa(row: dict, number: int, place) -> Question:
     """MedFrameQA: two to five frames of a video; options are not in the text."""
-    options = [unlabeled(option, k) for k, option in enumerate(row["options"])]
-    text, images = row["question"] + show_options(options), numbered_images(row, place)
-    return make_question(row["question_id"], images, text, row["correct_answer"], "choice", options)
+    options, images = unlabeled(row["options"]), numbered_images(row, place)
+    key, text = row["question_id"], row["question"] + show_options(options)
+    return make_question(key, images, text, row["correct_answer"], "choice", options=options)
 
 ADAPTERS = {
     "mantis-eval": from_mantis, "blink": from_blink, "mmiu": from_mmiu, "remi": from_remi,
@@ -360,21 +404,25 @@ ADAPTERS = {
     "mv-math": from_mv_math, "muirbench": from_muirbench, "medframeqa": from_medframeqa}
 
 # ---- Data: from the Hub, or from a local copy of the same files ------------------------
-
 def load_benchmark(name: str, args) -> list[Question]:
     """Questions of a benchmark, or of a JSONL file of samples; --limit spreads evenly."""
-    if name in ADAPTERS:
+    adapter = ADAPTERS.get(name)
+    if adapter:
         folder = find_data(BENCHMARKS[name], args.data_dir)
         rows, cache = read_rows(folder, BENCHMARKS[name].files), Path(args.out, ".images")
         place = functools.partial(place_image, folder=folder, cache=cache)
     else:
-        rows = perl.load_samples(SAMPLES / "test.jsonl" if name == "digits" else name)
+        try:
+            rows = perl.load_samples(perl.SAMPLES / "test.jsonl" if name == "digits" else name)
+        except (OSError, ValueError) as error:  # it names the line and the field
+            raise SystemExit(str(error)) from None
+    if name == "mmiu":  # its authors leave out rows without a gold, too
+        rows = [row for row in rows if row["output"]]
     n, questions = min(args.limit or len(rows), len(rows)), {}
     for k in range(n):
         number = k * len(rows) // n
-        question = Question(rows[number], "text")
-        if name in ADAPTERS:
-            question = ADAPTERS[name](rows[number], number, place)
+        row = rows[number]
+        question = adapter(row, number, place) if adapter else Question(row, "text")
         sample = question.sample
         if sample.id in questions:  # two rows with one id
             sample = dataclasses.replace(sample, id=f"{sample.id}-row{number}")
@@ -382,39 +430,41 @@ def load_benchmark(name: str, args) -> list[Question]:
     return list(questions.values())
 
 def find_data(benchmark: Benchmark, data_dir: str) -> Path:
-    """The folder of a data set: in --data-dir, or downloaded. Zips are unpacked, once."""
+    """The folder of a data set: in --data-dir, or downloaded. Zips are unpacked once."""
     folder = Path(data_dir, benchmark.hub.split("/")[1])
     if not data_dir:
         from huggingface_hub import snapshot_download as download  # needed here only
-        wanted = [benchmark.files.replace("**/", "*")]  # NOTE: this "*" matches "/", too
+        wanted = [benchmark.files.replace("**/", "*")]  # the Hub's "*" matches "/", too
         if benchmark.has_paths:
             wanted += ["*.zip", "*.jpg", "*.jpeg", "*.png"]
         try:
-            folder = Path(download(benchmark.hub, repo_type="dataset", allow_patterns=wanted))
+            folder = download(benchmark.hub, repo_type="dataset", allow_patterns=wanted)
         except OSError as error:
-            raise SystemExit(f"Could not load {benchmark.hub}; pass a copy, --data-dir FOLDER "
-                             f"({error})") from None
-    for archive in folder.rglob("*.zip") if benchmark.has_paths else ():
+            raise SystemExit(f"Could not load {benchmark.hub}: {error}\n"
+                             "Pass a local copy with --data-dir FOLDER") from None
+    for archive in Path(folder).rglob("*.zip") if benchmark.has_paths else ():
         done = archive.with_suffix("") / ".unpacked"
         if not done.exists():
             shutil.unpack_archive(archive, done.parent)
             done.touch()
-    return folder
+    return Path(folder)
 
 def read_rows(folder: Path, files: str) -> list[dict]:
-    """Rows of parquet or JSON files. Images stay encoded: a broken one ends no run."""
+    """Rows of parquet or JSON files. Images stay encoded: a broken one stops nothing."""
     from pyarrow import parquet  # needed here only
     rows = []
     for path in sorted(folder.glob(files)):
-        is_json = path.suffix == ".json"
-        rows += json.loads(path.read_text()) if is_json else parquet.read_table(path).to_pylist()
+        if path.suffix == ".json":
+            rows += json.loads(path.read_text())
+        else:
+            rows += parquet.read_table(path).to_pylist()
     if not rows:
         raise SystemExit(f"no {folder / files}; --data-dir takes the Hub's files")
     return rows
 
 @functools.lru_cache(maxsize=4)
 def files_by_ending(folder: Path) -> dict[str, str]:
-    """The files in a folder and below, by any ending of their path: "x/0.jpg", "0.jpg"."""
+    """All files below a folder, by any ending of their path: "x/0.jpg", "0.jpg"."""
     files = {}
     for path in sorted(folder.rglob("*.*")):
         names = path.relative_to(folder).parts
@@ -423,32 +473,35 @@ def files_by_ending(folder: Path) -> dict[str, str]:
     return files
 
 def place_image(image, folder: Path | None, cache: Path) -> str:
-    """An image of a row -> a file: that in `folder` whose path ends like it, or a copy in
-    `cache`. No image: the name of no file."""
-    if isinstance(image, str) and image:
+    """An image of a row -> the file in `folder` with such a path, or a copy in `cache`."""
+    if not image:
+        return "missing image"  # no file has this name, so the question counts as wrong
+    if isinstance(image, str):
         ending = os.path.normpath(image).lstrip("/")
         return files_by_ending(folder).get(ending, str(folder / image))
-    if not image:
-        return "missing image"
     content = image["bytes"] or Path(image["path"]).read_bytes()
     target = cache / hashlib.sha1(content).hexdigest()
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = cache / f"{target.name}-{os.getpid()}"
+        temporary = cache / f"{target.name}-{os.getpid()}"  # of this process alone
         temporary.write_bytes(content)
         os.replace(temporary, target)
     return str(target)
 
 # ---- Scoring ---------------------------------------------------------------------------
-
 def grade_row(row: dict) -> tuple[str | None, bool]:
-    """A line of samples.jsonl -> the answer found in the response, and is it right?"""
+    """A line of samples.jsonl -> the answer that the response gives, and is it right?"""
     rule, gold, response = row["rule"], row["gold"], row["response"]
     if rule == "choice":
-        letter, texts = extract_choice(response, row["options"]), dict(zip(LETTERS, row["options"]))
-        is_twin = bool(texts.get(letter)) and texts[letter] == texts.get(gold)
-        return letter, letter == gold or is_twin
-    answer = extract_answer(response)
+        letter = extract_choice(response, row["options"])
+        texts = dict(zip(LETTERS, row["options"]))
+        # MathVista lists some options twice: either letter is right.
+        is_twice = bool(texts.get(letter)) and texts[letter] == texts.get(gold)
+        return letter, letter == gold or is_twice
+    answer = stated_answer(response)
+    # A model that does not box may end in the number, unless it was cut off before.
+    if answer is None and to_number(gold) is not None and not row.get("truncated"):
+        answer = final_number(response)
     if answer is None:
         return None, False
     if rule.startswith("number") and to_number(answer) is not None:
@@ -456,251 +509,241 @@ def grade_row(row: dict) -> tuple[str | None, bool]:
         return answer, (round(value, digits) if digits else int(value)) == float(gold)
     if rule.startswith("remi"):
         return answer, remi_right(rule.split()[1], answer, gold)
-    if rule == "list":
-        return answer, NUMBER.findall(answer) == NUMBER.findall(gold)
-    if rule == "letters":
-        return answer, set(re.findall(r"\b[A-Z]\b", answer)) == set(gold.split())
     if rule == "parts":
         return answer, all_parts_right(response, gold)
     return answer, (same_value if rule == "value" else same_answer)(answer, gold)
 
+NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
+# Left side, sign, whole number, fraction, power of ten, pi, unit.
+NUMERAL = re.compile(
+    r"(?i)(?:(?:[A-Z]\w*)? ?= ?)?(?:about |approximately )?([-+]?) ?"
+    r"(?:(\d+\.?\d*|\.\d+)(?![\d/]))?(?: ?(\d+\.?\d*|\.\d+)/(\d*[1-9]\d*))?"
+    r"(?: ?(?:\\times|\\cdot|[x*]) ?10\^\{?([-+]?\d{1,3})\}?|e([-+]?\d{1,3}))? ?(\\pi\b)?"
+    r"(?: ?[%°]|(?: ?/ ?| ?)(?!(?:or|and|to|[nxyz])\b)[^\W\d_]++(?:[23]|\^\{\d\})?\.?)*+")
+
 def to_number(text: str) -> float | None:
-    r"""The number that an answer is: "$1,234.5", "14 cm", "\frac34", "50%", "x = 14"."""
-    text = re.sub(r"\\[dt]?frac\s*\{?(-?\d+)\}?\s*\{?(\d+)\}?", r"\1/\2", plain(text))
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[\s$\\{}]", "", text)
-    match = re.fullmatch(r"(?:[A-Za-z]\w*[=≈])?([-+]?(?:\d+\.?\d*|\.\d+))(?:/(\d*[1-9]\d*))?"
-                         r"(?:[%°]|\^circ|[a-zA-Z²³][\w/^²³.]*)?", text)
-    return float(match[1]) / int(match[2] or 1) if match else None
+    r"""The number that an answer is: "$1,234.5", "14 cm", "1\frac34", "2\times10^3"."""
+    text = re.sub(r"\\frac ?\{?(-?\d+)\}? ?\{?(\d+)\}?", r" \1/\2", normalize(text))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[£€]", "", text)
+    match = NUMERAL.fullmatch(re.sub(r"≈|\\approx(?![a-z])", "=", text).strip())
+    if not match or not (match[2] or match[3]):
+        return None
+    value = float(match[2] or 0) + (float(match[3]) / float(match[4]) if match[3] else 0)
+    value *= 10.0 ** min(int(match[5] or match[6] or 0), 300) * (math.pi if match[7] else 1)
+    return (-value if match[1] == "-" else value) if math.isfinite(value) else None
 
 PART_LABEL = r"[（(]\s*[1-9]\s*[)）]"
-NUMBER = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)")
-POWER = r"(?:\s*\^\s*\{?[23]\}?|[²³])?"
-UNIT = re.compile(
-    rf"(?i)(?:\b|(?<=[\d\s}})]))(?:[kcmd]?m|m?l|k?g)(?:\s*/\s*[hs])?{POWER}\s*$"
-    rf"|\b(?:square |cubic )?(?:units?|[a-z]*(?:met|lit)(?:re|er)s?){POWER}\s*$"
-    r"|(?:\^?\s*\{?\\circ\}?|°)\s*T?\s*$|\\?%\s*$")
-SYMBOL = r"(?<![a-zA-Z])([kcmd]?m|m?l|k?g)\s*\}?\s*(?:\^\s*\{?([-\d]+))?[}\s.]*$"  # cm, cm^{2}
-
-def bare_value(text: str) -> str:
-    r"""Without left side and unit: "Area =9 \pi \mathrm{~cm}^{2}" -> "9 \pi"."""
-    text = plain(text.replace("~", " "))
-    text = re.sub(r"^([^=]*)=\s*([a-z])$", r"\2=\1", text)  # "5 = s"
-    text = re.sub(r"^(?!\d)[\w.\\(){}, ]*=(?=\s*\S)", "", text)  # but "2 x =" stays
-    return UNIT.sub("", text).lstrip(" ,;").rstrip(" \\,;")
+WORD = re.compile(r"(?i)(?<![\\\w])[a-z]{4}")
+SYMBOLS = re.compile(rf"{NUMBER.pattern}|[()\[\]]")
 
 def same_value(answer: str, gold: str) -> bool:
-    """same_answer, where the left side ("Area =") and the unit may be missing."""
-    # Signs of math amid a text end the parsing there; then mojibake, a Chinese comma.
-    for old, new in (("\\[", ""), ("\\]", ""), ("$", ""), ("掳", "°"), ("、", ","), ("；", ";")):
-        answer, gold = answer.replace(old, new), gold.replace(old, new)
-    # Another number or small letter on the left (y_2, y_3; x, y), or unit (cm^2, cm^3; m, cm).
-    for pattern in (r"\d(?=[^=]*=)", r"^\W*([a-z])\s*=", SYMBOL):
-        mine, wanted = (sorted(re.findall(pattern, text)) for text in (answer, gold))
-        if mine and wanted and mine != wanted:
-            return False
-    value, gold_value = bare_value(answer), bare_value(gold)
-    # Of words and of a chain of equations math-verify reads a part.
-    if re.search(r"(?i)(?<![\\\w])[a-z]{4}", gold_value) or gold.count("=") > 1:
-        if NUMBER.findall(value) != NUMBER.findall(gold_value):
-            return False
-    return same_answer(answer, gold) or value != "" and same_answer(value, gold_value)
+    """same_answer on texts of mathematics: "Area = 9 cm^2", "5 = s", "bearing 212°T"."""
+    texts = []
+    for text in (answer, gold):
+        text = normalize((perl.last_boxed(text) or text).replace("掳", "°")).strip(" ,;.")
+        text = re.sub(r" +(?=\^)|(?<=°) ?T\b", "", text)
+        text = re.sub(r"^([^=]*)= ?([a-z])$", r"\2=\1", text)
+        texts.append(re.sub(r"^(?:[A-Za-z][a-z]{2,}[\w. ]*|S\.?A\.?|\(x, ?y\)) ?=", "", text))
+    answer, gold = texts
+    if "=" not in answer:  # the left side may be missing, and so may the unit
+        gold = re.sub(r"^(?!\d)[\w.\\(){}, ]*=(?=\s*\S)", "", gold)
+    if not re.search(r"[a-zA-Z}]$", answer):
+        gold = re.sub(r"(?i)[ .]*(?<![a-z\\])(?:[kcm]?m|[a-z]{5,})(?:\^\{[23]\})?$", "", gold)
+    # Of words, the numbers in their order are enough: "local maximum: (-3,60)".
+    if WORD.search(gold) and not WORD.search(answer) and "(" in gold:
+        return SYMBOLS.findall(answer) == SYMBOLS.findall(gold)
+    return same_answer(answer, gold)
 
 def remi_right(task: str, answer: str, label: str) -> bool:
-    """ReMI's own rules: lower case, nothing behind a %, a tolerance for each task."""
-    answer = plain(answer).lower().split("%")[0].replace("\\", "").strip()
-    label = plain(label).lower().split("%")[0].replace("\\", "").strip()
-    if label in ("0", "1"):
+    """ReMI's own rules: lower case, nothing after a %, a tolerance for each task."""
+    value, gold = to_number(answer.split("%")[0]), to_number(label.split("%")[0])
+    answer, label = (normalize(text).lower().split("%")[0].replace("\\", "").strip()
+                     for text in (answer, label))
+    if task in ("Collisions", "Isomorphism"):  # 0 and 1 mean no and yes there only
         answer = {"yes": "1", "no": "0"}.get(answer, answer)
     if task == "RefCoco":
         return answer in re.split(r"\s*,\s*", label)
-    mine, gold = to_number(answer), to_number(label)
-    if mine is None or gold is None:  # "f(x)" is the function f
-        return re.sub(r"(?<=^[fgh])\(x\)$|[\s()]", "", answer) == re.sub(r"[\s()]", "", label)
+    if value is None or gold is None:
+        answer = re.sub(r"(?<=^[fgh])\(x\)$", "", answer)  # "f(x)" is the function f
+        return re.sub(r"[\s()]", "", answer) == re.sub(r"[\s()]", "", label)
     bounds = {"Clocks": 10, "GeomShape": 0.03 * abs(gold), "GeomCost": 0.03 * abs(gold)}
-    return abs(mine - gold) <= bounds.get(task, 0.01 * abs(gold)) + 1e-9
+    return abs(value - gold) <= bounds.get(task, 0.01 * abs(gold)) + 1e-9
 
-def skeleton(text: str) -> str:
-    """A text without space, $ and labels, its separators alike: what any copy keeps."""
-    text = re.sub(r"[\s$]", "", text)
-    return re.sub(rf"(?:[;；,，。]|\.(?!\d)|{PART_LABEL})+", "|", text).strip("|")
+def split_parts(separator: str, text: str) -> list[str]:
+    return [part for part in re.split(separator, text) if part.strip(" ,;，；。.")]
 
 def all_parts_right(response: str, gold: str) -> bool:
-    """A multi-step question: its parts labeled "(1)", "(2)", in a box each, or in a list."""
-    stated, visible = extract_answer(response), response.rpartition("</think>")[2]
-    boxes = map(last_boxed, re.split(r"(?=\\boxed)", visible))
-    items = re.split(r"[,，;；](?![^(\[{]*[)\]}])", stated)
-    wanted = list(filter(skeleton, re.split(PART_LABEL, gold)))
-    for parts in (re.split(PART_LABEL, stated), filter(None, boxes), items):
-        given = list(filter(skeleton, parts))
-        if skeleton(";".join(given)) == skeleton(gold):
-            return True
-        if len(given) == len(wanted) and all(map(same_value, given, wanted)):
+    """A multi-step question: parts labeled "(1)", "(2)", in a box each, or in a list."""
+    stated, wanted = stated_answer(response), split_parts(PART_LABEL, gold)
+    boxes = map(perl.last_boxed, re.split(r"(?=\\boxed)", visible(response)))
+    for parts in (split_parts(PART_LABEL, stated), list(filter(None, boxes)),
+                  split_parts(r"[,，;；](?![^(\[{]*[)\]}])", stated)):
+        if len(parts) == len(wanted) and all(map(same_value, parts, wanted)):
             return True
     return False
 
 def picked(row: dict) -> tuple | None:
     """What an answer picks, as positions in the given order, whatever order was asked."""
     answer, order, movable = row["answer"] or "", row["order"], row["movable"]
-    if row["order_rule"] == "letter":
-        letter = extract_choice(answer, [""] * len(movable))
-        return (order[movable[LETTERS.index(letter)]],) if letter else None
+    is_choice = row["rule"] == "choice"
+    if row["order_rule"] == "letter" or is_choice and row["order_rule"] == "keep":
+        letter = extract_choice(answer, [""] * max(len(movable), len(row["options"])))
+        k = LETTERS.index(letter) if letter else len(movable)
+        # Under `keep`, an option without text is a picture, too: the gold was a fixed text.
+        is_image = k < len(movable) and (row["order_rule"] == "letter" or not row["options"][k])
+        return (order[movable[k]],) if is_image else (letter,) if letter else None
     if row["order_rule"] in ("index", "sequence"):
         positions = [int(number) - 1 for number in re.findall(r"\d+", answer)]
         if not positions or min(positions) < 0 or max(positions) >= len(order):
             return None
         return tuple(order[position] for position in positions)
-    return (plain(answer).casefold(),) if answer else None
+    return (normalize(answer).casefold(),) if answer else None
 
 # ---- Measures --------------------------------------------------------------------------
-
 def average(values: dict[str, list[float]], mean: str = "questions") -> float:
-    """{task: a value a question} -> mean over questions, or over the tasks' means."""
+    """{task: a value per question} -> mean over questions, or over the tasks' means."""
     if mean == "questions":
-        values = {"": sum(values.values(), [])}
+        values = {"": perl.flatten(values.values())}
     return round(statistics.fmean(map(statistics.fmean, values.values())), 6)
 
 def bootstrap(values: dict[str, list[float]], mean: str = "questions") -> list[float]:
-    """95 % percentile interval of `average`, questions drawn anew within each task."""
+    """95 % percentile interval of `average`; questions are resampled within each task."""
     generator, total = torch.Generator().manual_seed(0), torch.zeros(1000)
     n = sum(map(len, values.values()))
     for task in sorted(values):
-        column = torch.tensor(values[task], dtype=torch.float32)
+        column = torch.tensor(values[task], dtype=torch.float32)              # (n,)
         drawn = torch.randint(len(column), (1000, len(column)), generator=generator)
         weight = 1 / len(values) if mean == "tasks" else len(column) / n
-        total += column[drawn].mean(1) * weight
+        total += column[drawn].mean(1) * weight                               # (1000,)
     bounds = torch.quantile(total, torch.tensor([0.025, 0.975]))
     return [round(bound, 6) for bound in bounds.tolist()]
 
 def summary(column: list[float]) -> dict:
     """Mean, interval and number of a column of values."""
-    return {"value": average({"": column}), "interval": bootstrap({"": column}), "n": len(column)}
-
-MEASURES = ("mean", "worst", "best", "bias", "same choice", "flip", "unread", "control",
-            "rstd", "first - last")
+    values = {"": column}
+    return {"value": average(values), "interval": bootstrap(values), "n": len(column)}
 
 def order_measures(groups: list[list[dict]]) -> dict:
-    """From graded rows, one an order, a missing one wrong: 3 of 4 right -> mean .75, worst 0,
-    best 1, bias 1. flip: different choices in 6 orders; control: the same in one order."""
-    columns, by_place = {}, {}  # measure -> a value a question; position -> which are right
+    """From graded rows, one per order, a missing one wrong: 3 of 4 right -> mean .75,
+    worst 0, best 1, bias 1. flip: the first 6 orders get different choices."""
+    columns, by_place = defaultdict(list), defaultdict(list)
     for rows in groups:
         n = rows[0]["orders"]
-        asked, again = rows[:n], rows[n:n + 6]
-        right = [row["right"] for row in asked] + [False] * (n - len(asked))
-        picks = list(map(picked, asked)) + [None] * (n - len(asked))
-        values = {
-            "mean": sum(right) / n, "worst": min(right), "best": max(right),
-            "bias": max(right) - min(right),  # the paper's p(x_max) - p(x_min), A.5
-            "same choice": len(set(picks)) == 1 and None not in picks,
-            "flip": len(set(picks[:6]) - {None}) > 1, "unread": None in picks[:6]}
-        if again:
-            values["control"] = len(set(map(picked, again)) - {None}) > 1
-        for name, value in values.items():
-            columns.setdefault(name, []).append(value)
-        for row in asked:
+        right = [row["right"] for row in rows] + [False] * (n - len(rows))
+        picks = [*map(picked, rows)] + [None] * (n - len(rows))
+        columns["mean"].append(sum(right) / n)
+        columns["worst"].append(min(right))
+        columns["best"].append(max(right))
+        columns["bias"].append(max(right) - min(right))  # p(x_max) - p(x_min), A.5
+        columns["same choice"].append(len(set(picks)) == 1 and None not in picks)
+        columns["flip"].append(len(set(picks[:6]) - {None}) > 1)
+        columns["unread"].append(None in picks[:6])
+        for row in rows:
             if row["order_rule"] in ("letter", "index"):
                 right_image, = picked(row | {"answer": row["gold"]})
-                place = row["order"].index(right_image) + 1
-                by_place.setdefault(place, []).append(row["right"])
+                by_place[row["order"].index(right_image) + 1].append(row["right"])
     measures = {name: summary(column) for name, column in columns.items()}
     places = {str(place): summary(by_place[place]) for place in sorted(by_place)}
-    accuracies = [place["value"] for place in places.values()]
-    if accuracies:
-        measures["rstd"] = {"value": round(statistics.pstdev(accuracies), 6)}
-        measures["first - last"] = {"value": round(accuracies[0] - accuracies[-1], 6)}
     return measures | {"by position": places}
 
 def graded_groups(folder: Path) -> list[list[dict]]:
     """samples.jsonl, graded: a question's rows as they were asked; questions by id."""
-    groups = {}
+    groups = defaultdict(dict)
     for row in perl.read_lines(folder / "samples.jsonl"):
         row["answer"], row["right"] = (None, False) if row["error"] else grade_row(row)
-        groups.setdefault(row["id"], {})[row["turn"], row["k"]] = row  # the last of its kind
-    return [[rows[key] for key in sorted(rows)] for _, rows in sorted(groups.items())]
+        groups[row["id"]][row["k"]] = row  # a run that was killed may hold a row twice
+    return [[rows[k] for k in sorted(rows)] for _, rows in sorted(groups.items())]
 
 def score(folder: Path) -> dict:
-    """Grade a run folder and write results.json: a function of the two files beside it."""
+    """Grade a run folder and write results.json: a function of its two other files."""
     config = json.loads((folder / "config.json").read_text())
     benchmark = BENCHMARKS.get(config["benchmark"], BENCHMARKS["digits"])
     mean, groups = benchmark.mean, graded_groups(folder)
-    as_given = {task: [] for task in config["tasks"]}
-    permuted, rotated, rows = [], [], sum(groups, [])
+    as_given, permuted, counts = defaultdict(list), [], Counter()
     for group in groups:
         first = group[0]
-        as_given[first["task"]].append(first["turn"] == first["k"] == 0 and first["right"])
+        as_given[first["task"]].append(first["k"] == 0 and first["right"])
+        counts["unread"] += first["k"] > 0 or first["answer"] is None
         if first["orders"] > 1:
-            permuted.append([row for row in group if row["turn"] == 0])
-        if group[-1]["turn"] > 0:
-            turns = [row["right"] for row in group if row["k"] == 0]
-            rotated.append(len(turns) == len(first["options"]) and all(turns))
+            permuted.append(group)
+        for row in group:
+            counts["errors"] += row["error"] != ""
+            counts["unparsed"] += row["answer"] is None and not row["error"]
+            counts["truncated"] += row["truncated"]
+    # The denominator is fixed: a question without a response is wrong.
     for task, n in config["tasks"].items():
-        as_given[task] += [False] * (n - len(as_given[task]))  # without a row: wrong
+        as_given[task] += [False] * (n - len(as_given[task]))
+    tasks = {task: summary(as_given[task]) for task in sorted(as_given)}
     result = {
         "score": average(as_given, mean), "interval": bootstrap(as_given, mean),
         "over questions": average(as_given), "over tasks": average(as_given, "tasks"),
         "n": config["n"], "expected": benchmark.rows or config["n"],
-        "missing": config["n"] - len(groups), "errors": sum(row["error"] != "" for row in rows),
-        "unparsed": sum(row["answer"] is None and not row["error"] for row in rows),
-        "truncated": sum(row["truncated"] for row in rows),
-        "tasks": {task: summary(as_given[task]) for task in sorted(as_given)},
-        "orders": order_measures(permuted) if permuted else {},
-        "all rotations": summary(rotated) if rotated else {}, "config": config}
+        "missing": config["n"] - len(groups), "errors": counts["errors"],
+        "unread": (counts["unread"] + config["n"] - len(groups)) / max(config["n"], 1),
+        "unparsed": counts["unparsed"], "truncated": counts["truncated"], "tasks": tasks,
+        "orders": order_measures(permuted) if permuted else {}, "config": config}
     perl.write_atomic(folder / "results.json", json.dumps(result, indent=1))
     return result
 
 # ---- Asking the model ------------------------------------------------------------------
+KEPT_SETTINGS = ("instruction", "max_pixels", "max_new_tokens", "rollout_batch", "dtype")
 
-KEPT_SETTINGS = "instruction max_pixels max_new_tokens rollout_batch dtype cpu_threads".split()
-
-def settings(args) -> Config:
+def settings(args) -> perl.Config:
     """Config of perl.py. A checkpoint of a run keeps that run's prompt and sizes."""
-    chosen, run = MODEL_PRESETS.get(args.model, {}), Path(args.model).parent / "config.json"
+    chosen = perl.MODEL_PRESETS.get(args.model, {}) | {"model": args.model}
+    run = Path(args.model).parent / "config.json"
     if Path(args.model).name.startswith("checkpoint-") and run.exists():
         saved = json.loads(run.read_text())
-        chosen = {name: saved[name] for name in KEPT_SETTINGS}
-    cfg = Config(**chosen)
-    cfg.model, cfg.max_prompt_tokens, cfg.gradient_checkpointing = args.model, 16384, False
+        chosen = {name: saved[name] for name in ("model", *KEPT_SETTINGS)}
+    cfg = perl.Config(**chosen)
+    cfg.max_prompt_tokens, cfg.gradient_checkpointing = 16384, False
     cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
-    cfg.rollout_batch, cfg.temperature = args.batch or cfg.rollout_batch, args.temperature or 1.0
+    cfg.rollout_batch = args.batch or cfg.rollout_batch
     return cfg
 
-def plan(question: Question, cap: int, processor, cfg, args) -> list[Question]:
-    """How to ask a question: in its orders, and with --rotate-options in rotations."""
+def plan(question: Question, cap: int, processor, cfg) -> Question:
+    """The question with the orders to ask it in, or with the problem that prevents it."""
     try:
-        length = prompt_length(question.sample, processor)
+        length = perl.prompt_length(question.sample, processor)
         problem = f"{length} tokens" if length > cfg.max_prompt_tokens else ""
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        problem = f"image: {error}"
-    orders = all_orders(question.sample, cap)
-    if args.temperature > 0 and len(orders) > 1:  # the same-order control
-        orders = orders + orders[:1] * len(orders)
-    planned = [question._replace(orders=orders, problem=problem)]
-    for turn in range(1, len(question.options) if args.rotate_options else 0):
-        rotated = rotate(planned[0], turn)
-        if rotated is not None:
-            planned.append(rotated._replace(orders=orders[:1]))
-    return planned
+        problem = f"image: {error}"  # a broken image counts as wrong and stops nothing
+    return question._replace(orders=all_orders(question.sample, cap), problem=problem)
 
-def answer_chunk(model, processor, chunk: list[Question], cfg, greedy) -> list[dict]:
-    """Ask the questions of a chunk in all their orders: lines of samples.jsonl."""
-    able, rows = [q for q in chunk if not q.problem], []
-    seed = hashlib.sha1("".join(q.sample.id for q in chunk).encode()).digest()[:4]
-    torch.manual_seed(int.from_bytes(seed))  # a resumed run samples the same again
-    answered = iter(sample_groups(model, processor, [q.sample for q in able],
-                                  [q.orders for q in able], 1, cfg, greedy=greedy))
-    for q in chunk:
-        rollouts = [None] * len(q.orders) if q.problem else next(answered)
-        for k, (order, rollout) in enumerate(zip(q.orders, rollouts)):
+def batches(questions: list[Question], size: int) -> list[list[Question]]:
+    """Questions in batches of at most `size` sequences, or of one question."""
+    filled, room = [], 0
+    for question in questions:
+        if len(question.orders) > room:
+            filled.append([])
+            room = size
+        filled[-1].append(question)
+        room -= len(question.orders)
+    return filled
+
+def answer_batch(model, processor, batch: list[Question], cfg) -> list[dict]:
+    """Ask the questions of a batch in all their orders: lines of samples.jsonl."""
+    rows, samples, orders = [], [], []
+    for question in batch:
+        if not question.problem:
+            samples.append(question.sample)
+            orders.append(question.orders)
+    answered = iter(sample_groups(model, processor, samples, orders, cfg, n=1, greedy=True))
+    for question in batch:
+        sample, n = question.sample, len(question.orders)
+        rollouts = [None] * n if question.problem else next(answered)
+        for k, (order, rollout) in enumerate(zip(question.orders, rollouts)):
             rows.append({
-                "id": q.sample.id, "turn": q.turn, "k": k, "order": order,
-                "error": q.problem, "orders": len(set(q.orders)), "task": q.sample.source,
-                "rule": q.rule, "options": q.options, "gold": permute(q.sample, order).answer,
-                "order_rule": q.sample.order_rule, "movable": q.sample.movable,
+                "id": sample.id, "k": k, "order": order, "error": question.problem,
+                "orders": n, "task": sample.source, "rule": question.rule,
+                "options": options_in(question, order), "gold": permute(sample, order).answer,
+                "order_rule": sample.order_rule, "movable": sample.movable,
                 "response": rollout.text if rollout else "",
                 "truncated": rollout is not None and rollout.truncated})
     return rows
 
 def open_folder(folder: Path, config: dict, accelerator) -> set[tuple]:
-    """Make or reopen a run folder: which (id, turn, k) it has. Refuses another config."""
+    """Create or reopen a run folder: the (id, k) that it has. Refuses another config."""
     path, samples = folder / "config.json", folder / "samples.jsonl"
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -714,283 +757,617 @@ def open_folder(folder: Path, config: dict, accelerator) -> set[tuple]:
         if saved.get(name) != value:
             raise SystemExit(f"{folder}: {name} was {saved.get(name)!r} and is {value!r} "
                              "now; remove the folder or choose another --out")
-    return {(row["id"], row["turn"], row["k"]) for row in perl.read_lines(samples)}
+    return {(row["id"], row["k"]) for row in perl.read_lines(samples)}
 
-def run_benchmark(name: str, model, processor, weights: str, cfg, args, folder: Path,
+def run_benchmark(name: str, model, processor, cfg, args, *, weights: str, folder: Path,
                   accelerator) -> None:
-    """Ask all questions of a benchmark to which the folder has no answers yet."""
-    with accelerator.main_process_first():
+    """Ask all questions of a benchmark that the folder has no answers to yet."""
+    with accelerator.main_process_first():  # it downloads and unpacks
         questions = load_benchmark(name, args)
-    samples, planned, todo = [question.sample for question in questions], [], []
-    content = json.dumps([[s.id, s.question, s.answer] for s in samples])
+    if args.flip:
+        questions = screened(questions, name, args.data_dir)
+    samples, labels = [question.sample for question in questions], Counter()
+    for question in questions:
+        reason = f": {question.reason}" if question.reason else ""
+        labels[question.sample.order_rule + reason] += 1
+    content = json.dumps([[s.id, s.question, s.answer, s.order_rule, s.movable] for s in samples])
     cap = args.orders or (24 if name == "digits" else 1)
     config = {
         "model": args.model, "weights": weights, "benchmark": name, "n": len(samples),
-        "limit": args.limit, "orders": cap, "rotate_options": args.rotate_options,
-        "temperature": args.temperature, "questions": hashlib.sha1(content.encode()).hexdigest(),
-        "tasks": Counter(sample.source for sample in samples)}
-    config |= {key: getattr(cfg, key) for key in KEPT_SETTINGS[:4]}
-    done = open_folder(folder, config, accelerator)
-    for question in questions:
-        planned += plan(question, cap, processor, cfg, args)
-    for chunk in perl.fill(planned, lambda c: sum(len(q.orders) for q in c) <= cfg.rollout_batch):
-        wanted = {(q.sample.id, q.turn, k) for q in chunk for k in range(len(q.orders))}
-        if not wanted <= done:
-            todo.append(chunk)
+        "limit": args.limit, "orders": cap, "tasks": Counter(s.source for s in samples),
+        "labels": labels,
+        "questions": hashlib.sha1(content.encode()).hexdigest()}
+    config |= {setting: getattr(cfg, setting) for setting in KEPT_SETTINGS[:4]}
+    done, todo = open_folder(folder, config, accelerator), []
+    planned = [plan(question, cap, processor, cfg) for question in questions]
+    for batch in batches(planned, cfg.rollout_batch):
+        # All orders of a question are in one batch; a kill may cut off the last ones.
+        if not done.issuperset((q.sample.id, len(q.orders) - 1) for q in batch):
+            todo.append(batch)
     world, rank = accelerator.num_processes, accelerator.process_index
     for start in tqdm(range(0, len(todo), world), name, disable=rank > 0):
-        chunk = todo[start + rank] if start + rank < len(todo) else []
-        rows = gather_object(answer_chunk(model, processor, chunk, cfg, not args.temperature))
+        # All processes take part in each round, as gather_object waits for them.
+        batch = todo[start + rank] if start + rank < len(todo) else []
+        rows = gather_object(answer_batch(model, processor, batch, cfg))
         for row in rows if rank == 0 else ():
             perl.append_line(folder / "samples.jsonl", row)
 
 # ---- Tables, comparison ----------------------------------------------------------------
-
 def percent(value: float, interval=()) -> str:
     """0.5, (0.4, 0.6) -> "50.0 [40.0, 60.0]"."""
     bounds = [f"{100 * bound:.1f}" for bound in interval]
     return f"{100 * value:.1f} [{', '.join(bounds)}]" if bounds else f"{100 * value:.1f}"
 
 def table(rows: list[list]) -> str:
-    """Rows, the first a heading, as an aligned Markdown table."""
-    rows = [list(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """Rows, the first one the heading, as an aligned Markdown table."""
+    widths = [max(map(len, map(str, column))) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    return "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows)
-
-SCORE_ROWS = ("accuracy [95 %]", "over questions", "over tasks", "paper: start", "paper: PeRL",
-              "answered", "errors", "unparsed", "truncated", "right in all rotations", "orders of")
+    text = ""
+    for row in rows:
+        text += "| " + " | ".join(map(str.ljust, map(str, row), widths)) + " |\n"
+    return text
 
 def report(results: dict[str, dict], model: str) -> str:
-    """A model's results in percent, a column a benchmark, and how each is scored."""
-    columns, notes = [["", *SCORE_ROWS, *MEASURES, "by position"]], ""
+    """A model's results in percent, one column per benchmark, and how each is scored."""
+    measures = ["mean", "worst", "best", "bias", "same choice", "flip", "unread"]
+    columns, notes = [["", "accuracy [95 %]", "no answer read", "over questions", "over tasks", "paper: start",
+                       "paper: PeRL", "answered", "errors", "unparsed", "truncated",
+                       "orders of", *measures, "by position"]], ""
     for name, r in results.items():
         benchmark, orders = BENCHMARKS.get(name, BENCHMARKS["digits"]), r["orders"]
-        turned = r["all rotations"] or {"value": 0, "n": 0}
-        cells = [name, percent(r["score"], r["interval"]), percent(r["over questions"]),
-                 percent(r["over tasks"]), *benchmark.paper,
+        cells = [name, percent(r["score"], r["interval"]), percent(r.get("unread", 0)),
+                 percent(r["over questions"]), percent(r["over tasks"]), *benchmark.paper,
                  f"{r['n'] - r['missing']} of {r['expected']}", r["errors"], r["unparsed"],
-                 r["truncated"], f"{percent(turned['value'])} of {turned['n']}",
-                 orders["bias"]["n"] if orders else 0]
-        for measure in MEASURES:
+                 r["truncated"], orders["bias"]["n"] if orders else 0]
+        for measure in measures:
             found = orders.get(measure)
-            cells.append(percent(found["value"], found.get("interval", ())) if found else "")
+            cells.append(percent(found["value"], found["interval"]) if found else "")
         places = orders.get("by position", {})
-        columns.append(cells + [", ".join(f"{k}: {percent(places[k]['value'])}" for k in places)])
+        cells.append(", ".join(f"{k}: {percent(places[k]['value'])}" for k in places))
+        columns.append(cells)
         notes += f"{name}: mean over {benchmark.mean}; {benchmark.scoring}\n"
+        labels = r.get("config", {}).get("labels", {})
+        listed = [f"{label} {labels[label]}" for label in sorted(labels)]
+        notes += f"  order labels: {', '.join(listed)}\n" if listed else ""
     return f"{model}\n\n{table([*zip(*columns)])}\n{notes}"
 
 def compare(folder_a: Path, folder_b: Path) -> str:
-    """Paired differences B - A of each benchmark, over the questions that both answered."""
-    lines = [["benchmark", "n", "A", "B", "B - A [95 %]", "mean over orders", "worst order"]]
-    for folder in sorted(path.parent for path in folder_a.glob("*/samples.jsonl")):
-        mean = BENCHMARKS.get(folder.name, BENCHMARKS["digits"]).mean
-        in_b = {group[0]["id"]: group for group in graded_groups(folder_b / folder.name)}
-        columns, n = [{}, {}, {}, {}, {}], 0  # columns: {task: a value a question}
-        for group in graded_groups(folder):
-            first, other = group[0], in_b.get(group[0]["id"], [])
-            a = [row["right"] for row in group if row["turn"] == 0][:first["orders"]]
-            b = [row["right"] for row in other if row["turn"] == 0][:first["orders"]]
-            if a and b:
-                n += 1
-                gains = b[0] - a[0], statistics.mean(b) - statistics.mean(a), min(b) - min(a)
-                for column, value in zip(columns, (a[0], b[0], *gains)):
-                    column.setdefault(first["task"], []).append(value)
-        if n:
+    """Paired differences B - A of each benchmark, over questions that both answered."""
+    lines = [["benchmark", "n", "A", "B", "B - A [95 %]", "mean over orders", "worst order",
+              "where both were read", "unread A", "unread B"]]
+    for path in sorted(folder_a.glob("*/samples.jsonl")):
+        name = path.parent.name
+        mean = BENCHMARKS.get(name, BENCHMARKS["digits"]).mean
+        in_b = {group[0]["id"]: group for group in graded_groups(folder_b / name)}
+        columns = [defaultdict(list) for _ in range(8)]  # each: task -> values
+        for group in graded_groups(path.parent):
+            other = in_b.get(group[0]["id"])
+            if other:
+                a, b = ([row["right"] for row in rows] for rows in (group, other))
+                unread = group[0]["answer"] is None, other[0]["answer"] is None
+                # Answers that could not be read flatter the gain of a model that boxes.
+                read_gain = None if any(unread) else b[0] - a[0]
+                mean_gain = statistics.mean(b) - statistics.mean(a)
+                values = (a[0], b[0], b[0] - a[0], mean_gain, min(b) - min(a), read_gain, *unread)
+                for column, value in zip(columns, values):
+                    if value is not None:
+                        column[group[0]["task"]].append(value)
+        if columns[0]:
             cells = [percent(average(column, mean)) for column in columns[:2]]
-            for gain in columns[2:]:
-                cells.append(percent(average(gain, mean), bootstrap(gain, mean)))
-            lines.append([folder.name, n, *cells])
+            for gain in columns[2:6]:
+                cells.append(percent(average(gain, mean), bootstrap(gain, mean)) if gain else "")
+            cells += [percent(average(column)) for column in columns[6:]]
+            lines.append([name, sum(map(len, columns[0].values())), *cells])
     if len(lines) == 1:
         raise SystemExit(f"{folder_a} and {folder_b} have no common answers")
     return f"A = {folder_a}\nB = {folder_b}\n\n{table(lines)}"
 
-# ---- --step-cost: what a training step costs, with and without sharing -----------------
+# ---- --flip: the flip rate of Facet-Probe, next to its published rates -----------------
+# Facet-Probe (arXiv 2606.26079) screened 270 items by hand; its rates are over those where the
+# order does not matter ("keep") or hardly ("borderline"). Six orders, a gold that stays; an item
+# flips if its parsed answers are not all the same.
+SCREEN = "artifacts/screens/imageset_position_reference_screen.csv"
+RATES = "artifacts/paper/image_set_screened_rates.csv"
+FLIP_SETS = {"mantis-eval": "mantis_eval", "medframeqa": "medframeqa"}  # our name, theirs
 
-QWEN_7B = transformers.Qwen2_5_VLConfig(
-    text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
-                     num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
-    vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584))
+def read_clone(data_dir: str, file: str) -> list[dict]:
+    """The rows of a table in the clone of Facet-Probe below --data-dir."""
+    path = Path(data_dir, "facet-probe", file)
+    if not path.exists():
+        raise SystemExit(f"--flip reads {path}: clone github.com/yahskapar/facet-probe into "
+                         "the folder of --data-dir")
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
-def full_rollouts(cfg, shape: list[int], vision, text_id: int, image_id: int) -> list:
-    """Rollouts of full length. shape: images, tokens of each, other tokens of the prompt."""
-    n_images, tokens, text_tokens = shape
-    side = max(k for k in range(1, math.isqrt(tokens) + 1) if tokens % k == 0)
-    grid = torch.tensor([[1, 2 * side, 2 * tokens // side]])  # patches, nearest to a square
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
-    pixels = torch.randn(4 * tokens, width)
-    pictures = [perl.Picture(pixels, grid, tokens) for _ in range(n_images)]
-    ids = ([text_id] + [image_id] * tokens) * n_images + [text_id] * (text_tokens - n_images)
-    prompts = [perl.Prompt(None, ids, pictures) for _ in range(cfg.n_permutations + 1)]
-    return [perl.Rollout(prompt, (), "", [text_id] * cfg.max_new_tokens, "", True,
-                         advantage=(-1.0) ** k)
-            for prompt in prompts for k in range(cfg.rollouts_per_order)]
+def screened(questions: list[Question], name: str, data_dir: str) -> list[Question]:
+    """The questions of the published rates: all their images move and the gold stays."""
+    by_id, moving = {question.sample.id: question for question in questions}, []
+    for row in read_clone(data_dir, SCREEN):
+        key = row["hf_id"]
+        if row["dataset"] == FLIP_SETS[name] and row["classification"] != "exclude":
+            if key not in by_id:
+                raise SystemExit(f"--flip: {name} has no question {key}, one of the published "
+                                 "rates'; --data-dir needs its whole test split")
+            sample = by_id[key].sample
+            everywhere = tuple(range(len(sample.images)))
+            sample = dataclasses.replace(sample, order_rule="keep", movable=everywhere)
+            moving.append(by_id[key]._replace(sample=sample, reason=""))
+    return moving
 
-def count_flops(config, cfg, shape: list[int]) -> tuple[dict, dict]:
-    """FLOPs of a step by part, and their minimum: all images and prompts once, only pairs that
-    are seen. The vision tower's are torch's count without weights, the others arithmetic."""
-    with torch.device("meta"):
-        model = perl.FAMILY_MODEL(config)
-    rollouts = full_rollouts(cfg, shape, config.vision_config, 0, 1)
-    prompt, layers = rollouts[0].prompt, model.model.language_model.layers
-    B, T, L, P = len(rollouts), cfg.max_new_tokens, len(prompt.ids), cfg.n_permutations + 1
-    token = 2 * sum(weight.numel() for weight in layers.parameters() if weight.dim() == 2)
-    pair = 4 * config.text_config.hidden_size * len(layers)  # a token that sees another
-    head = 2 * model.lm_head.weight.numel()                  # the logits of a token
-    pixels = prompt.pictures[0].pixels.to("meta")
-    places = torch.empty(len(pixels), 2, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        features = model.model.visual(pixels, prompt.pictures[0].grid, position_ids=places)
-        forward = shape[0] * counter.get_total_flops()  # of all images
-        features.pooler_output.sum().backward()
-        both = shape[0] * counter.get_total_flops()
-    batches, vision = perl.micro_batches(rollouts, cfg), B * (forward + both)
-    if cfg.share:  # once in each call of generate, and in each micro-batch of the loss
-        at_once = min(cfg.rollout_batch * P // B, 4 * cfg.max_tokens_per_micro_batch // L)
-        vision = math.ceil(P / max(at_once, 1)) * forward + len(batches) * both
-    # Shared: each prompt once, its last token with the first step; else each rollout's prompt.
-    reads, seen, steps = (P, L - 1, T) if cfg.share else (B, L, T - 1)
-    prefill = reads * (token * seen + pair * seen ** 2)
-    decode = B * (steps * (token + pair * (seen + (steps + 1) / 2)) + T * head)
-    loss = 0.0
-    for batch in batches:
-        rows = perl.pack(batch, cfg)
-        longest = max(map(perl.row_length, rows))
-        pairs = len(rows) * longest ** 2
-        if len(batch) > len(rows):  # a prompt sees itself, a response the prompt and itself
-            pairs = len(rows) * L ** 2 + len(batch) * T * (L + T)
-        loss += 3 * (len(rows) * longest * token + pairs * pair)
-        loss += 4 * len(batch) * T * head  # logits are made again in the backward pass
-    flops = {"vision": 1.0 * vision, "prefill": 1.0 * prefill, "decode": decode, "loss": loss}
-    prompts = P * (token * L + pair * L * (L + 1) / 2)
-    responses = B * T * (token + pair * (L + (T + 1) / 2) + head)
-    return flops, {"vision": float(forward + both), "prefill": prompts, "decode": responses,
-                   "loss": 3 * (prompts + responses)}
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n; unlike a bootstrap's, it is no point at 0 of 18."""
+    z = 1.96 / math.sqrt(n)
+    half = z * math.sqrt(share * (1 - share) + z * z / 4)
+    return (share + z * z / 2 - half) / (1 + z * z), (share + z * z / 2 + half) / (1 + z * z)
 
-def time_step(cfg, shape: list[int]) -> dict[str, float]:
-    """Seconds of sampling and update, and this process's peak memory in MB."""
-    torch.set_num_threads(cfg.cpu_threads or torch.get_num_threads())
-    accelerator, processor = Accelerator(), perl.load_processor(cfg.model, cfg)
-    processor.banned_ids += processor.eos_ids  # responses of full length
-    model = perl.load_model(cfg.model, cfg, accelerator.device)
-    text_id, n = processor.tokenizer("a").input_ids[0], cfg.rollouts_per_order
-    rollouts = full_rollouts(cfg, shape, model.config.vision_config, text_id, processor.image_id)
-    prompts = [rollout.prompt for rollout in rollouts[::n]]
-    optimizer = perl.SplitAdamW(model, cfg, accelerator)
-    start = time.time()
-    responses = perl.generate(model, processor, prompts, n, cfg)
-    sampled = time.time()
-    for rollout, ids in zip(rollouts, sum(responses, [])):
-        rollout.ids = ids
-    perl.update(model, None, optimizer, processor, [rollouts], cfg, accelerator)
-    return {"sample": sampled - start, "update": time.time() - sampled,
-            "peak_mb": 1e3 * perl.peak_gb()}
+def flip_table(results: dict[str, dict], model: str, data_dir: str) -> str:
+    """Our flip rates and the published ones, each with its interval."""
+    cells, heading = defaultdict(list), ["flip rate [95 %]"]
+    for name, theirs in FLIP_SETS.items():
+        flip = results[name]["orders"]["flip"]
+        rates = [{"model": model, "k6_flip_rate": flip["value"], "n_screened": flip["n"]}]
+        rates += [row for row in read_clone(data_dir, RATES) if row["dataset"] == theirs]
+        for row in rates:
+            share, n = float(row["k6_flip_rate"]), int(row["n_screened"])
+            cells[row["model"]].append(percent(share, wilson(share, n)))
+        widest = 100 * (wilson(0.5, flip["n"])[1] - 0.5)
+        heading.append(f"{name}: {flip['n']} items, up to +-{widest:.0f}")
+    rows = [heading] + [[key, *cells[key]] for key in cells]
+    unread = [f"{name} {percent(results[name]['orders']['unread']['value'])}" for name in results]
+    return (f"{model}, and models of Facet-Probe (its prompts)\n\n{table(rows)}\n"
+            f"items of {model} with an unread answer in %: {', '.join(unread)}\n")
 
-def time_apart(cfg, shape: list[int]) -> dict[str, float]:
-    """time_step in a process of its own, out of reach of a terminal's Ctrl-C."""
-    command = [sys.executable, __file__, "--time-step", json.dumps([vars(cfg), shape])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    if done.returncode:
-        raise SystemExit("--step-cost: the step that was timed failed; see above")
-    return json.loads(done.stdout.splitlines()[-1])
+# ---- Order labels: what reordering does to an answer; skip it on a first reading -------
+# A wrong order_rule poisons training, a `never` only loses diversity. So a question gets
+# another rule only if it has one of five forms, and no word is left that may mean order:
+#   letter    the options are images                    A. <image>  B. <image>
+#   index     "which image ...?", the gold is a number  Which image shows the taller tower?
+#   sequence  the gold sorts all images by number       Sort the images ... -> 2,1,3
+#   keep      images are named by number                Is image 2 sharper than image 1?
+#   keep      all images are meant                      How many images show a red object?
+# "image 2" and "the second picture" become <image_2>, which follows the picture. A reference
+# with a place of its own stays there. In a benchmark, text options are about all images, and
+# options "the second image", "the third image", in this order, are images: its text stays.
 
-def step_cost(args, perl_flags: list[str]) -> None:
-    """Print FLOPs at the model's size (tiny: the 7B's), and seconds and memory here."""
-    shape = [args.benchmark_images, args.benchmark_image_tokens, args.benchmark_text_tokens]
-    cfg = perl.parse_config([
-        "--model", args.model, "--max-new-tokens", str(args.max_new_tokens or 256),
-        "--max-tokens-per-micro-batch", "16384", "--updates-per-step", "1", "--beta", "0",
-        "--no-gradient-checkpointing", "--optimizer-device", "host", *perl_flags])
-    if min(shape) < 1 or shape[2] <= shape[0] or cfg.max_new_tokens < 3:
-        raise SystemExit("--step-cost: images and tokens from 1, more text tokens than images, "
-                         "--max-new-tokens from 3")
-    config = perl.load_pretrained(transformers.AutoConfig, cfg.model)
-    config = QWEN_7B if cfg.model == "tiny" else config
-    parts, row = {}, {}  # parts: {"flops_shared": {"vision": .., ..}, ..}
-    for way in tqdm(("shared", "plain"), "time"):
-        its_cfg = dataclasses.replace(cfg, share=way == "shared")
-        parts[f"seconds_{way}"] = time_apart(its_cfg, shape)
-        row[f"peak_mb_{way}"] = parts[f"seconds_{way}"].pop("peak_mb")
-        parts[f"flops_{way}"], parts["flops_minimum"] = count_flops(config, its_cfg, shape)
-    for name, values in parts.items():
-        row[name] = sum(values.values())
-        row |= {f"{name}_{part}": value for part, value in values.items()}
-    print(json.dumps(row))
+def pattern(text: str) -> re.Pattern:
+    """A regex that ignores case; it may be laid out in indented lines."""
+    return re.compile("(?i)" + re.sub(r"\n +", "", text))
+
+# Frames of one video: their order is part of every question.
+VIDEO = {"nextqa", "star", "llava-video", "mementos", "visual_story_telling", "spot-the-diff"}
+A_BENCHMARK = {"benchmark", *BENCHMARKS}
+IMAGE = r"(?:image|picture|photo(?:graph)?|pic|img)"
+PLACE = rf"(?:{'|'.join(ORDINALS[1:])}|\d{{1,2}}(?:st|nd|rd|th))"
+SIDE = r"(?:left|right|top|bottom|upper|lower|middle|cent(?:er|re|ral))(?:most|-?hand|-?side)?"
+NAME = rf"(?:the )?(?:{IMAGE} #?(\d{{1,2}})|({PLACE}) {IMAGE})\b(?!-)"
+NAME_ALONE = pattern(rf"{NAME}\.?")
+NAMED_IMAGE = pattern(rf"\b{NAME}(?!\s*[:=]\s*<image>)")
+# "the second or the third image", "the left and right image" name two.
+TWO_PLACES = pattern(rf"\b({PLACE}|left|right) (or|and) (?=(?:the )?(?:{PLACE}|left|right) {IMAGE}s?\b)")
+# Of a pair side by side, the left image is the first.
+LEFT_OR_RIGHT = pattern(
+    rf"""\b(?:the )?(left|right)(?:most)?(?:[- ]?hand)?(?:[- ]side)? {IMAGE}s?\b(?!['’-])|
+    \b(?:the )?{IMAGE} (?:on|to|at|in) (?:the )?(?:far )?(left|right)(?:[- ]?hand)?(?: side)?\b
+    (?! of|[- ]?\w*most| (?:hand|half|edge|corner|part))""")
+SLOT_LABEL = pattern(rf"\b{NAME}\s*[:=]\s*<image>")  # "Image 1: <image>"
+BARE_NUMBERS = NUMBER_WORDS[1:] + "i ii iii iv v".split()
+BARE_NAMES = {*BARE_NUMBERS, *"abcdefghij", *map(str, range(100)), "and", "no", "number"}
+# Names of several images or of something else; "@" stands for a clear name of one image.
+ODD_NAME = pattern(
+    rf"""\b{IMAGE}s?\.? ?(?:number|no\.?|num)?[-_(]? ?#?\d|
+    \b{IMAGE}s? (?:{'|'.join(BARE_NUMBERS)})\b|\b(?:number|no\.?) ?#?\d|#\s?\d|\((?-i:[\da-j])\)|
+    \b(?:except|besides|but|than)(?: for)? #?\d+[.,?]|\b(?:except|besides|but)(?: for)? #?\d|
+    \b(?:is|does|has|was) #?\d|\b\d+ (?:or|and|vs\.?) \d+\b|
+    @\s*(?:,|and|or|to|through|[-–&/])\s*#?\d|@\s*(?:to|through|[-–])\s*@|
+    @(?:'s)? (?:on|in|hanging|from|to|of|at|pair|group|set|row|column|series|half)\b|
+    @ (?:with|that|which|where|showing|containing|ever|taken|album|book|gallery)\b|
+    \b(?:an?|another|each|every|any|no) @|
+    \b(?:figure|fig\.|panel|frame|scene|screenshot|chart|graph|table|map|document|page|slide|view|
+    candidate|option|item|plot|diagram|drawing|painting|shot) (?:#?\d|[b-j]\b)|
+    (?-i:\b(?i:{IMAGE}|figure|panel|option|candidate)s? [A-Z]\b)|\b(?-i:II|III|IV|VI)\b|
+    [\u0400-\u1fff\u2460-\u24ff\u2e80-\ufb06\uff00-\uffef]""")  # "①", "左图"
+# Words that may speak of the order, the time or the place of images. First position and time,
+# then series, then answers that depend on which image is taken first, then places.
+ORDER_WORDS = pattern(
+    rf"""\b(?:{PLACE}|{SIDE}|eleventh|twelfth|penultimate|last|latter|former|final(?:ly)?|
+    initial(?:ly)?|foremost|premiere?|lead|opening|secondary|tertiary|primary|original|next|
+    intro(?:duction)?|previous(?:ly)?|subsequent|prior|follow\w*|before|after\w*|then|earl\w+|
+    late\w*|recent|eventual\w*|again|still|already|yet|now|longer|anymore|ago|past|future|
+    current\w*|once|as soon|until|since|twice running|happen\w*|will|going to|modified|edited|
+    updated|chang\w+|differen\w+|becom\w+|became|grow\w*|grew|evol\w+|progress\w*|increas\w+|
+    decreas\w+|added|removed|disappear\w*|missing|vanish\w*|caus\w+|effect|mov(?:es|ed|ing)|
+    move(?! the ruler)|approach\w*|rotat\w+|transform\w*|result|start\w*|begin\w*|begun|began|
+    end(?:s|ed|ing)?|conclu\w+|going from|
+    sequence|series|order\w*|consecutive|chronolog\w+|time(?:line)?|frames?|video|clip|story|
+    steps?|stages?|phases?|comic|panels?|sort\w*|arrang\w+|rank\w*|revers\w+|backwards?|
+    forwards?|numbered|every other|half|index\w*|based|alternat\w+|repeat\w*|duplicat\w+|
+    the pattern|counting|zero|preced\w+|succeed\w*|predecessor|successor|labell?ed|lettered|
+    (?:even|odd) {IMAGE}s?|in sync|ahead of|misplaced|
+    respectively|subtract\w*|ratio|divid\w+|spell\w*|words?|form(?:s|ed)?|
+    across|groups?|rows?|columns?|adjacent|between|position\w*|placed?|outer\w*|inner\w*|
+    inward|outward|stitch\w*|combin\w+|concat\w+|join\w*|stack\w*|each other|one another|
+    opposite|towards?|away|facing|at the other|neighbou?r\w*|separat\w+|apart|diagonal\w*|grid|
+    on (?:one|the other) side|(?:near|far)(?:est|thest)? (?:one|or)|(?:this|that) one|
+    (?:behind|beside|near|by) (?:it|the one)|(?:does|has) this(?! (?:statement|sentence|caption))|
+    (?:one|ones|shown|given|{IMAGE}s?) (?:above|below|beneath|under(?:neath)?)|
+    (?:above|below) {IMAGE}s?)\b""")
+# If no image is named, these may turn what comes first into the answer.
+CHANGE_WORDS = pattern(
+    r"""\b(?:did|would|likely|has been|have been|had been|has just|w(?:as|ere) \w+(?:ed|en)|new|
+    gone|gain\w*|los(?:e|es|ing|t)|enter(?:s|ed|ing)?|leav(?:e|es|ing)|eaten|taken|turn\w* into|
+    (?:pick|put|zoom|dig|dug)\w*(?: \w+)? (?:up|down|in|out)|minus|equation|expression|formula|
+    reads?|-digit|goal|activity|process|procedure|recipe|task|needed|a bit|higher|times the|
+    com(?:e|es|ing)|go(?:es|ing)? (?:up|down)|ris(?:e|es|ing)|sink(?:s|ing)?|fall(?:s|ing)?)\b""")
+# Phrases with such words that speak of the inside of a picture.
+INSIDE = pattern(
+    rf"""\bin order to\b|\bnext to(?: each other| one another)?\b|\bon top of\b|\bsame time\b|
+    \b(?:the|of the) following (?!{IMAGE}\b)|\bbased on (?:the|these|all|both) {IMAGE}|
+    \bhow many different\b|\bdifferent(?:ly)?[- ](?:colou?r|kind|type|breed|size|shape)\w*|
+    \b(?:in|into) (?:a|one|two|three) rows?\b|\brows? of (?!(?:\w+ )?{IMAGE}|these|them)|
+    \ba(?: \w+)? group of (?!{IMAGE}|\d)|\bcombined (?:number|total|{IMAGE}s)\b|\bcombined,|
+    \bbetween (?:an?|two|three|its|his|her) (?!(?:\w+ )?(?:{IMAGE}|shot|scene|view|one)s?\b)|
+    \bfac(?:es?|ing) (?:straight )?(?:forwards?|ahead|(?:the |away from the )?camera)\b|
+    \b(?:left|right) of an? (?!{IMAGE}|pair|set)|\b(?:front|left|right|top|side) views?\b|
+    \b(?:his|her|its|their) (?:left|right) (?:hand|arm|leg|foot|paw|eye|ear)\b|
+    \b(?:fac|look|point|turn)(?:es|s|ing|ed) (?:to the )?(?:left|right)\b(?![- ]{IMAGE}|[- ]one)|
+    \b(?:left|right|upper|lower|middle) (?:lung|lobe|kidney|ventricle|atrium|hemisphere|breast|
+    ovary|eye|knee|hip|shoulder|quadrant|abdomen|femur)\b|\bdifferential\b|
+    \b(?:weighted|flair|mri?) sequences?\b|\bincreased (?:signal|echo\w*|uptake|density)\b""")
+# A letter as a name would have to follow, too; "A" may be the article.
+LETTER_NAME = re.compile(r"\b(?:[B-HJ-Z]\b(?![-'.])|A\b(?! [a-z]))|(?<=[a-z] )(?<!letter )A\b")
+SORTS_IMAGES = pattern(
+    rf"""\b(?:sort|order|arrange)(?: all)?(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
+    \border (?:were|are|should) (?:the|these)(?: \w+)? {IMAGE}s\b""")
+SORTING = pattern(
+    r"\b(?:sort|order|arrange)\b|\bin (?:which|what) order\b|\b(?:\w+est|most|least) first\b")
+# A description of one picture: its sides are sides in the picture, unless they are an image's.
+RETRIEVAL = pattern(rf"""\bgiven (?:a|this) detailed description\b|
+    \bwhich {IMAGE} (?:is|do you think) the caption\b""")
+SIDE_OF_IMAGE = pattern(rf"""\b{SIDE}[- ](?:hand )?(?:{IMAGE}|one|option|frame)|
+    \b(?:{IMAGE}|one|option|frame) (?:on|in|at|to) the (?:far )?{SIDE}\b""")
+IN_A_PICTURE = pattern(
+    rf"""\b(?:{SIDE}|frame|rows?|away|towards?|each other|one another|facing|apart|words?|group|
+    farthest|nearest|stretch\w*|different|between (?!\w+(?: \w+)? {IMAGE}s|{IMAGE}|these|them))\b""")
+# One unnamed image: which one would depend on the order, unless its content says so.
+LONE_IMAGE = pattern(
+    rf"""\b(?:the|this|that)(?: (?!other|same|target)\w+)? {IMAGE}\b
+    (?! (?:with|that|which|of|showing|containing|where|in which|on which|numbers)\b)""")
+# All images alike are meant; "in the images" alone does not say so.
+SEVERAL = pattern(
+    rf"""\b(?:both|all|each|every|any|either|neither|none|one|another|an|only|no|most|pair)
+    (?: of)?(?: the| these| those)?(?: \w+)? {IMAGE}s?\b|<image_\d+>|
+    \b(?:how many|number of|fraction of)(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
+    \b(?:how many|fraction) of them\b|\b(?:same|total|sum|how many)\b[^.?]*\b{IMAGE}s\b|
+    \b{IMAGE}s\b[^.?]*\b(?:same|total)\b""")
+# Fixed options: they stay where they are, whatever the images do.
+FIXED_OPTION = pattern(r"(?:none|cannot|can't|no (?:correct|right|such|answer)|unknown)\b.*")
+# An option "the second image" is that image unless these words tie it to its neighbours.
+SERIES = pattern(r"\b(?:sequence|series|order|previous|preced\w+|next|after|before|between|pattern)\b")
+# These speak of a reference that stays; a photo that "was taken" is no change.
+OF_REFERENCE = pattern(r"\b(?:next in|completes) the (?:pattern|sequence|row)\b|\bthis one\b")
+NO_CHANGE = pattern(rf"\bmost likely\b(?! to)|\b(?:was|were)(?: the {IMAGE}s?)? taken\b")
+# What someone does often shows only in what comes first.
+ACTION = pattern(
+    r"""\b(?:doing|actions?|perform\w*|clos(?:es?|ing)|opens?|(?:get|tak|lift|lower)\w*|tries|
+    trying|plot|narrat\w+|mov(?:e|ing)|walk\w* (?:in|out|up|down)|direction)\b""")
+WHICH_IMAGE = pattern(rf"\bwhich\b[^.?]*\b{IMAGE}s?\b")
+ASKS_IMAGE = pattern(
+    rf"""\bwhich (?:of (?:the|these)(?: \w+)? {IMAGE}s|of the other (?:two )?{IMAGE}s|(?:one )?
+    {IMAGE} (?:shows?|contains?|ha[sd]|holds|depicts?|features?|includes?|displays?|is|does|
+    do you|(?:provided |best )*match(?:es)?|of the other))|\bin which {IMAGE}\b|
+    \bretrieve the target {IMAGE}\b|\b(?:find|select|choose|identify) the {IMAGE}\b""")
+# A question about unnamed images must ask for what there is to see, not for what is done.
+SHOWN = pattern(
+    rf"""\b(?:shows?|shown|contains?|depicts?|features?|includes?|displays?|appears?|occurs?|
+    visible|in common|total number|sum|fraction of {IMAGE}s|are (?:both|all) {IMAGE}s)\b""")
+WHICH_IMAGES = pattern(
+    rf"\bwhich (?:of (?:the|these) )?(?:\w+ )?{IMAGE}s\b|\b(?:all|those) {IMAGE}s that\b")
+# More than the number of an image is asked for, or something else.
+ASKS_MORE = pattern(
+    r"""\b(?:what|how|when|where|who|tell|state|say|report|add|plus|multipl\w+|
+    that (?:number|digit|value)|(?:its|their|the) (?:value|count)|target(?! image among)|
+    template|example|sample|anchor)\b""")
+OF_WHICH = pattern(r"\b(?:one|either|another|each|an image|reference|query)\b|@|<image>")
+ASKS_NUMBER = pattern(
+    r"\bhow many\b|\bthe fraction of\b|\bwhat (?:fraction|is the (?:sum|number|total))")
+NUMBER_OF_IMAGE = pattern(rf"\bnumber of (?:the|an?|that) {IMAGE}\b|\b{IMAGE} number\b")
+REFERENCE_SLOT = pattern(
+    rf"""(?:\A|[.?!\n]\s*)(?:(?:reference|query)(?: {IMAGE})?\s*:\s*<image>|
+    if <image> is the (?:reference|query) {IMAGE})""")
+REFERENCE_NAME = pattern(
+    rf"<image_(\d+)> is the (?:reference|query)|(?:reference|query) {IMAGE} is <image_(\d+)>")
+BETWEEN = pattern(r"[\s.,;]*(?:and)?[\s.,;]*")  # may stand between equal images
+PREAMBLE = pattern(r"^answer the following (?:multiple-choice )?question:\s*")
+
+class Label(NamedTuple):
+    """The order fields of a sample, and its question with <image_k> for "image k"."""
+    question: str
+    answer: str
+    order_rule: str
+    movable: tuple[int, ...] | None = None
+    reason: str = ""  # for `never`
+
+def infer_label(question: str, answer: str, n_images: int, source: str) -> Label:
+    """The order label of a question; in doubt `never`. `answer` is the gold: an option's
+    letter, an image's number or name, or a text."""
+    options, name = listed_options(question), NAME_ALONE.fullmatch(answer)
+    names_image = not options and re.search(IMAGE, answer, re.IGNORECASE)
+    if name and names_image:
+        answer = str(image_number(name))  # "Image 3"
+    never = Label(PREAMBLE.sub("", question), answer, "never")
+    if n_images < 2 or question.count("<image>") != n_images or source in VIDEO:
+        return never._replace(reason="one image" if n_images < 2 else "frames of a video")
+    if answer not in list(LETTERS[:len(options)]) and (options or not answer):
+        return never._replace(reason="no gold")
+    label = option_image_label(never, options, n_images, source)
+    label = label or text_label(never, options, n_images, source)
+    # A gold "Image 3 suggests ..." would have to follow that image.
+    if names_image and label.order_rule not in ("index", "never"):
+        return never._replace(reason="the answer names an image")
+    return label
+
+def text_label(never: Label, options: list[str], n_images: int, source: str) -> Label:
+    """The label of a question whose options, if any, are texts."""
+    question, answer = never.question, never.answer
+    spoken = TWO_PLACES.sub(name_both, question)
+    if source == "nlvr2" and n_images == 2:
+        spoken = LEFT_OR_RIGHT.sub(name_side, spoken)
+        spoken = re.sub(rf"(?i)\bthe {IMAGE} pair\b", "the pair of images", spoken)
+    texts = [re.sub(r"(?<=\S)(?:\s*<image>)+$", "", option) for option in options]
+    if "<image>" in "".join(texts):
+        return never._replace(reason="images in some options")
+    for label in SLOT_LABEL.finditer(spoken):  # "Image 2: <image>" must be the second one
+        if image_number(label) != spoken.count("<image>", 0, label.end()):
+            return never._replace(reason="images with labels in another order")
+    # Where are the images, and which of them are named?
+    unlabeled = SLOT_LABEL.sub("<image>", spoken)
+    named = NAMED_IMAGE.sub(as_mention, spoken)
+    movable = movable_slots(unlabeled, named, n_images)
+    numbers = [int(number) for number in perl.MENTION.findall(named)]
+    if movable is None or max(numbers, default=1) > n_images or min(numbers, default=1) < 1:
+        return never._replace(reason="an image has its own place in the text")
+    # Is a word left that may speak of their order?
+    rest = perl.MENTION.sub("@", NAMED_IMAGE.sub(as_mention, unlabeled))
+    is_list = re.fullmatch(r"\d+(\s*,\s*\d+)+", answer) is not None
+    is_retrieval = RETRIEVAL.search(question) is not None
+    if is_list:
+        rest = SORTING.sub("", rest)
+    if speaks_of_order(f"{rest} {answer}", is_retrieval):
+        return never._replace(reason="words that may mean order, time or place")
+    lone = LONE_IMAGE.search(re.sub("(?i)reference|query", "other", rest))
+    is_named_caption = is_retrieval and numbers and not options
+    if is_oddly_named(rest) or is_named_caption or lone and not is_retrieval:
+        return never._replace(reason="a name that would not follow its image")
+    # What kind of answer is it?
+    keep, unclear = Label(named, answer, "keep", movable), never._replace(reason="answer unclear")
+    if is_list:
+        complete = sorted(map(int, answer.split(","))) == list(range(1, n_images + 1))
+        sorts = SORTS_IMAGES.search(question) and not re.search(r"(?i)\beach\b", question)
+        return keep._replace(order_rule="sequence") if complete and sorts else unclear
+    if ASKS_IMAGE.search(question) and not options:
+        names_one = answer.isdecimal() and int(answer) - 1 in movable
+        is_clear = names_one and (is_retrieval or not ASKS_MORE.search(question))
+        return keep._replace(order_rule="index") if is_clear else unclear
+    is_count = ASKS_NUMBER.search(question) and not NUMBER_OF_IMAGE.search(question)
+    may_name = [is_bare_name(NAMED_IMAGE.sub("", text)) for text in texts or [answer]]
+    if any(may_name) and (WHICH_IMAGE.search(question) or not is_count):
+        return unclear
+    if not options and WHICH_IMAGES.search(question):
+        return unclear
+    if numbers:
+        return keep  # the names follow
+    is_evidence = source in A_BENCHMARK and options and not ACTION.search(rest)
+    is_about_all = source == "nlvr2" or SEVERAL.search(named) and SHOWN.search(named)
+    if (is_evidence or is_about_all) and not CHANGE_WORDS.search(NO_CHANGE.sub("", rest)):
+        return keep
+    return never._replace(reason="perhaps not about all images, or about a change")
+
+def option_image_label(never: Label, options: list[str], n_images: int,
+                       source: str) -> Label | None:
+    """The label if the options are images, shown or named in their order, before fixed texts.
+    The letter follows them, every other image stays. None: text_label decides."""
+    is_shown = options[:1] == ["<image>"]
+    names = list(filter(None, map(NAME_ALONE.fullmatch, options)))
+    n_options = options.count("<image>") if is_shown else len(names)
+    if n_options < 2 or not all(map(FIXED_OPTION.fullmatch, options[n_options:])):
+        return None
+    first, has_fixed_gold = n_images - n_options, never.answer in list(LETTERS[n_options:])
+    asked = never.question[:option_spans(never.question)[0][0]].rpartition("\n")[0]
+    mentioned = map(image_number, NAMED_IMAGE.finditer(TWO_PLACES.sub(name_both, asked)))
+    moving = list(range(first + 1, n_images + 1))
+    spoken_of = sorted({number for number in mentioned if number > first})
+    rule, movable = "keep" if has_fixed_gold else "letter", tuple(range(first, n_images))
+    label = never._replace(order_rule=rule, movable=movable)
+    if not is_shown:  # if not in order or not alike, the names become <image_k>
+        in_order = [image_number(name) for name in names] == moving
+        is_alike = spoken_of in ([], moving) and not SERIES.search(asked) and not has_fixed_gold
+        return label if in_order and is_alike and source in A_BENCHMARK else None
+    is_retrieval = RETRIEVAL.search(asked) is not None
+    if first and not is_retrieval:
+        asked = OF_REFERENCE.sub("", asked)
+    if first < 0 or spoken_of or is_oddly_named(asked):
+        return never._replace(reason="a name that would not follow its image")
+    if speaks_of_order(NAMED_IMAGE.sub("", asked), is_retrieval):
+        return never._replace(reason="words that may mean order, time or place")
+    return label
+
+def image_number(name: re.Match) -> int:
+    """A match of NAME -> the number of the image that it names: "the 2nd image" -> 2."""
+    number, place = name[1], (name[2] or "").lower()
+    return ORDINALS.index(place) if place in ORDINALS else int(number or place[:-2])
+
+def as_mention(name: re.Match) -> str:
+    return f"<image_{image_number(name)}>"
+
+def name_both(places: re.Match) -> str:
+    return f"{places[1]} image {places[2]} "
+
+def name_side(name: re.Match) -> str:
+    return "image 1" if (name[1] or name[2]).lower() == "left" else "image 2"
+
+def movable_slots(text: str, named: str, n_images: int) -> tuple[int, ...] | None:
+    """Positions that may change places as only their number tells them apart; all but the
+    first if that is the reference. None: some have a text of their own."""
+    pieces = text.split("<image>")
+    first = 1 if REFERENCE_SLOT.search(text) else 0
+    alike = [BETWEEN.fullmatch(piece) for piece in pieces[1 + first:-1]]
+    label = re.search(r"[^\n.?!]*:\s*$", pieces[0])  # "Left: <image>"
+    group = re.search(rf"(?i)\b{IMAGE}s\b|is the reference|^\s*(?:reference|query)", pieces[0])
+    lists = label and re.search(r" and |,", label[0])  # "My dog and his: <image><image>"
+    if not all(alike) or label and not group or lists:
+        return None
+    references = set()
+    for match in REFERENCE_NAME.finditer(named):
+        references.add(int(match[1] or match[2]) - 1)
+    if first:
+        return tuple(range(1, n_images)) if references <= {0} else None
+    if re.search(r"(?i)\b(?:reference|query)\b", text) and len(references) != 1:
+        return None  # the reader would have to guess which image it is
+    return tuple(range(n_images))
+
+def is_bare_name(text: str) -> bool:
+    """Whether an answer or option may name images: "1 and 3", "B", "circuit 2"."""
+    words = set(re.findall(r"\w+", text.lower()))
+    return any(map(str.isdecimal, words)) or bool(words - {"no"}) and words <= BARE_NAMES
+
+def is_oddly_named(text: str) -> bool:
+    """Whether the text may mean an image in a way that would not follow it."""
+    spans = option_spans(text)
+    asked = text[:spans[0][0]].rpartition("\n")[0] if spans else text
+    other = re.search(r"(?i)\bthe other\b", text)
+    if other and not OF_WHICH.search(text, 0, other.start()):
+        return True  # the other one of which?
+    return ODD_NAME.search(text) is not None or LETTER_NAME.search(asked) is not None
+
+def speaks_of_order(text: str, is_retrieval: bool) -> bool:
+    """Whether words are left that may mean the order of images, not the inside of one."""
+    plain = INSIDE.sub("", text)
+    if is_retrieval and not SIDE_OF_IMAGE.search(text):
+        plain = IN_A_PICTURE.sub("", plain)
+    return ORDER_WORDS.search(plain) is not None
+
+# ---- --page: a training run as one HTML file -------------------------------------------
+def write_page(run: Path) -> Path:
+    """page.html in a stage's folder, or in OUT's newest: the template with its data."""
+    try:
+        folder = perl.stage_folder(run)
+    except ValueError as error:
+        raise SystemExit(f"--page: {error}") from None
+    rows = []
+    for name in ("rollouts", "held_out"):
+        for row in perl.read_lines(folder / f"{name}.jsonl"):
+            rows.append(row | {"held_out": name == "held_out"})
+    metrics = perl.read_lines(folder / "metrics.jsonl")
+    if not metrics:
+        raise SystemExit(f"--page {folder}: no metrics.jsonl of a training run there")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    by_group, images = defaultdict(list), {}
+    for row in rows:
+        # A held-out question is one group: its answers are followed through all steps.
+        by_group["held-out" if row["held_out"] else row["step"], row["id"]].append(row)
+        for path in row["images"]:
+            if path not in images:
+                images[path] = as_data(path)
+    groups = [describe(group, SimpleNamespace(**config)) for group in by_group.values()]
+    data = {"run": "/".join(folder.absolute().parts[-2:]), "config": config,
+            "metrics": metrics, "groups": groups, "images": images}
+    # Model text stays text: a "</script>" in it must not end the script.
+    content = json.dumps(data).replace("<", "\\u003c")
+    template = (perl.SAMPLES / "page.html").read_text(encoding="utf-8")
+    perl.write_atomic(folder / "page.html", template.replace("NO_DATA", content))
+    return folder / "page.html"
+
+def describe(rows: list[dict], cfg) -> dict:
+    """A group as the page shows it: rollouts by order, statistics, the verdict."""
+    rewards, orders = [row["reward"] for row in rows], defaultdict(list)
+    for row in rows:
+        named = perl.named_positions(SimpleNamespace(**row, answer=row["gold"])) or []
+        right_image = named[0] if len(named) == 1 else -1  # to be framed, if it is one
+        orders[tuple(row["order"])].append(row | {"right_image": right_image})
+    verdict = cfg.filter  # of a fork: only its own code knows its verdicts
+    if verdict in perl.CHOICES["filter"]:
+        verdict = perl.verdict([SimpleNamespace(**row) for row in rows], cfg)
+    return {"step": rows[0]["step"], "id": rows[0]["id"], "orders": list(orders.values()),
+            "held_out": rows[0]["held_out"], "mean": statistics.fmean(rewards),
+            "deviation": statistics.pstdev(rewards), "verdict": verdict}
+
+def as_data(path: str) -> str:
+    """An image as text, at most 256 pixels wide and high; empty if it is gone."""
+    try:
+        image = perl.read_image(path)
+    except OSError:
+        return ""
+    image.thumbnail((256, 256))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 # ---- Main ------------------------------------------------------------------------------
-
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and with --step-cost what is left of it for perl.py."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default="tiny", help="Hub id, local folder or short name, as in perl.py")
-    add("--benchmarks", default="digits", help=f"all, *.jsonl or of {', '.join(BENCHMARKS)}")
-    add("--limit", type=int, default=0, help="ask so many questions, evenly spread; 0: all")
-    add("--orders", type=int, default=0, help="orders of a question [24 for digits, else 1]")
-    add("--rotate-options", action="store_true", help="ask in every rotation of listed options")
-    add("--temperature", type=float, default=0.0, help="0: greedy; else with same-order control")
-    add("--data-dir", default="", help="local copies of the data sets; empty: from the Hub")
+    add("--model", default="tiny", help="Hub id, local folder or perl.py's short name")
+    add("--benchmarks", default="digits", help=f"all, *.jsonl or {', '.join(BENCHMARKS)}")
+    add("--limit", type=int, default=0, help="ask at most N questions, evenly spread")
+    add("--orders", type=int, default=0, help="per question [24 for digits, else 1]")
+    add("--data-dir", default="", help="local copies of the data sets [from the Hub]")
     add("--out", default="eval_runs", help="folder of the runs")
-    add("--batch", type=int, default=0, help="sequences at a time [rollout_batch of perl.py]")
+    add("--batch", type=int, default=0, help="sequences at a time [perl.py: rollout_batch]")
     add("--max-new-tokens", type=int, default=0, help="longest response [2048; tiny: 64]")
+    add("--flip", action="store_true", help="Facet-Probe's flip rates of Mantis-Eval, MedFrameQA")
     add("--score-only", action="store_true", help="grade saved responses, load no model")
     add("--compare", nargs=2, metavar="RUN", help="two model folders: paired differences")
-    add("--page", metavar="RUN", help="write RUN/page.html: a training run's curves and groups")
-    add("--step-cost", action="store_true", help="of training; takes perl.py's settings too")
-    add("--benchmark-images", type=int, default=4, help="step cost: images of its question")
-    add("--benchmark-image-tokens", type=int, default=256, help="step cost: tokens of each")
-    add("--benchmark-text-tokens", type=int, default=64, help="step cost: other tokens")
-    add("--time-step", default="", help=argparse.SUPPRESS)
-    args, perl_flags = parser.parse_known_args(argv)
-    if perl_flags and not args.step_cost:
-        parser.error(f"unknown: {' '.join(perl_flags)}")
+    add("--page", metavar="RUN", help="page.html of a training run: curves and groups")
+    args = parser.parse_args(argv)
+    if args.flip:  # fixed questions in six orders
+        args.benchmarks, args.limit, args.orders = ",".join(FLIP_SETS), 0, 6
     paper = [name for name in BENCHMARKS if BENCHMARKS[name].paper[0]]
     args.benchmarks = paper if args.benchmarks == "all" else args.benchmarks.split(",")
     for name in args.benchmarks:
         if name not in BENCHMARKS and not name.endswith(".jsonl"):
-            parser.error(f"--benchmarks {name}: none of all, {', '.join(BENCHMARKS)}, *.jsonl")
-    return args, perl_flags
+            parser.error(f"--benchmarks {name}: not all, {', '.join(BENCHMARKS)} or *.jsonl")
+    return args
 
 def ask_and_report(args) -> None:
-    """Answers to all benchmarks chosen, unless --score-only; then scores and a table."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of an image is shown
+    """Ask the chosen benchmarks, unless --score-only; then grade and print a table."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # show as much as there is of a broken image
     accelerator, parts = Accelerator(), Path(args.model).parts
-    n_names = 2 if parts[-1].startswith("checkpoint-") else 1  # RUN/checkpoint-100: both
-    out = Path(args.out, "-".join(parts[-n_names:]))
+    # RUN/stage1/checkpoint-40: all three parts are needed to tell runs apart.
+    n_parts = 3 if parts[-1].startswith("checkpoint-") else 1
+    model_name = "-".join(parts[-n_parts:])
+    out = Path(args.out, model_name, "flip" if args.flip else "")
     if not args.score_only:
         cfg = settings(args)
-        torch.set_num_threads(cfg.cpu_threads or torch.get_num_threads())
+        if cfg.model == "tiny":
+            torch.set_num_threads(1)  # more are slower, and round differently
         processor = perl.load_processor(args.model, cfg)
         model = perl.load_model(args.model, cfg, accelerator.device)
+        # The start of each tensor identifies the weights: others are another run.
         starts = [w.detach().flatten()[:64].float().tolist() for w in model.parameters()]
-        weights = hashlib.sha1(str(starts).encode()).hexdigest()  # others are another run
+        weights = hashlib.sha1(str(starts).encode()).hexdigest()
         for benchmark in args.benchmarks:
-            run_benchmark(benchmark, model, processor, weights, cfg, args,
-                          out / Path(benchmark).stem, accelerator)
+            run_benchmark(benchmark, model, processor, cfg, args, weights=weights,
+                          folder=out / Path(benchmark).stem, accelerator=accelerator)
     if accelerator.is_main_process:
         folders = sorted(path.parent for path in out.glob("*/config.json"))
-        if not folders:
+        results = {folder.name: score(folder) for folder in folders}
+        if not results:
             raise SystemExit(f"{out} holds no responses; run without --score-only first")
-        text = report({folder.name: score(folder) for folder in folders}, out.name)
+        text = report(results, model_name)
+        if args.flip:
+            text = flip_table(results, model_name, args.data_dir)
         perl.write_atomic(out / "summary.md", text)
         print(text)
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare, or measure a step, or ask the model and report."""
-    args, perl_flags = parse_args(argv)
+    """Compare two runs, or write a page, or ask the model and report."""
+    args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         if args.compare:
             print(compare(*map(Path, args.compare)))
         elif args.page:
-            from data_samples import page  # needed here only
-            print(f"wrote {page.write(Path(args.page))}")
-        elif args.time_step:
-            cfg, shape = json.loads(args.time_step)
-            print(json.dumps(time_step(Config(**cfg), shape)))
-        elif args.step_cost:
-            step_cost(args, perl_flags)
+            print(f"wrote {write_page(Path(args.page))}")
         else:
             ask_and_report(args)
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""Tests of perl.py, in its order, and of eval.py: they show by example what each part promises.
+"""Tests of perl.py, in its order: they show by example what each part promises.
 
-    python -m pytest test_perl.py        # one CPU core, no network, one minute
+    python -m pytest test_perl.py        # one CPU core, no network, under 3 minutes
 """
 import ast
 import base64
@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import resource
@@ -21,108 +20,353 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import zipfile
-import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import eval as ev
 import hypothesis
+import perl
 import pyarrow
 import pytest
 import torch
+import transformers
 from huggingface_hub.utils import filter_repo_objects
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from perl import Rollout, Sample, flatten
 from PIL import Image, ImageFile
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from safetensors.torch import load_file, save_file
-from transformers import (AutoImageProcessor, AutoTokenizer, GenerationConfig,
-                          Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor)
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen2_5_VLProcessor
 
-import eval as ev
-import perl
-from perl import Rollout, Sample
-
-sys.path.append(str(Path(perl.__file__).parent / "data_samples"))
+sys.path.insert(0, str(Path(perl.__file__).parent / "data_samples"))
 import ablate
-import dry_run
-import page
+import curate
 
-HERE, TINY, CPU = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"]), torch.device("cpu")
+HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])
+CPU = torch.device("cpu")
 FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
 table = pytest.mark.parametrize
+torch.set_num_threads(1)
+
+# ---- Helpers that all sections share ---------------------------------------------------
 
 @pytest.fixture(autouse=True)
 def signals():
-    """signal.alarm(n) fails a test that hangs."""
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("still running"))
+    """signal.alarm(n) fails a test that hangs. A shell's background job ignores SIGINT: here it
+    raises KeyboardInterrupt as usual. What a run does to SIGTERM ends with the test."""
+    handlers = {signal.SIGALRM: lambda *_: pytest.fail("still running"),
+                signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    perl.TERMINATED.clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
-# ---- Samples -------------------------------------------------------------------------------------
+def tiny_config(**changes):
+    """Settings for a few short rollouts of the tiny model: no KL, no filter, one update."""
+    base = dict(max_new_tokens=40, updates_per_step=1, beta=0.0, filter="none",
+                gradient_checkpointing=False)
+    return dataclasses.replace(perl.parse_config([]), **base | changes)
+
+def load_tiny(**changes):
+    return perl.load_model("tiny", tiny_config(**changes), CPU)
+
+PROCESSOR = perl.load_processor("tiny", tiny_config())
+ACCELERATOR = perl.accelerate.Accelerator(cpu=True)
+
+def process(world, rank=0, device=CPU):
+    """What perl.py asks an accelerator, of one process of several."""
+    return SimpleNamespace(num_processes=world, process_index=rank, device=device, print=print)
 
 GOOD = dict(id="q1", images=["a.png", "b.png", "c.png"], answer="3", order_rule="index",
             question="<image><image><image> Which shows what <image_2> shows?")
+TEXT_ONLY = dict(id="q4", images=[], question="2 + 3 = ?", order_rule="keep", answer="5")
 MISSING, IMAGES = None, "<image><image><image>"
+
+def noise(width=84, height=56):
+    return Image.effect_noise((width, height), 60).convert("RGB")
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data folder: images of 1, 6 and 10 tokens (of 28 x 28 pixels), and files that are none."""
+    """A data folder: images of 1, 6 and 10 tokens (of 28 x 28 pixels), and bad ones."""
     data = tmp_path / "data"
     data.mkdir()
     for name, size in (("a.png", (28, 28)), ("b.png", (84, 56)), ("c.png", (56, 140)),
                        ("cut.jpg", (200, 200)), ("../outside.png", (28, 28))):
-        Image.effect_noise(size, 60).convert("RGB").save(data / name)
+        noise(*size).save(data / name)
     (data / "cut.jpg").write_bytes((data / "cut.jpg").read_bytes()[:-3000])
     (data / "text.png").write_text("not a picture")
     (data / "link.png").symlink_to(tmp_path / "outside.png")
     return data
 
 def write_rows(path, *rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
     return path
 
+def read_rows(path):
+    """Rows of a JSONL file, by strict JSON: NaN and Infinity are none."""
+    def refuse(constant):
+        raise ValueError(f"{path}: {constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+def edit(path, **changes):
+    """Change fields of a JSON file; None takes one out."""
+    row = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: x for name, x in row.items() if x is not None}))
+
+@pytest.fixture
+def questions(folder):
+    """Questions with 3, 2, 1 and 0 images of different sizes, and prompts of four lengths."""
+    pair = dict(id="q2", images=["b.png", "a.png"], question="<image> or <image>: bigger?",
+                order_rule="index", answer="1")
+    single = dict(id="q3", images=["c.png"], question="<image>?", order_rule="keep", answer="7")
+    return perl.load_samples(write_rows(folder / "four.jsonl", GOOD, pair, single, TEXT_ONLY))
+
+def sample(rule="keep", answer="x", n=3, question="?", movable=None):
+    """A question whose images are named a, b, c and so on."""
+    return Sample("s", tuple(perl.LETTERS[:n].lower()), question, answer, rule, movable)
+
+def tokens_of(text):
+    ids = PROCESSOR.tokenizer(text, add_special_tokens=False).input_ids
+    return ids + PROCESSOR.eos_ids[-1:]
+
+def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
+    """Four rollouts of each question, with given words and rewards: two on the identity, two on
+    the reversed order. The same groups in every process."""
+    texts = (r"<think>one</think> \boxed{1}", "<think>a much longer thought", "3", "")
+    groups = []
+    for asked in questions:
+        pictures, group = perl.load_pictures(asked, PROCESSOR), []
+        identity = tuple(range(len(asked.images)))
+        orders = [identity] * 2 + [identity[::-1]] * 2
+        for order, text, reward in zip(orders, texts, rewards):
+            prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
+            group.append(Rollout(prompt, order, prompt.sample.answer, tokens_of(text), text,
+                                 truncated=False, reward=reward))
+        groups.append(group)
+    perl.set_advantages(groups)
+    return groups
+
+def scored_group(accuracies, rewards=None):
+    """Rollouts of which only accuracy and reward matter."""
+    return [Rollout(None, (), "", [5], "", False, accuracy=float(accuracy), reward=float(reward))
+            for accuracy, reward in zip(accuracies, rewards or accuracies)]
+
+def run_update(model, optimizer, groups, cfg, reference=None):
+    return perl.update(model, reference, optimizer, PROCESSOR, groups, cfg=cfg)
+
+def gradient_of_update(model, groups, cfg, reference=None, lr=0.0):
+    """The gradients that perl.update hands to the optimizer, flat; and the sums it returns. With
+    lr, plain descent: AdamW would blow up the rounding of near-zero gradients."""
+    gradients = []
+    class Recorder:
+        @torch.no_grad()
+        def step(self):
+            for weight in model.parameters():
+                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                gradients.append(gradient.flatten())
+                weight -= lr * gradient
+            model.zero_grad()
+            return 0.0
+    sums, norms = run_update(model, Recorder(), groups, cfg, reference)
+    assert len(norms) == cfg.updates_per_step
+    return torch.cat(gradients), sums
+
+def adamw_updates(model, steps, cfg, lr=1e-2):
+    """What perl.update returns for the groups of each step."""
+    optimizer = perl.SplitAdamW(model, dataclasses.replace(cfg, lr=lr), ACCELERATOR)
+    return [run_update(model, optimizer, groups, cfg) for groups in steps]
+
+def flat_weights(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+def answer_always(text, monkeypatch):
+    """Put this answer in the place of perl.generate; returns whether its calls were greedy."""
+    greedy_calls = []
+    def generate(model, processor, prompts, n, cfg, *, greedy=False):
+        greedy_calls.append(greedy)
+        return [[tokens_of(text)] * n for _ in prompts]
+    monkeypatch.setattr(perl, "generate", generate)
+    return greedy_calls
+
+# ---- Config ----------------------------------------------------------------------------
+
+def test_every_field_is_read_and_explained_and_there_are_not_too_many(capsys):
+    read = set()
+    for path in (HERE / "perl.py", HERE / "eval.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read |= {node.attr} if getattr(node.value, "id", "") == "cfg" else set()
+    assert not FIELDS.keys() - read and len(FIELDS) <= 45
+    with pytest.raises(SystemExit) as end:
+        perl.parse_config(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for name, field in FIELDS.items():
+        assert "--" + name.replace("_", "-") in text and len(field.metadata["help"]) > 10
+        assert "".join(field.metadata["help"].split()) in text
+
+@table("typed, expected", [
+    ("--model Qwen2.5-VL-7B", dict(lr=1e-6, steps=0, questions_per_step=128, beta=0.01)),
+    ("", dict(model="tiny", steps=40, stage=1, filter="offline", alpha_start=1.0, lr=2e-5)),
+    ("--steps 7 --max-new-tokens 9", dict(steps=7, max_new_tokens=9, eval_every=10)),
+    ("--stage 2", dict(filter="online", alpha_start=0.0, alpha_end=0.0, steps=40)),
+    ("--stage 2 --filter none --lr 0.5 --no-share --alpha-start 0.5",
+     dict(filter="none", lr=0.5, share=False, alpha_start=0.5)),
+    ("--seed 3", dict(out="runs/tiny-seed3", folder=Path("runs/tiny-seed3/stage1"))),
+    ("--model a/Big --stage 0", dict(folder=Path("runs/Big-seed0/stage0"))),
+    # LoRA's default learning rate is 10 times that of full weights; a typed one stays.
+    ("--lora-rank 4", dict(lr=pytest.approx(2e-4))),
+    ("--lora-rank 4 --model x", dict(lr=pytest.approx(1e-5))),
+    ("--lora-rank 4 --lr 3e-4", dict(lr=3e-4)),
+    # Arms that differ in n_s have the same number of rollouts.
+    *((f"--n-permutations {n_s}", dict(rollouts_per_order=n))
+      for n_s, n in ((0, 12), (1, 6), (2, 4), (3, 3), ("4 --rollouts-per-order 2", 2)))])
+def test_presets_and_their_precedence(typed, expected):
+    for preset in (*perl.MODEL_PRESETS.values(), *perl.STAGE_PRESETS.values(), perl.CHOICES):
+        assert preset.keys() <= FIELDS.keys()
+    cfg = perl.parse_config(typed.split())
+    assert {name: getattr(cfg, name) for name in expected} == expected
+
+# Each is refused with a message that names the first flag.
+BAD_FLAGS = (
+    "--nonsense 1", "--step 3", "--stage 3", "--steps 1.5", "--lr fast", "--filter on",
+    "--dtype fp8", "--optimizer-device disk", "--steps -1", "--beta nan", "--lr inf",
+    "--temperature 0", "--max-new-tokens 0", "--rollouts-per-order 0", "--updates-per-step 0",
+    "--questions-per-step 0", "--eval-orders 0", "--log-every 0", "--save-every 0",
+    "--alpha-end -0.5", "--n-permutations -1", "--filter-low 0.9 --filter-high 0.1",
+    "--instruction <|im_end|>", "--instruction a\0")
+
+@table("typed, message", [(typed, typed.split()[0]) for typed in BAD_FLAGS] + [
+    ("--n-permutations 4", "set --rollouts-per-order")])
+def test_bad_flags_end_the_program(typed, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        perl.parse_config(typed.split(" "))
+    assert end.value.code != 0 and message in str(end.value) + capsys.readouterr().err
+
+def saved_run(folder, **changes):
+    """A run folder with the settings that a run of 4 steps writes."""
+    folder.mkdir(parents=True)
+    settings = vars(tiny_config(out=str(folder.parent), steps=4, **changes))
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+@table("typed, changed", [
+    ("", {}), ("--steps 9", dict(steps=9)), ("--rollout-batch 24", dict(rollout_batch=24)),
+    ("--max-tokens-per-micro-batch 99", dict(max_tokens_per_micro_batch=99)),
+    ("--optimizer-device host", dict(optimizer_device="host")),
+    ("--gradient-checkpointing", dict(gradient_checkpointing=True)),
+    ("--max-new-tokens 40 --stage 1 --beta 0", {})])  # as they were
+@table("schedule, alpha_steps", [(0, 4), (3, 3)])
+def test_resume_may_change_memory_and_steps(tmp_path, typed, changed, schedule, alpha_steps):
+    """Alpha keeps the schedule of the run, however many steps there are now."""
+    folder = saved_run(tmp_path / "stage1", alpha_steps=schedule)
+    cfg = perl.parse_config(["--resume", str(folder), *typed.split()])
+    saved = json.loads((folder / "config.json").read_text())
+    assert vars(cfg) == saved | dict(resume=str(folder), alpha_steps=alpha_steps) | changed
+
+@table("typed", [
+    "--max-new-tokens 9", "--lr 1", "--beta 0.5", "--n-permutations 2", "--stage 2", "--seed 1",
+    "--rollouts-per-order 3", "--no-share", "--filter online", "--lora-rank 4", "--data x",
+    "--questions-per-step 8", "--updates-per-step 2", "--temperature 0.5", "--dtype bf16",
+    "--alpha-end 0.5", "--model x", "--freeze-vision", "--clip-high 0.3", "--out elsewhere"])
+def test_resume_refuses_to_change_the_method_by_name(tmp_path, typed):
+    folder, flag = saved_run(tmp_path / "stage1"), typed.split()[0].replace("--no-", "--")
+    with pytest.raises(SystemExit, match=f"{flag} was .*new run"):
+        perl.parse_config(["--resume", str(folder), "--steps", "4", *typed.split()])
+
+def test_the_folder_that_resume_takes(tmp_path):
+    """A run folder, or OUT for the stage written last."""
+    first, second = saved_run(tmp_path / "stage1"), saved_run(tmp_path / "stage2")
+    os.utime(second / "config.json", (1, 1))
+    assert perl.stage_folder(tmp_path) == perl.stage_folder(str(first)) == first
+    os.utime(first / "config.json", (0, 0))
+    assert perl.stage_folder(tmp_path) == perl.stage_folder(second) == second
+    assert perl.parse_config(["--resume", str(tmp_path)]).folder == second
+    checkpoint = first / "checkpoint-4"
+    checkpoint.mkdir()
+    shutil.copy(TINY / "config.json", checkpoint)  # the model's own lies there
+    for path, message in ((checkpoint, "checkpoint.* run folder"),
+                          (tmp_path / "stage1-1", "is not a run folder")):
+        with pytest.raises(SystemExit, match=message):
+            perl.parse_config(["--resume", str(path)])
+    for content in ('{"model": "ti', "[1]", '{"colour": "red"}', ""):
+        (first / "config.json").write_text(content)
+        with pytest.raises(SystemExit, match="config.json is damaged"):
+            perl.parse_config(["--resume", str(first)])
+
+@table("expected, changes", [
+    ([1, 0.75, 0.5, 0.25, 0], {}), ([1, 0.5, 0, 0, 0], dict(alpha_steps=3)), ([1], dict(steps=1)),
+    ([0.25, 0.375, 0.5, 0.625, 0.75], dict(alpha_start=0.25, alpha_end=0.75)),
+    ([1, 0.9, 0.8, 0.7, 0.6], dict(alpha_steps=11)), ([0.0] * 5, dict(alpha_start=0.0))])
+def test_alpha_falls_linearly_over_its_steps_and_stays(monkeypatch, tmp_path, expected, changes):
+    alphas = []
+    def collect_groups(*args, alpha, **others):
+        alphas.append(alpha)
+        return {name: [] for name in perl.VERDICTS} | {"flat": [scored_group([1, 0])]}
+    monkeypatch.setattr(perl, "collect_groups", collect_groups)
+    for name in ("log_group", "save_checkpoint", "log_metrics"):
+        monkeypatch.setattr(perl, name, lambda *args, **others: None)
+    cfg = tiny_config(**dict(steps=5, out=str(tmp_path)) | changes)
+    perl.train(cfg, PROCESSOR, [sample()], [], ACCELERATOR)
+    assert alphas == pytest.approx(expected)
+
+# ---- Samples and permutation (Eq. 1) ---------------------------------------------------
+
 def test_load_samples(folder):
-    letter = dict(id="q2", order_rule="letter", movable=[1, 2], answer=" B ", source="toy")
-    path = write_rows(folder / "good.jsonl", GOOD, "", GOOD | letter)
-    first, second = perl.load_samples(path)
+    letter = dict(id="q2", order_rule="letter", movable=[2, 1], answer=" B ", source="toy")
+    path = write_rows(folder / "good.jsonl", GOOD, "", GOOD | letter, TEXT_ONLY)
+    first, second, text_only = perl.load_samples(str(path))
     assert (first.id, first.answer, first.source) == ("q1", "3", "")
     assert first.images == tuple(str(folder / name) for name in GOOD["images"])
     assert first.movable == (0, 1, 2), "all may move unless said otherwise"
     assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
+    assert (text_only.images, text_only.movable) == ((), ())
 
-# What would not mean the same once the images have changed places.
-WOULD_CHANGE = [("answer", text, dict(order_rule="keep"))
-                for text in ("Image 2", "a, <image_3>", "x\nimages #1")]
-WOULD_CHANGE += [("images", ["a.png", "b.png", "a.png"], others) for others in (
-    dict(answer="1"), dict(answer="C", order_rule="letter"),
-    dict(answer="2,3", order_rule="sequence"))]
-WOULD_CHANGE += [("images", ["a.png"] * 27,
-                  dict(order_rule="letter", answer="A", question="<image>" * 27))]
-
-@table("field, value, others", [(field, value, {}) for field, values in {
-    "id": [MISSING, 7, " ", "a\0", "\udfff"], "order_rule": [MISSING, "shuffle", ["keep"], "\0"],
-    "source": [5, "<|im_end|>", "\ud83d"], "ansver": ["3"],
-    "images": [MISSING, "a.png", [], ["a.png", 1, "c.png"], *(
-        ["a.png", bad, "c.png"] for bad in  # the link leads out of the folder
+BAD_FIELDS = {
+    "id": [MISSING, 7, " ", "a\0", "\udfff"], "ansver": ["3"],
+    "order_rule": [MISSING, "shuffle", ["keep"], "\0"],
+    "source": [5, "<|im_end|>", "\ud83d"],
+    "images": [MISSING, "a.png", {}, ["a.png", 1, "c.png"], ["a.png", "", "c.png"], *(
+        ["a.png", name, "c.png"] for name in
         ("none.png", "text.png", "cut.jpg", "../outside.png", "link.png"))],
-    "question": [MISSING, [IMAGES], "<image><image> one too few", IMAGES + "<image_4>",
-                 IMAGES + "<image_0>", IMAGES + "<|im_end|>", IMAGES + "<|image_pad|>",
-                 IMAGES + "A: <|video_pad|> B: x", IMAGES + "\0", IMAGES + "\ud83d", "no image",
-                 IMAGES + "<image>", IMAGES + "<image_" + "9" * 5000 + ">"],
-    # To order_rule index; to the others below.
-    "answer": [MISSING, 3, "4", "0", "A", "", " ", "<|im_end|>", "1\0", "\ud83d", "7" * 10**6],
-    "movable": [[0, 3], [-1], [1, 1], "01", [True], [10 ** 400]],
-}.items() for value in values] + [
-    ("answer", bad, dict(order_rule="letter", movable=[1, 2])) for bad in ("C", "1", "AB")] + [
-    ("answer", bad, dict(order_rule="sequence")) for bad in ("1,1,2", "1,4", "1,,2")
-    ] + WOULD_CHANGE)
+    "question": [MISSING, [IMAGES], "<image><image> one too few", "no image", IMAGES + "<image>",
+                 *(IMAGES + text for text in ("<image_4>", "<image_0>", "<|im_end|>", "\0",
+                                              "<|image_pad|>", "A: <|video_pad|> B: x", "\ud83d",
+                                              "<image_" + "9" * 5000 + ">"))],
+    "answer": [MISSING, 3, "4", "0", "A", "", " ", "1,2", "<|im_end|>", "1\0", "\ud83d",
+               "7" * 10**6],
+    "movable": [[0, 3], [-1], [1, 1], "01", [True], [1.0], [10 ** 400]]}
+BAD_ROWS = [  # one field, and changes to the rest of the row
+    *(("answer", text, dict(order_rule="letter", movable=[1, 2]))
+      for text in ("C", "1", "AB", "b")),
+    *(("answer", text, dict(order_rule="sequence"))
+      for text in ("1,1,2", "1,4", "1,,2", "0,1", "a,b", "1;2")),
+    # A text-only question has no image that an answer could name, and no place for one.
+    ("answer", "1", TEXT_ONLY | dict(order_rule="index")), ("question", "<image>?", TEXT_ONLY),
+    ("answer", "A", TEXT_ONLY | dict(order_rule="letter")), ("movable", [0], TEXT_ONLY),
+    ("question", "What does <image_1> show?", TEXT_ONLY),
+    # What would not mean the same once the images have changed places.
+    *(("answer", text, dict(order_rule="keep")) for text in ("Image 2", "a, <image_3>",
+                                                             "x\nimages #1")),
+    *(("images", ["a.png", "b.png", "a.png"], others) for others in (
+        dict(answer="1"), dict(answer="C", order_rule="letter"),
+        dict(answer="2,3", order_rule="sequence"))),
+    ("answer", "A", dict(order_rule="letter", images=["a.png"] * 27, question="<image>" * 27))]
+BAD_ROWS += [(field, value, {}) for field, values in BAD_FIELDS.items() for value in values]
+
+@table("field, value, others", BAD_ROWS)
 def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, others):
-    row = GOOD | {"id": "q2"} | others | {field: value}
+    row = GOOD | others | {"id": "q2"} | {field: value}
     row = {name: value for name, value in row.items() if value is not MISSING}
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field {field}: ") as refusal:
         perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
@@ -137,33 +381,22 @@ def test_an_image_may_come_twice_where_that_is_harmless(folder):
     assert len(perl.load_samples(write_rows(folder / "good.jsonl", *rows))) == 4
 
 @table("content, message", [
-    (b'{"id": ', "line 1: not valid JSON"), (b"[1]", "line 1: "), (b'\n{"id": "\xff"}', "line 2"),
+    (b'{"id": ', "line 1: not valid JSON"), (b'\n{"id": "\xff"}', "line 2"),
     (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)[:50]}".encode(), "line 2: not valid JSON"),  # torn
-    (f"[{json.dumps(GOOD)}]".encode(), "line 1: .*one object a line"),
-    (json.dumps([GOOD], indent=1).encode(), "line 1: not valid JSON"),
-    (b'[["id", "x", 1], ["answer", "1"]]', "line 1: .*one object a line"),
+    # A JSON array: what was found, and what is accepted.
+    (f"[{json.dumps(GOOD)}]".encode(), "line 1: a list, not a JSON object"),
+    (json.dumps([GOOD], indent=1).encode(), "line 1: not valid JSON, one object a line"),
+    (b'[["id", "x", 1], ["answer", "1"]]', "line 1: a list"), (b"1", "line 1: a"),
     (b'{"id":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 1: not valid JSON"),
-    (b'{"id": ' + b"9" * 9000 + b"}", "line 1: not valid JSON"), (b'{"id": NaN}', "field id"),
+    (b'{"id": ' + b"9" * 9000 + b"}", "line 1: not valid JSON"), (b'{"id": NaN}', "field"),
     (json.dumps(GOOD).encode("utf-16") * 2, "line 1"), (b"\0\0\0\0", "line 1"),
-    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: .*line 1"),
-    (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "is no file")])
+    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: "),
+    (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "is not a file")])
 def test_bad_files(folder, content, message):
     if content is not MISSING:
         (folder / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.jsonl.*{message}"):
         perl.load_samples(folder / "bad.jsonl")
-
-def test_several_weighted_files(folder):
-    write_rows(folder / "one.jsonl", GOOD, GOOD | {"id": "q2"})
-    write_rows(folder / "two.jsonl", GOOD | {"id": "q3"})
-    other = write_rows(folder / "other.jsonl", GOOD | {"question": GOOD["question"] + "?"})
-    cfg, one = tiny_config(), folder / "one.jsonl"
-    samples = perl.load_questions(f"{one}*2,{folder / 'two.jsonl'}", PROCESSOR, cfg, ACCELERATOR)
-    assert Counter(s.id for s in samples) == {"q1": 2, "q2": 2, "q3": 1}
-    for files, problem in ((f"{one},{other}", "an id occurs in two files"),
-                           (f"{one}*0", r"\*0 is no file")):
-        with pytest.raises(SystemExit, match=problem):
-            perl.load_questions(files, PROCESSOR, cfg, ACCELERATOR)
 
 @table("start, end", [
     (b"", b"\n"), (b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"", b"\r\n \r\n")])
@@ -172,156 +405,194 @@ def test_byte_order_mark_crlf_and_a_missing_last_newline_do_no_harm(folder, star
     (folder / "d.jsonl").write_bytes(start + end.join(lines))
     assert [asked.id for asked in perl.load_samples(folder / "d.jsonl")] == ["q0", "q1", "q2"]
 
-def test_many_images_and_a_megabyte_of_text(folder, capsys):
-    """What is too long for the prompt is dropped and counted; 33 images are only many."""
-    many = dict(id="many", images=["a.png"] * 32 + ["b.png"], answer="33", order_rule="index",
-                question="<image>" * 33 + "<image_33>")
-    long = GOOD | dict(id="long", question=IMAGES + "word " * 200_000)
-    path = write_rows(folder / "d.jsonl", GOOD, many, long)
-    kept = perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
-    assert [asked.id for asked in kept] == ["q1", "many"]
-    assert "2 questions, 1 dropped" in capsys.readouterr().out
-    order = (32, *range(32))
-    moved = perl.permute(kept[1], order)
-    assert moved.answer == "1" and moved.question.endswith("<image_1>")
-    pictures = perl.encode_prompt(moved, PROCESSOR).pictures
-    assert [picture.tokens for picture in pictures] == [6] + [1] * 32
+LAST_FIRST = (25, *range(25))  # of 26 images
 
-# All that the published tokenizer adds, but <tool_call> and </tool_call>: those are plain words.
-REAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>",
-               "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
-               "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-               "<|image_pad|>", "<|video_pad|>", "<|fim_prefix|>", "<|fim_middle|>",
-               "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]
+@table("rule, answer, movable, order, images, expected", [
+    # new_images[j] = images[order[j]]: with (2, 0, 1) the third image comes first
+    ("keep", "42", None, (2, 0, 1), "cab", "42"),
+    ("index", "3", None, (2, 0, 1), "cab", "1"), ("index", "1", None, (2, 0, 1), "cab", "2"),
+    ("letter", "A", None, (2, 0, 1), "cab", "B"),
+    ("sequence", "3,1,2", None, (2, 0, 1), "cab", "1,2,3"),
+    ("sequence", "2, 3", None, (1, 0, 2), "bac", "1, 3"),
+    # image a is a fixed reference, options A, B, C are the images b, c, d
+    ("letter", "C", (1, 2, 3), (0, 3, 1, 2), "adbc", "A"),
+    ("letter", "A", (1, 2, 3), (0, 3, 1, 2), "adbc", "B"),
+    # movable positions need not be neighbours: options A, B are the images a, c
+    ("letter", "A", (0, 2), (2, 1, 0, 3), "cbad", "B"),
+    ("never", "True", None, (0, 1, 2), "abc", "True"), ("keep", "5", None, (), "", "5"),
+    ("letter", "Z", None, LAST_FIRST, "zabcdefghijklmnopqrstuvwxy", "A"),
+    ("sequence", "26,1,10", None, LAST_FIRST, "zabcdefghijklmnopqrstuvwxy", "1,2,11")])
+def test_permute(rule, answer, movable, order, images, expected):
+    before = sample(rule, answer, len(order), movable=movable)
+    permuted = perl.permute(before, order)
+    assert (permuted.images, permuted.answer) == (tuple(images), expected)
+    new_position = [order.index(old) for old in range(len(order))]
+    assert perl.move_answer(before, new_position) == expected
 
-def special_ids(prompt):
-    special = [i for i, token in PROCESSOR.tokenizer.added_tokens_decoder.items() if token.special]
-    return [token for token in prompt.ids if token in special]
+def test_permute_renumbers_mentions():
+    asked = sample("index", "2", question=IMAGES + "<image_1> or <image_3>? <image_1>! 1")
+    permuted = perl.permute(asked, (2, 0, 1))
+    assert permuted.question == IMAGES + "<image_2> or <image_1>? <image_2>! 1"
+    asked = sample("index", "2", n=26, question="<image_26> <image_1>")
+    assert perl.permute(asked, LAST_FIRST).question == "<image_1> <image_2>"
 
-def test_no_text_becomes_a_control_token(folder):
-    specials = [t.content for t in PROCESSOR.tokenizer.added_tokens_decoder.values() if t.special]
-    assert all(perl.CONTROL.search(text) for text in REAL_TOKENS + specials)
-    plain, = perl.load_samples(write_rows(folder / "d.jsonl", GOOD))
-    texts = ["<tool_call>", "<think>", "< |im_end|>", "<|im_<image_1>end|>", "<|im", "_end|>", "|>",
-             "<|<image_2>|>", "{{ 1 + 1 }}", "{% raw %}", "<|image_\u200bpad|>", "&lt;|im_end|&gt;",
-             "\uff1c|im_end|\uff1e", "<s>", "[INST]", "<<image_1>>", "<im<image_3>age>"]
-    for text in texts:
-        row = GOOD | dict(question=text + IMAGES + text, answer=text, order_rule="never")
-        asked, = perl.load_samples(write_rows(folder / "d.jsonl", row))
-        prompt = perl.encode_prompt(asked, PROCESSOR)
-        assert special_ids(prompt) == special_ids(perl.encode_prompt(plain, PROCESSOR)), text
-        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
+@table("rule, movable, order", [
+    ("never", None, (1, 0, 2)), ("keep", (1, 2), (1, 0, 2)), ("index", (0, 2), (0, 2, 1)),
+    ("keep", None, (0, 0, 2)), ("keep", None, (0, 1)), ("keep", None, (0, 1, 3)),
+    ("keep", None, ()), ("keep", None, (0, 1, 2, 3))])
+def test_permute_refuses(rule, movable, order):
+    with pytest.raises(ValueError, match="s: "):
+        perl.permute(sample(rule, "1", movable=movable), order)
 
-# ---- Images: what may stand in a data folder -----------------------------------------------------
+def pictures_meant(asked):
+    """The images that the answer names, and the first one that the question mentions."""
+    mentioned = int(perl.MENTION.search(asked.question)[1]) - 1
+    return [asked.images[k] for k in (*perl.named_positions(asked), mentioned)]
 
-def png_of(width, height):
-    """A tiny file that says it is a huge picture: one bit a pixel, all alike."""
-    def chunk(name, content):
-        body = name + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    pixels = zlib.compress(b"\0" * ((width // 8 + 1) * height), 9)
-    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), chunk(b"IDAT", pixels),
-                     chunk(b"IEND", b"")])
+def test_permute_round_trip():
+    rng = random.Random(0)
+    for _ in range(300):
+        n = rng.randint(1, 6)
+        movable = tuple(sorted(rng.sample(range(n), rng.randint(1, n))))
+        named = rng.sample(range(1, n + 1), rng.randint(1, n))
+        rule, answer = rng.choice([
+            ("keep", "x"), ("index", str(named[0])), ("sequence", ",".join(map(str, named))),
+            ("letter", perl.LETTERS[rng.randrange(len(movable))])])
+        before = sample(rule, answer, n, f"<image_{rng.randint(1, n)}>", movable)
+        order = perl.draw_orders(before, 1, 1.0, rng)[1]
+        after = perl.permute(before, order)
+        assert perl.permute(after, tuple(order.index(j) for j in range(n))) == before
+        assert pictures_meant(after) == pictures_meant(before)
+        assert len(pictures_meant(before)) == {"keep": 1, "sequence": len(named) + 1}.get(rule, 2)
 
-def noise(width=84, height=56):
-    return Image.effect_noise((width, height), 60).convert("RGB")
+def test_drawn_orders_are_legal_distinct_and_from_one_generator():
+    rng, asked = random.Random(0), sample(n=4, movable=(1, 2, 3))
+    for _ in range(50):
+        orders = perl.draw_orders(asked, 5, 1.0, rng)
+        assert orders[0] == (0, 1, 2, 3) and len(set(orders)) == 6, "all 3! orders, each once"
+        assert all(order[0] == 0 and sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert perl.draw_orders(asked, 0, 1.0, rng) == [(0, 1, 2, 3)]
+    draws = []
+    for rng in (random.Random(3), random.Random(3)):
+        draws.append([perl.draw_orders(sample(n=5), 1, 1.0, rng)[1] for _ in range(20)])
+    assert draws[0] == draws[1] and len(set(draws[0])) > 10, "reproducible, never reset"
 
-def a_file(content):
-    return lambda path: path.write_bytes(content)
+@table("asked, count", [(sample("never"), 1), (sample(n=1), 1), (sample(n=0), 1),
+                        (sample(n=4, movable=(2,)), 1), (sample(n=2), 2), (sample(n=4), 24),
+                        (sample(n=4, movable=(0, 2, 3)), 6)])
+def test_every_order_of_a_sample(asked, count):
+    identity = tuple(range(len(asked.images)))
+    assert perl.count_orders(asked) == count == len(set(perl.all_orders(asked, 24)))
+    drawn = perl.draw_orders(asked, 30, 1.0, random.Random(0))
+    assert drawn[0] == identity and len(drawn) == 31 and len(set(drawn)) == count
+    # Beyond the cap, a fixed choice.
+    capped = perl.all_orders(sample(n=5), 24)
+    assert len(set(capped)) == 24 and capped[0] == (0, 1, 2, 3, 4)
+    assert capped == perl.all_orders(sample(n=5), 24), "the same in every evaluation"
+    assert capped != perl.all_orders(dataclasses.replace(sample(n=5), id="t"), 24)
 
-def half_of(image, format):
+def test_alpha_is_the_probability_that_a_question_is_permuted():
+    rng, drawn = random.Random(0), {}
+    for alpha in (0.0, 0.5, 1.0):
+        drawn[alpha] = [perl.draw_orders(sample(), 2, alpha, rng) for _ in range(1000)]
+    plain = {alpha: some.count([(0, 1, 2)] * 3) for alpha, some in drawn.items()}
+    assert plain[0.0] == 1000 and plain[1.0] == 0 and 430 < plain[0.5] < 570
+    assert {len(set(orders)) for orders in drawn[0.5]} == {1, 3}, "one draw for all of a question"
+    counts = Counter(orders[1] for orders in drawn[1.0])
+    assert len(counts) == 5 and min(counts.values()) > 140, "the 5 others are equally likely"
+
+# ---- Model, images and prompts ---------------------------------------------------------
+
+def bytes_of(image, kind):
     file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()[:file.tell() // 2]
+    image.save(file, kind)
+    return file.getvalue()
 
-def link_to(target):
-    return lambda path: path.symlink_to(target)
-
-BAD_IMAGES = {
-    "truncated.png": (a_file(half_of(noise(), "PNG")), "is no readable image: .*truncated"),
-    "truncated.jpg": (a_file(half_of(noise(), "JPEG")), "is no readable image: .*truncated"),
-    "header.png": (a_file(png_of(9, 9)[:20]), "is no readable image"),
-    "zero.png": (a_file(b""), "is no readable image: cannot identify"),
-    "bomb.png": (a_file(png_of(20_000, 20_000)), "is no readable image: .*decompression bomb"),
-    "folder.png": (lambda path: path.mkdir(), "is no file"),
-    "none.png": (lambda path: None, "is no file"),
-    "pipe.png": (os.mkfifo, "is no file"),
-    "loop.png": (link_to("loop.png"), "is no readable image: Symlink loop|is no file"),
-    "out.png": (link_to("../outside.png"), "lies outside"),
-    "../outside.png": (lambda path: None, "lies outside"),
-    "/etc/hostname": (lambda path: None, "lies outside"),
-    "a\0.png": (lambda path: None, "is no readable image: .*null byte"),
-    "\ud800.png": (lambda path: None, "is no readable image: .*surrogates"),
-    "x" * 300 + ".png": (lambda path: None, "is no readable image: .*too long"),
+PNG, JPEG, OF_NO_FILE = bytes_of(noise(), "PNG"), bytes_of(noise(), "JPEG"), None
+HUGE = bytes_of(Image.new("1", (20_000, 20_000)), "PNG")  # a small file
+BAD_IMAGES = {  # name -> content, or how to make it; and what is said about it
+    "truncated.png": (PNG[:len(PNG) // 2], "truncated"),
+    "truncated.jpg": (JPEG[:len(JPEG) // 2], "truncated"),
+    "header.png": (PNG[:20], "Truncated"), "zero.png": (b"", "cannot identify"),
+    "bomb.png": (HUGE, "decompression bomb"),
+    "strip.png": (bytes_of(Image.new("RGB", (1, 300)), "PNG"), "is over 200 times longer"),
+    "folder.png": (os.mkdir, "is not a file"), "pipe.png": (os.mkfifo, "is not a file"),
+    "loop.png": (lambda path: path.symlink_to("loop.png"), "[Ss]ymlink loop|is not a file"),
+    "out.png": (lambda path: path.symlink_to("../outside.png"), "is not a file in"),
+    "../outside.png": (OF_NO_FILE, "is not a file in"), "none.png": (OF_NO_FILE, "is not a file"),
+    "/etc/hostname": (OF_NO_FILE, "is not a file in"),
+    "a\0.png": (OF_NO_FILE, "null byte|is not a file"),
+    "\ud800.png": (OF_NO_FILE, "surrogates|is not a file"),
+    "x" * 300 + ".png": (OF_NO_FILE, "too long|is not a file"),
+    # What was found, and what is accepted.
+    "new.png": (bytes_of(noise(), "AVIF"), "is AVIF, not one of .*PNG"),
+    "scan.png": (bytes_of(noise(), "TIFF"), "is TIFF, not one of .*PNG"),
     # Needs another program to draw it, which would run what it finds in the file.
-    "vector.eps": (lambda path: noise().save(path), "is no readable image: cannot identify")}
+    "vector.png": (bytes_of(noise(), "EPS"), "is EPS, not one of .*PNG")}
 
 @table("name", BAD_IMAGES)
 def test_a_bad_image_is_named(folder, name):
-    make, message = BAD_IMAGES[name]
-    make(folder / name)
+    content, message = BAD_IMAGES[name]
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    elif content is not OF_NO_FILE:
+        content(folder / name)
     row = GOOD | {"id": "q2", "images": ["a.png", name, "c.png"]}
     signal.alarm(20)
-    with pytest.raises(SystemExit, match=rf"bad\.jsonl, line 2, field images: .* ?{message}"):
-        perl.load_questions(str(write_rows(folder / "bad.jsonl", GOOD, row)), PROCESSOR,
-                            tiny_config(), ACCELERATOR)
-
-def grey_16_bit(levels):
-    """A 16-bit picture of the given levels of grey, from 0 to 65535."""
-    return Image.frombytes("I;16", (len(levels), 1), struct.pack(f"<{len(levels)}H", *levels))
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field images: .* ({message})"):
+        perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
 
 def drawn(mode, *colours, **options):
     """A row of pixels of the given colours, and how to save it."""
     image = Image.new(mode, (len(colours), 1))
+    if mode == "P":  # blue, number 1 of the palette, counts as transparent
+        image.putpalette([255, 0, 0, 0, 0, 255])
     for k, colour in enumerate(colours):
         image.putpixel((k, 0), colour)
     return image, options
 
-def animation(first, *others):
-    frames = [Image.new("RGB", (3, 1), colour) for colour in (first, *others)]
-    return frames[0], dict(save_all=True, append_images=frames[1:])
-
-def palette():
-    """A row of red and blue pixels; blue, number 1 of the palette, counts as transparent."""
-    image, _ = drawn("P", 0, 1, 0)
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    return image, dict(transparency=1)
+def animation(first, *others, **options):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (first, *others)]
+    return frames[0], dict(save_all=True, append_images=frames[1:]) | options
 
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
+GREY_16_BIT = Image.frombytes("I;16", (3, 1), struct.pack("<3H", 0, 32768, 65535))
+RGBA = ((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128))
 
 @table("name, image, pixels", [
-    ("rgba.png", drawn("RGBA", (255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128)),
-     [RED, WHITE, (127,) * 3]),
+    ("rgba.png", drawn("RGBA", *RGBA), [RED, WHITE, (127,) * 3]),
     ("la.png", drawn("LA", (0, 255), (0, 0)), [BLACK, WHITE]),
-    ("palette.png", palette(), [RED, WHITE, RED]),
-    ("16.png", (grey_16_bit([0, 32768, 65535]), {}), [BLACK, (128,) * 3, WHITE]),
+    ("palette.png", drawn("P", 0, 1, 0, transparency=1), [RED, WHITE, RED]),
+    ("16.png", (GREY_16_BIT, {}), [BLACK, (128,) * 3, WHITE]),
     ("bits.png", drawn("1", 0, 1), [BLACK, WHITE]),
     ("grey.png", drawn("L", 0, 99), [BLACK, (99,) * 3]),
-    ("cmyk.jpg", (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), dict(quality=100)), [RED] * 8),
-    ("moving.gif", animation("red", "blue"), [RED] * 3),
-    ("moving.webp", animation("red", "blue"), [RED] * 3),
+    ("cmyk.jpg", drawn("CMYK", *[(0, 255, 255, 0)] * 8, quality=100), [RED] * 8),
+    ("moving.gif", animation("red", "blue"), [RED] * 8),
+    ("moving.webp", animation("red", "blue"), [RED] * 8),
+    # Phones write a JPEG with a second picture behind it.
+    ("phone.jpg", animation("red", "blue", format="MPO", quality=100), [RED] * 8),
     ("rgb.bmp", drawn("RGB", RED, BLUE), [RED, BLUE])])
 def test_pictures_of_all_kinds_are_read_as_they_look(folder, name, image, pixels):
     image, options = image
     image.save(folder / name, **options)
-    read = perl.read_image(folder / name)
-    assert read.mode == "RGB" and read.size == image.size
-    for k, colour in enumerate(pixels):
-        assert read.getpixel((k, 0)) == pytest.approx(colour, abs=2)
-    row = dict(id="x", images=[name], question="<image>?", order_rule="index", answer="1")
-    asked, = perl.load_samples(write_rows(folder / "one.jsonl", row))
-    assert_reads(asked, [name])
+    for file in (folder / name, io.BytesIO((folder / name).read_bytes())):
+        read = perl.read_image(file)
+        assert read.mode == "RGB" and read.size == image.size
+        for k, colour in enumerate(pixels):
+            assert read.getpixel((k, 0)) == pytest.approx(colour, abs=2)
+    assert_reads(folder, name)
 
-def assert_reads(asked, names):
-    """The prompt has the pixels of these files as read_image shows them, and its length is known
-    before they are decoded."""
+def assert_reads(folder, name):
+    """The prompt has the pixels of the file as read_image shows them, and its length is known
+    before they are decoded. Returns the picture."""
+    row = dict(id="x", images=[name], question="<image>?", order_rule="index", answer="1")
+    path = str(write_rows(folder / "one.jsonl", row))
+    asked, = perl.load_questions(path, PROCESSOR, tiny_config(), ACCELERATOR)
     prompt = perl.encode_prompt(asked, PROCESSOR)
     assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
-    for picture, path, name in zip(prompt.pictures, asked.images, names):
-        assert path.endswith(name)
-        plain = PROCESSOR.image_processor([perl.read_image(path)], return_tensors="pt")
-        assert torch.equal(picture.pixels, plain["pixel_values"])
+    plain = PROCESSOR.image_processor([perl.read_image(folder / name)], return_tensors="pt")
+    assert torch.equal(prompt.pictures[0].pixels, plain["pixel_values"])
+    return prompt.pictures[0]
 
 @table("suffix", ["jpg", "png", "webp"])
 @table("orientation", range(1, 9))
@@ -337,244 +608,12 @@ def test_exif_rotation_is_applied(folder, orientation, suffix):
     assert read.size == (112, 56)
     corners = [read.getpixel(place)[0] < 128 for place in ((9, 9), (99, 9), (9, 47), (99, 47))]
     assert corners == [True, False, False, False]
-    row = dict(id="x", images=[f"turned.{suffix}"], question="<image>?", order_rule="index",
-               answer="1")
-    asked, = perl.load_samples(write_rows(folder / "one.jsonl", row))
-    assert perl.encode_prompt(asked, PROCESSOR).pictures[0].grid.tolist() == [[1, 4, 8]]
-    assert_reads(asked, [f"turned.{suffix}"])
+    assert assert_reads(folder, f"turned.{suffix}").grid.tolist() == [[1, 4, 8]]
 
-@table("size, tokens", [((1, 1), 1), ((28, 5000), 179), ((5000, 28), 179), ((10_000, 10), None)])
-def test_pictures_of_odd_sizes(folder, size, tokens):
-    """One pixel is scaled up; a strip of 200 : 1 or more has no place in the vision tower."""
-    Image.new("RGB", size).save(folder / "odd.png")
-    row = dict(id="odd one", images=["odd.png"], question="<image>?", order_rule="index",
-               answer="1")
-    path = write_rows(folder / "one.jsonl", row)
-    if tokens is None:
-        with pytest.raises(SystemExit, match="line 1, field images: .*odd.png is longer than 200"):
-            perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
-    else:
-        asked, = perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
-        assert [p.tokens for p in perl.encode_prompt(asked, PROCESSOR).pictures] == [tokens]
-        assert_reads(asked, ["odd.png"])
-
-# ---- Permutation (Eq. 1) -------------------------------------------------------------------------
-
-def sample(rule="keep", answer="x", n=3, question="?", movable=None):
-    return Sample("s", tuple("abcdef"[:n]), question, answer, rule, movable)
-
-@table("rule, answer, movable, order, images, expected", [
-    # new_images[j] = images[order[j]]: with (2, 0, 1) the third image comes first
-    ("keep", "42", None, (2, 0, 1), "cab", "42"),
-    ("index", "3", None, (2, 0, 1), "cab", "1"),
-    ("index", "1", None, (2, 0, 1), "cab", "2"),
-    ("letter", "A", None, (2, 0, 1), "cab", "B"),
-    ("sequence", "3,1,2", None, (2, 0, 1), "cab", "1,2,3"),
-    ("sequence", "2, 3", None, (1, 0, 2), "bac", "1, 3"),
-    # image a is a fixed reference, options A, B, C are the images b, c, d
-    ("letter", "C", (1, 2, 3), (0, 3, 1, 2), "adbc", "A"),
-    ("letter", "A", (1, 2, 3), (0, 3, 1, 2), "adbc", "B"),
-    # movable positions need not be neighbours: options A, B are the images a, c
-    ("letter", "A", (0, 2), (2, 1, 0, 3), "cbad", "B"),
-    ("never", "True", None, (0, 1, 2), "abc", "True")])
-def test_permute(rule, answer, movable, order, images, expected):
-    permuted = perl.permute(sample(rule, answer, len(order), movable=movable), order)
-    assert (permuted.images, permuted.answer) == (tuple(images), expected)
-
-def test_permute_renumbers_mentions():
-    asked = sample("index", "2", question=IMAGES + "<image_1> or <image_3>? <image_1>!")
-    permuted = perl.permute(asked, (2, 0, 1))
-    assert permuted.question == IMAGES + "<image_2> or <image_1>? <image_2>!"
-
-@table("rule, movable, order", [
-    ("never", None, (1, 0, 2)), ("keep", (1, 2), (1, 0, 2)),
-    ("keep", None, (0, 0, 2)), ("keep", None, (0, 1)), ("keep", None, (0, 1, 3))])
-def test_permute_refuses(rule, movable, order):
-    with pytest.raises(ValueError, match="s: "):
-        perl.permute(sample(rule, movable=movable), order)
-
-def test_permute_round_trip():
-    rng = random.Random(0)
-    for _ in range(300):
-        n = rng.randint(1, 6)
-        movable = tuple(sorted(rng.sample(range(n), rng.randint(1, n))))
-        rule, answer = rng.choice([
-            ("keep", "x"), ("index", str(rng.randint(1, n))),
-            ("letter", chr(65 + rng.randrange(len(movable)))),
-            ("sequence", ",".join(str(k + 1) for k in rng.sample(range(n), rng.randint(1, n))))])
-        before = sample(rule, answer, n, f"<image_{rng.randint(1, n)}>", movable)
-        order = perl.draw_orders(before, 1, 1.0, rng)[1]
-        after = perl.permute(before, order)
-        inverse = tuple(order.index(j) for j in range(n))
-        assert perl.permute(after, inverse) == before
-        if rule == "index":  # the answer points at the same picture as before
-            assert after.images[int(after.answer) - 1] == before.images[int(before.answer) - 1]
-
-def test_drawn_orders_are_legal_distinct_and_from_one_generator():
-    rng, asked = random.Random(0), sample(n=4, movable=(1, 2, 3))
-    for _ in range(50):
-        orders = perl.draw_orders(asked, 5, 1.0, rng)
-        assert orders[0] == (0, 1, 2, 3) and len(set(orders)) == 6, "all 3! orders, each once"
-        assert all(order[0] == 0 and sorted(order) == [0, 1, 2, 3] for order in orders)
-    assert len(perl.draw_orders(asked, 8, 1.0, rng)) == 9, "more than there are: they come again"
-    assert perl.draw_orders(asked, 0, 1.0, rng) == [(0, 1, 2, 3)]
-    assert perl.draw_orders(sample("never"), 2, 1.0, rng) == [(0, 1, 2)] * 3
-    assert perl.draw_orders(sample(n=1), 2, 1.0, rng) == [(0,)] * 3
-    draws = [[perl.draw_orders(sample(n=5), 1, 1.0, rng)[1] for _ in range(20)]
-             for rng in (random.Random(3), random.Random(3))]
-    assert draws[0] == draws[1] and len(set(draws[0])) > 10, "reproducible, never reset"
-
-def test_alpha_is_the_probability_that_a_question_is_permuted():
-    rng = random.Random(0)
-    drawn = {alpha: [perl.draw_orders(sample(), 2, alpha, rng) for _ in range(1000)]
-             for alpha in (0.0, 0.5, 1.0)}
-    plain = {alpha: some.count([(0, 1, 2)] * 3) for alpha, some in drawn.items()}
-    assert plain[0.0] == 1000 and plain[1.0] == 0 and 430 < plain[0.5] < 570
-    assert {len(set(orders)) for orders in drawn[0.5]} == {1, 3}, "one draw for a whole question"
-    counts = Counter(orders[1] for orders in drawn[1.0])
-    assert len(counts) == 5 and min(counts.values()) > 140, "the 5 others are equally likely"
-
-def test_all_orders():
-    assert len(set(perl.all_orders(sample(n=4), 24))) == 24
-    assert perl.all_orders(sample("never"), 24) == [(0, 1, 2)]
-    capped = perl.all_orders(sample(n=5), 24)
-    assert len(set(capped)) == 24 and capped[0] == (0, 1, 2, 3, 4)
-    assert capped == perl.all_orders(sample(n=5), 24), "the same in every evaluation"
-
-# ---- Reward --------------------------------------------------------------------------------------
-
-@table("response, answer, well_formed", [
-    (r"<think>a</think> \boxed{3}", "3", True), (r"<think></think>\boxed{\frac{1}{2}}",
-                                                 r"\frac{1}{2}", True),
-    ("<think>\na\n</think>\n\nso \\boxed{\\{1, 2\\}} it is", r"\{1, 2\}", True),
-    (r"<think>\boxed{1}</think> \boxed{2}", "2", True), (r"\boxed{3}", "3", False),
-    (r"<think>\boxed{1}</think> so it is 2", None, False), (r"a</think>\boxed{3}", "3", False),
-    (r"<think>\boxed{1} the answer is 1", None, False), ("</think>", None, False),
-    (r"<think>a</think><think> \boxed{1}", None, False), ("<think>a</think> 3", None, False),
-    (r"<think>a</think><think>b</think>\boxed{3}", "3", False), ("", None, False),
-    (r"so <think>a</think>\boxed{3}", "3", False), (r"<think>a</think>\boxed{", None, False),
-    (r"<think>a</think>\boxed{}", None, False), (r"\boxed{1} and \boxed{ 2 }", "2", False),
-    (r"\boxed{1} and \boxed{2", "1", False), (r"\boxed {B}", "B", False),
-    ("<answer></answer>", None, False), ("<answer> B", "B", False),
-    ("<answer>1</answer><answer>B</answer>", "B", False), (r"<answer>1</answer> \boxed{2}", "2",
-                                                           False),
-    ("The answer is (B).", "B", False), ("the answer is 1.\nNo, the answer is 2.", "2", False),
-    ("Final answer: image 2", "image 2", False), ("**Answer:** 3.5", "3.5", False),
-    ("The answer is $\\frac{1}{2}$.", r"\frac{1}{2}", False), ("I think it is B", None, False)])
-def test_extract_answer_and_has_format(response, answer, well_formed):
-    assert perl.extract_answer(response) == answer
-    assert perl.has_format(response) is well_formed
-
-@table("gold, right, wrong", [
-    ("B", ["B", "b", "(B)", "B. Both images", "B. a cat and a dog", r"\text{B}", "Option B",
-           "(B) A dog, I think", "the answer is B", "B because image 2 shows it"],
-     ["C", "A or B", "B. cats or C. dogs", "Both", "B and C", "(A) and (B)", "not B", "A, B",
-      "Bob", "B or not B", "option C, not B"]),
-    ("yes", ["Yes", "Yes, it is."], ["no", "not yes", "1"]), ("True", ["TRUE"], ["False", "1"]),
-    ("3", ["3", "3.0", "image 3", "x = 3", "6/2"], ["-3", "3.5", "13", "Image 2", "3,1"]),
-    ("1234", ["1,234", "1234"], ["1,2,3,4"]), ("1,234", ["1234"], ["234"]),
-    (r"\frac{1}{2}", ["0.5", "2/4", r"\frac{3}{6}", r"$\sqrt{0.25}$"], ["0.33", "2", "1,2"]),
-    ("x^2+2x+1", ["(x+1)^2"], ["(x-1)^2"]), ("cat", ["Cat"], ["dog", "a cat and a dog"]),
-    ("3,1,2", ["3, 1, 2", "[3, 1, 2]", "3 -> 1 -> 2", "image 3, image 1, image 2"],
-     ["1,2,3", "3,1", "312", "3"])])
-def test_is_correct(gold, right, wrong):
-    def graded(answers):
-        return [a for a in answers if perl.is_correct(rf"<think>t</think> \boxed{{{a}}}", gold)]
-    assert graded(right) == right and graded(wrong) == []
-    unboxed, unclosed = gold, rf"<think>\boxed{{{gold}}}"
-    assert not perl.is_correct(unboxed, gold) and not perl.is_correct(unclosed, gold)
-
-def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
-    monkeypatch.setattr(perl.MathJudge, "SECONDS", 1.0)
-    signal.alarm(30)
-    for hostile in ("9^{9^{9^9}}", "99999999!", "((((((9^9)^9)^9)^9)^9)^9)^9"):
-        assert not perl.is_correct(rf"\boxed{{{hostile}}}", "17")
-    assert perl.MATH_JUDGE.timeouts, "at least one was stopped by the time bound"
-    monkeypatch.undo()
-    assert perl.is_correct(r"\boxed{\frac{4}{6}}", r"\frac{2}{3}")
-
-@table("hostile", [
-    r"\boxed{" * 20_000, "the answer is 1" + " " * 100_000 + "2", "answer is" + "\n" * 100_000,
-    r"\boxed{3" + " " * 5_000 + "x}", r"\boxed{" + r"\text " * 20_000 + "}", "<think>" * 20_000,
-    "<answer>" * 20_000, r"\boxed{" + "(" * 20_000 + "}"], ids=lambda text: text[:15].strip())
-def test_hostile_text_ends(hostile):
-    signal.alarm(5)
-    assert not perl.is_correct(hostile, "3,1,2") and not perl.is_correct(hostile, "7/2")
-    assert not perl.has_format(hostile)
-
-def test_the_judge_is_out_of_reach_of_a_terminals_ctrl_c():
-    assert perl.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
-    assert os.getsid(perl.MATH_JUDGE.process.pid) != os.getsid(0)
-
-def test_a_response_is_never_run_as_code(tmp_path):
-    flag = tmp_path / "executed"
-    for code in (f"__import__('os').system('touch {flag}')", f"open('{flag}', 'w')"):
-        for text in (code, f"1+{code}", f"$ {code} $", f"= {code}", f"1.0*{code}", f"1 if {code}"):
-            perl.is_correct(rf"\boxed{{{text}}}", r"\frac{1}{2}")
-            perl.is_correct(r"\boxed{1}", text + "0")
-    assert not flag.exists()
-
-# ---- The tiny model, and groups of rollouts for it -----------------------------------------------
-
-def tiny_config(**changes):
-    """Small numbers, and gradients that are not scaled, so that they can be compared."""
-    base = dict(max_new_tokens=40, updates_per_step=1, beta=0.0, filter="none", max_grad_norm=1e9,
-                gradient_checkpointing=False)
-    return dataclasses.replace(perl.parse_config([]), **base | changes)
-
-def load_tiny(**changes):
-    return perl.load_model("tiny", tiny_config(**changes), CPU)
-
-PROCESSOR, ACCELERATOR = perl.load_processor("tiny", tiny_config()), perl.accelerate.Accelerator()
-
-@pytest.fixture
-def questions(folder):
-    """Questions with 3, 2 and 1 images of different sizes, and prompts of different lengths."""
-    pair = dict(id="q2", images=["b.png", "a.png"], question="<image> or <image>: bigger?",
-                order_rule="index", answer="1")
-    single = dict(id="q3", images=["c.png"], question="<image>?", order_rule="keep", answer="7")
-    return perl.load_samples(write_rows(folder / "three.jsonl", GOOD, pair, single))
-
-def tokens_of(text):
-    ids = PROCESSOR.tokenizer(text, add_special_tokens=False).input_ids
-    return ids + PROCESSOR.eos_ids[-1:]
-
-def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
-    """Four rollouts a question, in given words: two on the identity, two on the reversed order."""
-    texts, groups = (r"<think>one</think> \boxed{1}", "<think>a much longer thought", "3", ""), []
-    for asked in questions:
-        identity, pictures = tuple(range(len(asked.images))), perl.load_pictures(asked, PROCESSOR)
-        groups.append([])
-        for order, text, reward in zip([identity] * 2 + [identity[::-1]] * 2, texts, rewards):
-            prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
-            groups[-1].append(Rollout(prompt, order, prompt.sample.answer, tokens_of(text), text,
-                                      truncated=False, reward=reward))
-    perl.set_advantages(groups)
-    return groups
-
-def gradient_of_update(model, groups, cfg, ref_model=None):
-    """The gradient that perl.update hands to the optimizer, flat; and what it returns."""
-    class Recorder:
-        def step(self):
-            self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-            model.zero_grad()
-            return self.gradient.norm().item()
-
-    recorder = Recorder()
-    returned = perl.update(model, ref_model, recorder, PROCESSOR, groups, cfg, ACCELERATOR)
-    return recorder.gradient, *returned
-
-def adamw_updates(model, steps, cfg):
-    """What perl.update returns for the groups of each step."""
-    settings = dataclasses.replace(cfg, lr=1e-2, weight_decay=0.1)
-    optimizer = perl.SplitAdamW(model, settings, ACCELERATOR)
-    return [perl.update(model, None, optimizer, PROCESSOR, groups, cfg, ACCELERATOR)
-            for groups in steps]
-
-def flat_weights(model):
-    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-
-# ---- Prompts -------------------------------------------------------------------------------------
+def test_one_pixel_is_scaled_up_and_a_strip_below_200_to_1_has_its_tokens(folder):
+    for size, tokens in (((1, 1), 1), ((28, 5000), 179), ((5000, 28), 179)):
+        Image.new("RGB", size).save(folder / "odd.png")
+        assert assert_reads(folder, "odd.png").tokens == tokens
 
 @table("order, tokens, mention", [((0, 1, 2), [1, 6, 10], 2), ((2, 0, 1), [10, 1, 6], 3)])
 def test_prompt(questions, order, tokens, mention):
@@ -588,16 +627,17 @@ def test_prompt(questions, order, tokens, mention):
     assert runs == tokens and prompt.ids.count(PROCESSOR.image_id) == 17
     text = PROCESSOR.tokenizer.decode(prompt.ids)
     assert f"what image {mention} shows" in text and tiny_config().instruction in text
+    assert prompt.opening == ""
 
 def test_collate(questions):
     prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
-    model, responses = load_tiny(), [[[9, 8], [9]], [[7]], [[9, 9, 9]]]
+    model, responses = load_tiny(), [[[9, 8], [9]], [[7]], [[9, 9, 9]], [[5], []]]
     inputs, lengths = perl.collate(prompts, responses, model, PROCESSOR, tiny_config())
-    for prompt, some, ids, parts in zip(prompts, responses, inputs["input_ids"], lengths):
-        row = [*prompt.ids, *sum(some, [])]
+    assert inputs["mm_token_type_ids"].sum(1).tolist() == [17, 7, 10, 0]
+    for prompt, own, ids, parts in zip(prompts, responses, inputs["input_ids"], lengths):
+        row = [*prompt.ids, *flatten(own)]
         assert ids.tolist()[-len(row):] == row and (ids[:-len(row)] == PROCESSOR.pad_id).all()
-        assert parts == [len(ids) - len(row), len(prompt.ids), *map(len, some)]
-    assert inputs["mm_token_type_ids"].sum(1).tolist() == [17, 7, 10]
+        assert parts == [len(ids) - len(row), len(prompt.ids), *map(len, own)]
 
 @table("max_pixels, most_tokens", [(262144, 10), (4 * 28 * 28, 4)])
 def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pixels, most_tokens):
@@ -605,52 +645,257 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
     prompts = [perl.encode_prompt(asked, processor) for asked in questions]
     assert max(p.tokens for prompt in prompts for p in prompt.pictures) <= most_tokens
     lengths = [len(prompt.ids) for prompt in prompts]
-    for limit, kept in ((max(lengths), 3), (max(lengths) - 1, 2), (min(lengths), 1)):
-        left = perl.load_questions(str(folder / "three.jsonl"), processor,
-                                   tiny_config(max_prompt_tokens=limit), ACCELERATOR)
-        assert left == [asked for asked, n in zip(questions, lengths) if n <= limit]
-        assert len(left) == kept and f"{3 - kept} dropped" in capsys.readouterr().out
+    assert lengths == [perl.prompt_length(asked, processor) for asked in questions]
+    def load(limit):
+        cfg = tiny_config(max_prompt_tokens=limit)
+        return perl.load_questions(str(folder / "four.jsonl"), processor, cfg, ACCELERATOR)
+    for limit, kept in ((max(lengths), 4), (max(lengths) - 1, 3), (min(lengths), 1)):
+        assert load(limit) == [asked for asked, n in zip(questions, lengths) if n <= limit]
+        assert f"{kept} questions, {4 - kept} dropped" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no question is left"):
+        load(5)
 
-def test_an_image_that_the_processor_refuses_is_named(folder):
-    Image.new("RGB", (1, 300)).save(folder / "thin.png")
-    path = write_rows(folder / "d.jsonl", GOOD | dict(images=["a.png", "thin.png", "c.png"]))
-    with pytest.raises(SystemExit, match="thin.png"):
-        perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
+def test_many_images_and_a_megabyte_of_text(folder, capsys):
+    """What is too long for the prompt is dropped and counted; 33 images are only many."""
+    many = dict(id="many", images=["a.png"] * 32 + ["b.png"], answer="33", order_rule="index",
+                question="<image>" * 33 + "<image_33>")
+    long = GOOD | dict(id="long", question=IMAGES + "word " * 200_000)
+    path = write_rows(folder / "d.jsonl", GOOD, many, long)
+    kept = perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
+    assert [asked.id for asked in kept] == ["q1", "many"]
+    assert "2 questions, 1 dropped" in capsys.readouterr().out
+    moved = perl.permute(kept[1], (32, *range(32)))
+    assert moved.answer == "1" and moved.question.endswith("<image_1>")
+    pictures = perl.encode_prompt(moved, PROCESSOR).pictures
+    assert [picture.tokens for picture in pictures] == [6] + [1] * 32
 
-# ---- Rollouts ------------------------------------------------------------------------------------
+# All that the published tokenizer adds, but <tool_call> and </tool_call>: those are plain words.
+REAL_TOKENS = [f"<|{name}|>" for name in (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
+    "quad_end vision_start vision_end vision_pad image_pad video_pad fim_prefix fim_middle "
+    "fim_suffix fim_pad repo_name file_sep").split()]
 
-def sample_and_record(model, questions, n, cfg):
-    """Rollouts in the order of generate's rows, and what generate returns: scores, logits."""
-    real, outputs = model.generate, []
+def test_no_text_becomes_a_control_token(folder):
+    added = PROCESSOR.tokenizer.added_tokens_decoder
+    special = {number: token.content for number, token in added.items() if token.special}
+    assert special and all(map(perl.CONTROL.search, REAL_TOKENS + [*special.values()]))
+    texts = ["<tool_call>", "<think>", "< |im_end|>", "<|im_<image_1>end|>", "<|im", "_end|>",
+             "|>", "<|<image_2>|>", "{{ 1 + 1 }}", "{% raw %}", "<|image_\u200bpad|>",
+             "&lt;|im_end|&gt;", "\uff1c|im_end|\uff1e", "<s>", "[INST]", "<<image_1>>",
+             "<im<image_3>age>"]
+    seen = set()
+    for text in ["", *texts]:
+        row = GOOD | dict(question=text + IMAGES + text, answer=text + ".", order_rule="never")
+        asked, = perl.load_samples(write_rows(folder / "d.jsonl", row))
+        prompt = perl.encode_prompt(asked, PROCESSOR)
+        seen.add(tuple(token for token in prompt.ids if token in special))
+        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
+    assert len(seen) == 1, "always the control tokens of the question without a text"
 
-    def generate(**inputs):
-        outputs.append(real(**inputs, return_dict_in_generate=True, output_scores=True,
-                            output_logits=True))
-        return outputs[-1].sequences
-    model.generate = generate
+# Checkpoints laid out as the repositories of Qwen2.5-VL are.
+
+TEXT_TEMPLATE = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + "
+                 "message.content + '<|im_end|>\\n' }}{%- endfor %}")
+
+@pytest.fixture
+def real_layout(tmp_path):
+    """The tiny checkpoint with a template for text in tokenizer_config.json and the one for
+    images in chat_template.json, which AutoTokenizer does not read; older names and fields."""
+    folder = tmp_path / "real"
+    shutil.copytree(TINY, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    edit(folder / "tokenizer_config.json", chat_template=TEXT_TEMPLATE)
+    edit(folder / "preprocessor_config.json", size=None, min_pixels=784, max_pixels=12845056,
+         image_processor_type="Qwen2_5_VLImageProcessor")
+    return folder
+
+def load_real(folder, **changes):
+    return perl.load_model(str(folder), tiny_config(**changes), CPU)
+
+def real_processor(folder):
+    return perl.load_processor(str(folder), tiny_config())
+
+def assert_refused(load, folder, message):
+    with pytest.raises(SystemExit, match=message) as end:
+        load(folder)
+    assert "\n" not in str(end.value), "one sentence"
+
+def test_the_template_for_images_is_found_beside_that_for_text(real_layout, questions):
+    assert AutoTokenizer.from_pretrained(real_layout).chat_template == TEXT_TEMPLATE
+    real = real_processor(real_layout)
+    for asked in questions:
+        ids = [perl.encode_prompt(asked, processor).ids for processor in (PROCESSOR, real)]
+        text = PROCESSOR.tokenizer.decode(ids[0])
+        assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+        assert ids[0] == ids[1]
+    assert real.image_processor.size == {
+        "longest_edge": tiny_config().max_pixels, "shortest_edge": 784}
+    # Checkpoints carry it on, to where AutoTokenizer and AutoProcessor look for it.
+    template, saved = real.tokenizer.chat_template, real_layout / "saved"
+    real.tokenizer.save_pretrained(saved)
+    real.image_processor.save_pretrained(saved)
+    assert AutoTokenizer.from_pretrained(saved).chat_template == template
+    assert Qwen2_5_VLProcessor.get_processor_dict(saved)[0]["chat_template"] == template
+    for left in (TEXT_TEMPLATE, None):  # without the one for images
+        (real_layout / "chat_template.json").unlink(missing_ok=True)
+        edit(real_layout / "tokenizer_config.json", chat_template=left)
+        assert_refused(real_processor, real_layout, "has no chat template for images")
+
+@table("ending", ["<think>", "<think>\n", "<think>\n\n"])
+def test_a_template_that_opens_think_itself(real_layout, questions, monkeypatch, ending):
+    """The end of the prompt is part of the response: a good one gets its whole reward."""
+    path = real_layout / "chat_template.json"
+    template = json.loads(path.read_text())["chat_template"]
+    edit(path, chat_template=template + "{% if add_generation_prompt %}" + ending + "{% endif %}")
+    processor = real_processor(real_layout)
+    for text, reward in ((r"the last</think> so \boxed{3}", 1.0), (r"still \boxed{3}", 0.0),
+                         (r"a</think>b</think>\boxed{3}", 0.9), (r"x</think>\boxed{2}", 0.1)):
+        answer_always(text, monkeypatch)
+        (rollout,), = perl.sample_groups(None, processor, questions[:1], [[(0, 1, 2)]],
+                                         tiny_config(), n=1)
+        assert rollout.prompt.opening == "<think>" and rollout.text == "<think>" + text
+        assert rollout.ids == tokens_of(text), "the loss is on what was sampled"
+        assert rollout.reward == pytest.approx(reward), text
+
+def test_without_generation_config_the_end_tokens_are_those_of_tokenizer_and_config(real_layout):
+    tokenizer, config = PROCESSOR.tokenizer, json.loads((real_layout / "config.json").read_text())
+    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    text_config = config["text_config"] | dict(eos_token_id=other)
+    edit(real_layout / "config.json", text_config=text_config)
+    path = real_layout / "generation_config.json"
+    for listed, ids in (("[1, 2]", {1, 2}), ("7", {7}), ("null", set())):
+        path.write_text(f'{{"eos_token_id": {listed}}}')
+        found = real_processor(real_layout).eos_ids
+        assert set(found) == ids | {end, other} and len(found) == len(set(found))
+    path.unlink()
+    processor = real_processor(real_layout)
+    assert end != other and sorted(processor.eos_ids) == sorted([end, other])
+
+NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
+
+def rewrite_weights(folder, change):
+    """Add to a checkpoint's tensors; None takes one out. Names of the real repositories."""
+    path, weights = folder / "model.safetensors", {}
+    for name, weight in load_file(path).items():
+        name = name.replace("model.language_model.", "model.")
+        weights[name.replace("model.visual.", "visual.")] = weight.clone()
+    weights |= change(weights)
+    save_file({name: weight for name, weight in weights.items() if weight is not None}, path,
+              metadata={"format": "pt"})
+
+@table("change, message", [
+    (lambda weights: {NORM: None}, "missing.keys .*language_model.norm.weight"),
+    (lambda weights: {"visual.extra": torch.ones(2)}, "unexpected.keys .*visual.extra"),
+    (lambda weights: {NORM: torch.ones(3)}, "mismatched.keys .*norm.weight"),
+    (lambda weights: {HEAD: weights[EMBEDDING] * 2}, "another lm_head.weight")])
+def test_a_weight_that_does_not_fit_is_refused_by_name(real_layout, change, message):
+    rewrite_weights(real_layout, change)
+    assert_refused(load_real, real_layout, message)
+
+def test_heads_that_are_not_tied_and_a_tied_one_that_was_saved_twice(real_layout):
+    """A 7B has a head of its own; a 3B's file may hold its embedding a second time as head."""
+    rewrite_weights(real_layout, lambda weights: {HEAD: weights[EMBEDDING].clone()})
+    assert torch.equal(flat_weights(load_real(real_layout)), flat_weights(load_tiny()))
+    rewrite_weights(real_layout, lambda weights: {HEAD: weights[EMBEDDING] * 2})
+    text_config = json.loads((real_layout / "config.json").read_text())["text_config"]
+    edit(real_layout / "config.json", tie_word_embeddings=False,
+         text_config=text_config | dict(tie_word_embeddings=False))
+    model = load_real(real_layout)
+    assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight * 2)
+
+class Hostile:
+    """Unpickled, it makes a folder."""
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.flag),)
+
+def test_weights_cut_short_or_of_another_kind_and_no_pickle_is_run(real_layout, tmp_path):
+    flag, state = tmp_path / "executed", tmp_path / "optimizer-0.pt"
+    path = real_layout / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert_refused(load_real, real_layout, "could not load .*real")
+    path.unlink()
+    torch.save({NORM: Hostile(flag)}, real_layout / "pytorch_model.bin")
+    assert_refused(load_real, real_layout, "could not load .*real")
+    assert_refused(real_processor, "/no/such/model", "could not load '/no/such/model'")
+    torch.save({"model.norm.weight": Hostile(flag)}, state)
+    optimizer = perl.SplitAdamW(load_tiny(), tiny_config(), ACCELERATOR)
+    with pytest.raises(SystemExit, match="optimizer-0.pt is missing or damaged"):
+        optimizer.load(tmp_path)
+    assert not flag.exists()
+    torch.load(state, weights_only=False)
+    assert flag.exists(), "it would have been"
+
+def test_a_tokenizer_or_a_family_of_another_model_is_refused(real_layout):
+    tokenizer, path = AutoTokenizer.from_pretrained(real_layout), real_layout / "config.json"
+    config = json.loads(path.read_text())
+    edit(path, image_token_id=config["image_token_id"] + 1)
+    assert_refused(real_processor, real_layout, "its tokenizer belongs to another model")
+    edit(path, image_token_id=config["image_token_id"], model_type="llava")
+    assert_refused(real_processor, real_layout, "is a llava, none of")
+    edit(path, model_type=config["model_type"])
+    rows = config["text_config"]["vocab_size"]  # of the embedding
+    tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(real_layout)
+    assert_refused(real_processor, real_layout, "its tokenizer belongs to another model")
+    edit(path, text_config=config["text_config"] | {"vocab_size": rows + 64})
+    assert_refused(load_real, real_layout, "mismatched.keys .*embed_tokens")
+
+# ---- Rollouts and rewards --------------------------------------------------------------
+
+def sample_and_record(model, questions, n, cfg, greedy=False):
+    """Rollouts of two orders; and of each, the scores and the logits (T, V) that generate had for
+    its tokens. They are put together from the stretches in which it is decoded."""
     torch.manual_seed(0)
-    orders = [perl.all_orders(asked, 2) for asked in questions]
-    rollouts = sum(perl.sample_groups(model, PROCESSOR, questions, orders, n, cfg), [])
-    return sorted(rollouts, key=lambda r: -len(r.prompt.ids)), outputs[0]  # longest prompt first
+    prompts, rollouts, now, seen = [], [], [], {}
+    for asked in questions:
+        for order in perl.all_orders(asked, 2):
+            prompts.append(perl.encode_prompt(perl.permute(asked, order), PROCESSOR))
+    next_inputs, generate = perl.next_inputs, model.generate
+    def record_rows(model, processor, live, cache, cfg):
+        now[:] = [row for _, row in live]
+        return next_inputs(model, processor, live, cache, cfg)
+    def record_scores(**inputs):
+        output = generate(**inputs, return_dict_in_generate=True, output_scores=True,
+                          output_logits=True)
+        for b, row in enumerate(now):
+            steps = [(s[b], logits[b]) for s, logits in zip(output.scores, output.logits)]
+            seen[id(row)] = seen.get(id(row), []) + steps
+        return output.sequences
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perl, "next_inputs", record_rows)
+        patch.setattr(model, "generate", record_scores)
+        responses = perl.generate(model, PROCESSOR, prompts, n, cfg, greedy=greedy)
+    for prompt, rows in zip(prompts, responses):
+        for row in rows:
+            rollout = perl.make_rollout(row, prompt, (), PROCESSOR)
+            scores, logits = zip(*seen[id(row)][:len(rollout.ids)])
+            rollouts.append((rollout, torch.stack(scores).float(), torch.stack(logits).float()))
+    return rollouts
 
-@table("temperature", [1.0, 0.7])
-def test_logprobs_of_the_loss_are_those_of_sampling(questions, temperature):
-    model, cfg = load_tiny(), tiny_config(temperature=temperature)
-    rollouts, output = sample_and_record(model, questions, 2, cfg)
-    sampled = torch.stack(output.scores, dim=1).log_softmax(-1)                     # (B, T, V)
+@table("dtype, temperature, rollout_batch", [
+    ("float32", 1.0, 96), ("float32", 0.7, 5), ("bf16", 1.0, 5)])
+def test_logprobs_of_the_loss_are_those_of_sampling(questions, dtype, temperature, rollout_batch):
+    """Whichever rows leave and join. In bfloat16, to its rounding; positions are in float32."""
+    model, errors = load_tiny(dtype=dtype), []
+    cfg = tiny_config(temperature=temperature, rollout_batch=rollout_batch, max_new_tokens=64)
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+    recorded = sample_and_record(model, questions, 2, cfg)
+    rollouts = [rollout for rollout, _, _ in recorded]
     logprobs, mask = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
-    assert len(sampled) == len(rollouts) == 10 and len({len(r.prompt.ids) for r in rollouts}) == 3
-    for rollout, row, distribution in zip(rollouts, logprobs, sampled):
-        ids, n = torch.tensor(rollout.ids), len(rollout.ids)
-        expected = distribution[torch.arange(n), ids]
-        assert torch.allclose(row[:n], expected, atol=1e-4) and not row[n:].any()
+    assert len(rollouts) == 12 and len({len(r.prompt.ids) for r in rollouts}) == 4
     assert mask.sum(1).tolist() == [len(r.ids) for r in rollouts]
-
-def test_greedy_is_not_random(questions):
-    model, prompts = load_tiny(), [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
-    for greedy in (True, False):
-        responses = perl.generate(model, PROCESSOR, prompts, 30, tiny_config(), greedy)[0]
-        assert (len(set(map(tuple, responses))) == 1) is greedy  # two samples are often equal
+    for row, (rollout, scores, _) in zip(logprobs, recorded):
+        n = len(rollout.ids)
+        expected = scores.log_softmax(-1)[torch.arange(n), torch.tensor(rollout.ids)]
+        errors.append(row[:n] - expected)
+        assert not row[n:].any()
+    errors = torch.cat(errors).abs()
+    assert errors.max() < 1e-4 if dtype == "float32" else errors.mean() < 0.02
 
 @table("hostile", [
     dict(do_sample=True, top_k=1, top_p=0.001, temperature=1e-6, repetition_penalty=1.05),
@@ -658,15 +903,15 @@ def test_greedy_is_not_random(questions):
     dict(top_h=0.5), dict(guidance_scale=3.0)], ids=lambda settings: list(settings)[-1])
 def test_the_checkpoints_own_sampling_settings_do_not_leak_in(questions, tmp_path, hostile):
     shutil.copytree(TINY, tmp_path / "hostile")
-    path = tmp_path / "hostile" / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | hostile))
+    edit(tmp_path / "hostile" / "generation_config.json", **hostile)
     cfg = tiny_config(temperature=0.7, max_new_tokens=12)
     model = perl.load_model(str(tmp_path / "hostile"), cfg, CPU)
-    _, output = sample_and_record(model, questions, 1, cfg)
-    for scores, logits in zip(output.scores, output.logits):
-        expected = logits.float() / 0.7
+    for _, scores, logits in sample_and_record(model, questions, 1, cfg):
+        expected = logits / 0.7
         expected[:, PROCESSOR.banned_ids] = -torch.inf
         assert torch.allclose(scores, expected, atol=1e-5)
+    for name, value in hostile.items():
+        assert getattr(model.generation_config, name) == value, "the checkpoint keeps its own"
 
 def test_image_tokens_are_never_sampled(questions):
     names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
@@ -674,79 +919,67 @@ def test_image_tokens_are_never_sampled(questions):
     model = load_tiny()
     wish = torch.zeros(model.lm_head.out_features).index_fill(0, torch.tensor(banned), 1000.0)
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + wish)
-    group, = perl.sample_groups(model, PROCESSOR, questions[:1], [[(0, 1, 2)]], 8, tiny_config())
+    group, = perl.sample_groups(model, PROCESSOR, questions[:1], [[(0, 1, 2)]], tiny_config(), n=8)
     assert not set(banned) & {token for rollout in group for token in rollout.ids}
     group[0].ids = banned[:1]
     logprobs, _ = perl.response_logprobs(model, PROCESSOR, group[:1], tiny_config())
     assert logprobs.tolist() == [[-math.inf]], "probability zero in the loss, too"
 
-def test_logprobs_equal_a_plain_forward_pass_of_transformers(questions):
-    """One sequence at a time, without padding or shared features: neither has an influence."""
-    model, rollouts = load_tiny(), sum(written_groups(questions), [])
-    logprobs, _ = perl.response_logprobs(model, PROCESSOR, rollouts, tiny_config())
-    for rollout, row in zip(rollouts, logprobs):
-        ids, n = torch.tensor([rollout.prompt.ids + rollout.ids]), len(rollout.ids)
-        logits = model(
-            input_ids=ids, mm_token_type_ids=(ids == PROCESSOR.image_id).int(),
-            pixel_values=torch.cat([picture.pixels for picture in rollout.prompt.pictures]),
-            image_grid_thw=torch.cat([picture.grid for picture in rollout.prompt.pictures])).logits
-        logits[..., PROCESSOR.banned_ids] = -torch.inf
-        expected = logits[0, -n - 1:-1].log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0]
-        assert torch.allclose(row[:n], expected, atol=1e-5) and not row[n:].any()
-
 def test_the_end_token_is_kept_and_trained_on(questions):
     model = load_tiny()
-    rollouts, _ = sample_and_record(model, questions, 6, tiny_config(max_new_tokens=64))
-    for rollout in rollouts:
+    recorded = sample_and_record(model, questions, 6, tiny_config(max_new_tokens=64))
+    for rollout, _, _ in recorded:
         ends = [token in PROCESSOR.eos_ids for token in rollout.ids]
         assert not any(ends[:-1]) and ends[-1] is not rollout.truncated
         assert ends[-1] or len(rollout.ids) == 64
-    assert not all(rollout.truncated for rollout in rollouts)
+    assert not all(rollout.truncated for rollout, _, _ in recorded)
     only_end = written_groups(questions)[0][3]
     assert only_end.ids == PROCESSOR.eos_ids[-1:]
     logprobs, mask = perl.response_logprobs(model, PROCESSOR, [only_end], tiny_config())
     logprobs.sum().backward()
     assert mask.tolist() == [[True]] and model.model.language_model.norm.weight.grad.any()
 
-def answer_always(text, monkeypatch):
-    """Put this answer in the place of perl.generate; returns whether its calls were greedy."""
-    greedy_calls = []
-
-    def generate(model, processor, prompts, n, cfg, greedy=False):
-        greedy_calls.append(greedy)
-        return [[tokens_of(text)] * n for _ in prompts]
-    monkeypatch.setattr(perl, "generate", generate)
-    return greedy_calls
-
 def test_a_rollout_is_graded_against_the_answer_of_its_order(questions, monkeypatch):
     answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
     orders = [[(0, 1, 2), (2, 0, 1)]]  # in the second, the right image 3 comes first
-    group, = perl.sample_groups(None, PROCESSOR, questions[:1], orders, 2, tiny_config())
+    cfg = tiny_config(accuracy_weight=0.8, format_weight=0.2)
+    group, = perl.sample_groups(None, PROCESSOR, questions[:1], orders, cfg, n=2)
     assert [r.order for r in group] == [(0, 1, 2)] * 2 + [(2, 0, 1)] * 2
     assert [r.gold for r in group] == ["3", "3", "1", "1"]
-    assert [r.reward for r in group] == pytest.approx([0.1, 0.1, 1.0, 1.0])
+    assert [(r.accuracy, r.format) for r in group] == [(0, 1)] * 2 + [(1, 1)] * 2
+    assert [r.reward for r in group] == pytest.approx([0.2, 0.2, 1.0, 1.0])
     assert group[2].prompt.pictures[0].tokens == 10, "the loss sees the order that was answered"
+    # alpha 0: not permuted; equal orders share a row of the loss.
+    orders = [perl.draw_orders(questions[0], 1, 0.0, random.Random(0))]
+    group, = perl.sample_groups(None, PROCESSOR, questions[:1], orders, cfg, n=3)
+    assert [len(row) for row in perl.pack(group, cfg)] == [6]
 
-# ---- Advantages and filter -----------------------------------------------------------------------
+# ---- Advantages and filter (Eq. 4-5) ---------------------------------------------------
 
-ROOT = 3 ** 0.5  # rewards 1, 0, 0, 0: mean 1/4, population std ROOT/4, advantages ROOT, -1/ROOT ..
+ROOT = 3 ** 0.5  # rewards 1, 0, 0, 0: mean 1/4, population std ROOT / 4
 
 def test_group_advantages():
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [1, 0, 1, 0]])
-    expected = torch.tensor([[ROOT] + [-1 / ROOT] * 3, [0] * 4, [0] * 4, [1, -1, 1, -1]])
-    advantages = perl.group_advantages(rewards)
-    assert torch.allclose(advantages, expected, atol=1e-6)
-    assert not advantages[1:3].any(), "exactly zero without variance"
-
-def scored_group(accuracies, rewards=None):
-    return [Rollout(None, (), "", [5], "", False, accuracy=float(accuracy), reward=float(reward))
-            for accuracy, reward in zip(accuracies, rewards or accuracies)]
+    rewards = torch.tensor([[1, 0, 0, 0], [1, 0, 1, 0], [0.1, 0.1, 0.1, 0.1 + 1e-6],
+                            [1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1], [0.7, 0.7, 0.7, 0.7]])
+    third = [-1 / ROOT] * 3
+    expected = torch.tensor([[ROOT] + third, [1, -1, 1, -1], third + [ROOT]])
+    for dtype in (torch.float32, torch.float64):
+        advantages = perl.group_advantages(rewards.to(dtype))
+        assert torch.allclose(advantages[:3].float(), expected, atol=0.1)
+        assert torch.allclose(advantages[:2].float(), expected[:2], atol=1e-6)
+        assert not advantages[3:].any(), "exactly zero without variance"
+    assert torch.equal(perl.group_advantages(rewards[3:].long()), torch.zeros(3, 4))
+    assert torch.allclose(perl.group_advantages(rewards[:1].long()), expected[:1])
+    for size in range(2, 40):  # rounding in the mean is no variance
+        assert not perl.group_advantages(torch.full((1, size), 0.1)).any()
 
 def test_set_advantages():
-    group = scored_group([1, 0, 0, 0])
-    perl.set_advantages([group])
-    assert [r.advantage for r in group] == pytest.approx([ROOT, -1 / ROOT, -1 / ROOT, -1 / ROOT])
-    assert [r.reward for r in group] == [1, 0, 0, 0], "the reward stays the reward"
+    groups = [scored_group([1, 0, 0, 0]), scored_group([1] * 4)]
+    perl.set_advantages(groups)
+    expected = [ROOT, -1 / ROOT, -1 / ROOT, -1 / ROOT]
+    assert [r.advantage for r in groups[0]] == pytest.approx(expected)
+    assert [r.advantage for r in groups[1]] == [0] * 4
+    assert [r.reward for r in groups[0]] == [1, 0, 0, 0], "the reward stays the reward"
 
 @table("accuracies, rewards, bounds, expected", [
     ([1, 0, 0, 1], None, (0.1, 0.9), "kept"), ([1] * 9 + [0], None, (0.1, 0.9), "kept"),
@@ -754,7 +987,8 @@ def test_set_advantages():
     ([1] * 4, [1, 1, 1, 0.9], (0, 1), "kept"),  # the format differs
     ([1] * 4, [1, 1, 1, 0.9], (0.1, 0.9), "all_right"),
     ([0] * 4, [0, 0, 0, 0.1], (0.1, 0.9), "all_wrong"),
-    ([1] * 11 + [0], None, (0.1, 0.9), "too_easy"), ([0] * 11 + [1], None, (0.1, 0.9), "too_hard"),
+    ([1] * 11 + [0], None, (0.1, 0.9), "too_easy"),
+    ([0] * 11 + [1], None, (0.1, 0.9), "too_hard"),
     ([1, 1, 0, 0], [0.1] * 4, (0, 1), "flat")])  # an accuracy weight of 0
 def test_verdict(accuracies, rewards, bounds, expected):
     group = scored_group(accuracies, rewards)
@@ -762,24 +996,38 @@ def test_verdict(accuracies, rewards, bounds, expected):
     low, high = bounds
     cfg = tiny_config(filter="online", filter_low=low, filter_high=high)
     assert perl.verdict(group, cfg) == expected
-    if bounds == (0, 1):  # what the other filters keep
-        assert {perl.verdict(group, tiny_config(filter=f)) for f in ("none", "offline")} == {
-            expected}
+    widest = dataclasses.replace(cfg, filter_low=0, filter_high=1)
+    for name in ("none", "offline"):  # they have no bounds
+        cfg.filter = name
+        assert perl.verdict(group, cfg) == perl.verdict(group, widest)
 
 def test_resample_by_difficulty():
     rng, scores = random.Random(0), [1.0] * 100 + [0.5] * 10
-    kept = perl.resample_by_difficulty(scores, [0] * 5 + [50] + [0] * 4 + [50], 40, rng)
+    target = [0] * 5 + [50] + [0] * 4 + [50]
+    kept = perl.resample_by_difficulty(scores, target, 40, rng)
     assert Counter(scores[k] for k in kept) == {0.5: 10, 1.0: 20} and len(set(kept)) == 30
-    scores = [k / 10 for k in range(11) for _ in range(200)]  # plenty of each: the target is met
+    scores = [k / 10 for k in range(11) for _ in range(200)]  # plenty: the target is met
     kept = perl.resample_by_difficulty(scores, perl.SCORE_TARGET, 990, rng)
-    assert [[round(scores[i] * 10) for i in kept].count(k) for k in range(11)] == [
-        120, 110, 110, 120, 150, 170, 60, 50, 40, 30, 30]
+    counts = Counter(round(scores[k] * 10) for k in kept)
+    assert [counts[k] for k in range(11)] == [120, 110, 110, 120, 150, 170, 60, 50, 40, 30, 30]
 
-def test_an_unknown_filter_does_not_fall_through():
-    with pytest.raises(KeyError):
-        perl.verdict(scored_group([1, 0]), tiny_config(filter="disagree"))
+# ---- Log-probabilities and loss (Eq. 6) ------------------------------------------------
 
-# ---- Loss (Eq. 6) --------------------------------------------------------------------------------
+def test_logprobs_equal_a_plain_forward_pass_of_transformers(questions):
+    """One sequence at a time, without padding or shared features: neither has an influence."""
+    model, rollouts = load_tiny(), flatten(written_groups(questions))
+    logprobs, _ = perl.response_logprobs(model, PROCESSOR, rollouts, tiny_config())
+    for rollout, row in zip(rollouts, logprobs):
+        ids, n = torch.tensor([rollout.prompt.ids + rollout.ids]), len(rollout.ids)
+        images, pictures = {}, rollout.prompt.pictures
+        if pictures:
+            images = dict(pixel_values=torch.cat([picture.pixels for picture in pictures]),
+                          image_grid_thw=torch.cat([picture.grid for picture in pictures]))
+        types = (ids == PROCESSOR.image_id).int()
+        logits = model(input_ids=ids, mm_token_type_ids=types, **images).logits
+        logits[..., PROCESSOR.banned_ids] = -torch.inf
+        expected = logits[0, -n - 1:-1].log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0]
+        assert torch.allclose(row[:n], expected, atol=1e-5) and not row[n:].any()
 
 def loss_of(logprobs, old, ref=None, advantages=(1.0,), mask=None, beta=0.0, denominator=4.0):
     mask = torch.ones(logprobs.shape) if mask is None else torch.tensor(mask)
@@ -788,17 +1036,18 @@ def loss_of(logprobs, old, ref=None, advantages=(1.0,), mask=None, beta=0.0, den
 
 @table("denominator", [4, 8])
 def test_clipped_surrogate_by_hand(denominator):
-    # ratios 1.5, 0.5 under both signs, clipped to [0.8, 1.3]; min(ratio * A, clipped ratio * A) is
-    # A = +2:  2.6 (clipped), 1.0          A = -1:  -1.5, -0.8 (clipped)          sum 1.3
+    # ratios 1.5, 0.5 under both signs, clipped to [0.8, 1.3]; min(ratio * A, clipped * A) is
+    # A = +2:  2.6 (clipped), 1.0        A = -1:  -1.5, -0.8 (clipped)          sum 1.3
     logprobs = torch.tensor([[1.5, 0.5], [1.5, 0.5]]).log().requires_grad_()
     loss, stats = loss_of(logprobs, torch.zeros(2, 2), None, (2.0, -1.0), denominator=denominator)
     assert loss.item() == pytest.approx(-1.3 / denominator)
     assert (stats["clipped"], stats["kl"]) == (2, 0)
+    assert stats["entropy"] == pytest.approx(-2 * math.log(1.5) - 2 * math.log(0.5))
     loss.backward()  # d(-ratio * A) / d log pi = -A * ratio where not clipped
     assert torch.allclose(logprobs.grad * denominator, torch.tensor([[0, -1.0], [1.5, 0]]))
 
 def test_kl_by_hand():
-    # k3 = q - log q - 1, q = pi_ref / pi: 1/2 gives 0.19315, 2 gives 0.30685. d/d log pi = 1 - q
+    # k3 = q - log q - 1, q = pi_ref / pi: 1/2 gives 0.19315, 2 gives 0.30685. d/d log pi: 1 - q
     logprobs = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
     reference = torch.tensor([[0.25, 1.0]]).log()
     loss, stats = loss_of(logprobs, logprobs.detach(), reference, (0.0,), beta=0.1)
@@ -807,43 +1056,82 @@ def test_kl_by_hand():
     loss.backward()
     assert torch.allclose(logprobs.grad, 0.1 / 4 * torch.tensor([[0.5, -1.0]]))
 
-@table("garbage", [1e4, -1e4])
+@table("garbage", [1e4, -1e4, math.inf, math.nan])
 @table("where", [0, 1, 2])  # in the policy, the old policy or the reference
 def test_masked_tokens_do_not_matter(garbage, where):
     results = []
     for behind in ([], [0.0], [garbage]):
-        rows = [torch.tensor([[value] + (behind if k == where else [0.0] * len(behind))])
-                for k, value in enumerate((-1.0, -1.1, -1.3))]
+        rows = []
+        for k, value in enumerate((-1.0, -1.1, -1.3)):
+            rows.append(torch.tensor([[value] + (behind if k == where else [0.0] * len(behind))]))
         logprobs = rows[0].requires_grad_()
         loss, stats = loss_of(logprobs, *rows[1:], mask=[[1] + [0] * len(behind)], beta=0.1)
         loss.backward()
         assert not logprobs.grad[0, 1:].any()
-        results.append([loss.item(), float(stats["kl"]), logprobs.grad[0, 0].item()])
+        results.append([loss.item(), stats, logprobs.grad[0, 0].item()])
     assert results[1:] == results[:1] * 2
 
-# ---- Updates -------------------------------------------------------------------------------------
+FAR = [0.0, -1e-30, -1.0, -19.0, -21.0, -100.0, -101.0, -1e4, -1e30, -3e38]
+
+@table("advantage", [-1e3, -1.0, 0.0, 1.0, 1e3])
+def test_the_loss_and_its_gradient_are_finite(advantage):
+    """For every pair of log-probabilities, far apart as they may be."""
+    pairs = torch.cartesian_prod(torch.tensor(FAR), torch.tensor(FAR))              # (100, 2)
+    for old, ref in ((1, None), (0, 1), (1, 1)):
+        logprobs = pairs[None, :, 0].clone().requires_grad_()
+        reference = None if ref is None else pairs[None, :, ref]
+        loss, stats = loss_of(logprobs, pairs[None, :, old], reference, (advantage,), beta=0.1)
+        loss.backward()
+        assert loss.isfinite() and logprobs.grad.isfinite().all()
+        assert math.isfinite(stats["kl"]) and math.isfinite(stats["clipped"])
+
+def test_inside_the_bound_the_loss_is_eq_6_to_the_bit():
+    generator, results = torch.Generator().manual_seed(0), []
+    logprobs, old, ref = -10 * torch.rand(3, 8, 50, generator=generator)
+    old[0, :3] = logprobs[0, :3] + torch.tensor([19.9, -19.9, 0.0])
+    advantages = torch.randn(8, generator=generator)
+    mask = torch.rand(8, 50, generator=generator) < 0.8
+    def eq_6(logprobs):
+        ratio, kl = (logprobs - old).exp(), (ref - logprobs).exp() - (ref - logprobs) - 1
+        clipped = ratio.clamp(0.8, 1.3) * advantages[:, None]
+        objective = torch.minimum(ratio * advantages[:, None], clipped)
+        return -((objective - 0.05 * kl) * mask).sum() / 77
+    def ours(logprobs):
+        return perl.policy_loss(logprobs, old, ref, advantages, mask, clip_low=0.2, clip_high=0.3,
+                                beta=0.05, denominator=77)[0]
+    for function in (eq_6, ours):
+        policy = logprobs.clone().requires_grad_()
+        results.append((function(policy), *torch.autograd.grad(function(policy), policy)))
+    assert all(map(torch.equal, *results))
+
+def test_pack_and_micro_batches():
+    prompt, other = perl.Prompt(None, [1] * 4, []), perl.Prompt(None, [1] * 4, [])
+    a, b, c, d = [Rollout(p, (), "", [5] * length, "", False)
+                  for p, length in ((prompt, 2), (prompt, 2), (prompt, 3), (other, 9))]
+    nine = tiny_config(max_tokens_per_micro_batch=9)
+    assert perl.pack([a, b, c, d], nine) == [[a, b], [c], [d]]
+    assert perl.pack([a, d, b, c], nine) == [[a], [d], [b, c]], "neighbours only; 9 tokens fit"
+    assert perl.pack([a, b], tiny_config(share=False)) == [[a], [b]]
+    assert perl.row_length([a, b]) == 8 and perl.loss_denominator([a, b, d]) == 13
+    assert perl.micro_batches([a, b, c, d], nine) == [[d], [a, b], [c]], "longest first"
+    for most, batches in ((26, [[d, a, b, c]]), (25, [[d], [a, b, c]])):
+        cfg = tiny_config(max_tokens_per_micro_batch=most)
+        assert perl.micro_batches([a, b, c, d], cfg) == batches
+    assert perl.micro_batches([], nine) == perl.pack([], nine) == []
+
+# ---- Training (Algorithm 1) ------------------------------------------------------------
 
 def test_on_policy_gradient_is_minus_advantage_times_that_of_the_logprobs(questions):
     model, cfg, groups = load_tiny(), tiny_config(), written_groups(questions)
-    gradient, sums, norm = gradient_of_update(model, groups, cfg)
-    rollouts, tokens = sum(groups, []), sum(len(r.ids) for group in groups for r in group)
+    gradient, sums = gradient_of_update(model, groups, cfg)
+    rollouts = flatten(groups)
+    tokens = sum(len(r.ids) for r in rollouts)
     logprobs, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
     advantages = torch.tensor([r.advantage for r in rollouts])
     (-(advantages[:, None] * logprobs).sum() / tokens).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert torch.allclose(gradient, expected, atol=1e-6) and sums["tokens"] == tokens
-    assert norm == pytest.approx(expected.norm().item(), rel=1e-4) and norm > 1e-3
-
-def test_memory_settings_do_not_change_the_gradient(questions):
-    groups, reference, gradients = written_groups(questions), load_tiny(), []
-    with torch.no_grad():
-        reference.model.language_model.norm.weight.mul_(1.1)  # so that the KL term counts
-    for changes in (dict(max_tokens_per_micro_batch=1), dict(max_tokens_per_micro_batch=200), {},
-                    dict(share=False), dict(logit_chunk=3), dict(gradient_checkpointing=True)):
-        cfg = tiny_config(beta=0.1, **changes)
-        gradient, sums, _ = gradient_of_update(load_tiny(**changes), groups, cfg, reference)
-        gradients.append(gradient)
-    assert sums["kl"] > 0 and all(torch.allclose(gradients[0], g, atol=1e-6) for g in gradients)
+    assert expected.norm() > 1e-3
 
 def test_nothing_to_learn_from_leaves_the_weights_bit_identical(questions):
     weights, cfg = [], tiny_config(updates_per_step=2)
@@ -857,18 +1145,19 @@ def test_nothing_to_learn_from_leaves_the_weights_bit_identical(questions):
 def test_old_logprobs_are_stored_and_used_only_for_several_updates(
         questions, monkeypatch, updates, forward_passes):
     real, calls, groups = perl.response_logprobs, [], written_groups(questions[:2])
-    monkeypatch.setattr(perl, "response_logprobs", lambda *a: calls.append(a) or real(*a))
-    (sums, _), = adamw_updates(load_tiny(), [groups], tiny_config(updates_per_step=updates))
-    assert len(calls) == forward_passes
-    assert all((r.old_logprobs is None) == (updates == 1) for r in sum(groups, []))
+    monkeypatch.setattr(perl, "response_logprobs", lambda *args: calls.append(0) or real(*args))
+    (sums, norms), = adamw_updates(load_tiny(), [groups], tiny_config(updates_per_step=updates))
+    assert len(calls) == forward_passes and len(norms) == updates
+    assert all((r.old_logprobs is None) == (updates == 1) for r in flatten(groups))
     assert (sums["clipped"] > 0) == (updates == 2), "the first update moved the second's ratio"
 
 @table("frozen", [True, False])
 def test_freeze_vision(questions, frozen):
     model, before = load_tiny(freeze_vision=frozen), load_tiny()
     adamw_updates(model, [written_groups(questions)], tiny_config(freeze_vision=frozen))
-    same = [torch.equal(*(flat_weights(getattr(m.model, part)) for m in (model, before)))
-            for part in ("visual", "language_model")]
+    same = []
+    for part in ("visual", "language_model"):
+        same.append(torch.equal(*(flat_weights(getattr(m.model, part)) for m in (model, before))))
     assert same == [frozen, False]
 
 MIXED, RIGHT, WRONG, EASY = [1, 0, 0, 0], [1] * 4, [0] * 4, [1] * 11 + [0]
@@ -876,55 +1165,86 @@ MIXED, RIGHT, WRONG, EASY = [1, 0, 0, 0], [1] * 4, [0] * 4, [1] * 11 + [0]
 def collect(monkeypatch, script, **changes):
     """perl.collect_groups, the groups' accuracies scripted; and the ids it asked for, by round."""
     script, rounds = iter(script), []
-
-    def sample_groups(model, processor, samples, orders, n, cfg):
-        rounds.append([s.id for s in samples])
+    def sample_groups(model, processor, samples, orders, cfg, *, n):
+        rounds.append([asked.id for asked in samples])
+        assert n == cfg.rollouts_per_order and [len(own) for own in orders] == [2] * len(samples)
         return [scored_group(next(script)) for _ in samples]
     monkeypatch.setattr(perl, "sample_groups", sample_groups)
     asked = [dataclasses.replace(sample(), id=str(k)) for k in range(20)]
-    cfg, rng = tiny_config(questions_per_step=4, **changes), random.Random(0)
-    return perl.collect_groups(None, None, asked, [], 1.0, rng, cfg, ACCELERATOR), rounds
+    cfg = tiny_config(questions_per_step=4, **changes)
+    groups = perl.collect_groups(None, None, asked, perl.Progress(0, [], random.Random(0)),
+                                 alpha=1.0, cfg=cfg, accelerator=ACCELERATOR)
+    return groups, rounds
 
 def test_idle_decode_slots_are_reported():
     text = PROCESSOR.tokenizer("5").input_ids
     end, pad = PROCESSOR.eos_ids[-1], PROCESSOR.pad_id
-    rows = [text + [end, pad, pad], text * 3 + [end], text * 4]  # as one call of generate has them
-    prompt = SimpleNamespace(sample=sample())
+    rows = [text + [end, pad, pad], text * 3 + [end], text * 4]  # of one call of generate
+    prompt = perl.Prompt(sample(), [], [])
     rollouts = [perl.make_rollout(row, prompt, (), PROCESSOR) for row in rows]
     assert [(len(r.ids), r.idle, r.truncated) for r in rollouts] == [
         (2, 2, False), (4, 0, False), (4, 0, True)]
     groups = {name: [] for name in perl.VERDICTS} | {"kept": [rollouts]}
-    sums = {"tokens": 10.0, "kl": 0.0, "clipped": 0.0}
-    assert perl.step_metrics(groups, sums, ACCELERATOR)["idle"] == pytest.approx(2 / 12)
+    metrics = perl.step_metrics(groups, Counter(tokens=10.0))
+    assert metrics["idle"] == pytest.approx(2 / 12)
+    assert (metrics["length"], metrics["truncated"]) == (pytest.approx(10 / 3), 1 / 3)
 
 def test_groups_without_variance_are_dropped_and_not_counted(monkeypatch):
     groups, rounds = collect(monkeypatch, [MIXED, RIGHT, WRONG, MIXED])
     assert [len(set(ids)) for ids in rounds] == [4]
-    metrics = perl.step_metrics(groups, {"tokens": 8.0, "kl": 2.0, "clipped": 4.0}, ACCELERATOR)
+    metrics = perl.step_metrics(groups, Counter(tokens=8.0, kl=2.0, clipped=4.0, entropy=6.0))
     counts = [metrics[name] for name in ("kept", "dropped", "all_right", "all_wrong")]
     assert counts == [2, 2, 1, 1] and metrics["accuracy"] == 6 / 16, "of all that were sampled"
-    assert (metrics["kl"], metrics["clip_fraction"]) == (0.25, 0.5), "of the tokens kept"
+    per_token = [metrics[name] for name in ("kl", "clip_fraction", "entropy")]
+    assert per_token == [0.25, 0.5, 0.75], "of the tokens kept"
 
 def test_online_filter_samples_until_the_batch_is_full(monkeypatch):
-    online = dict(filter="online", filter_low=0.1, filter_high=0.9, max_rounds=3)
+    online = dict(filter="online", filter_low=0.1, filter_high=0.9)
     script = [MIXED, RIGHT, EASY, MIXED, RIGHT, MIXED, MIXED]
     groups, rounds = collect(monkeypatch, script, **online)
-    assert [len(ids) for ids in rounds] == [4, 2, 1] and len(set(sum(rounds, []))) == 7
+    assert [len(ids) for ids in rounds] == [4, 2, 1] and len(set(flatten(rounds))) == 7
     assert [len(groups[name]) for name in ("kept", "all_right", "too_easy")] == [4, 2, 1]
     groups, rounds = collect(monkeypatch, [RIGHT] * 99, **online)
-    assert not groups["kept"] and len(rounds) == 3, "the round limit"
+    assert not groups["kept"] and len(rounds) == perl.MAX_ROUNDS
 
 def test_every_epoch_is_a_fresh_shuffle_of_all_questions():
-    pool, rng = [], random.Random(0)
-    drawn = sum((perl.draw_questions(pool, 10, 4, rng) for _ in range(5)), [])
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
+    progress = perl.Progress(0, [], random.Random(0))
+    drawn = flatten(perl.draw_questions(progress, 10, 4) for _ in range(5))
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
 
-# ---- Sharing: it changes the cost of a step and nothing else -------------------------------------
+# ---- Evaluation over image orders ------------------------------------------------------
+
+def test_evaluate_by_hand(folder, monkeypatch):
+    greedy_calls = answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
+    row = dict(images=["a.png", "b.png"], question="<image><image>?")
+    rows = [row | dict(id="right in 1 of 2 orders", order_rule="index", answer="1"),
+            row | dict(id="right in its one order", order_rule="never", answer="1"),
+            TEXT_ONLY | dict(id="wrong in its one order"),
+            GOOD | dict(id="right in 2 of 6 orders")]
+    held_out = perl.load_samples(write_rows(folder / "eval.jsonl", *rows))
+    def evaluate(**changes):
+        cfg = tiny_config(out=str(folder), **changes)
+        return perl.evaluate(None, PROCESSOR, held_out, cfg, ACCELERATOR, step=3)
+    (folder / "stage1").mkdir()
+    scores = evaluate()
+    assert scores["eval_accuracy"] == pytest.approx((1 / 2 + 1 + 0 + 2 / 6) / 4)
+    assert (scores["eval_worst"], scores["eval_bias"]) == ((0 + 1 + 0 + 0) / 4, (1 + 0 + 0 + 1) / 4)
+    assert greedy_calls == [True]
+    logged = Counter(row["id"] for row in read_rows(folder / "stage1" / "held_out.jsonl"))
+    assert list(logged.values()) == [2, 1, 1], "the first few questions in all their orders"
+    scores = evaluate(eval_orders=1)
+    assert (scores["eval_accuracy"], scores["eval_bias"]) == (2 / 4, 0), "only the given order"
+    few = evaluate(questions_per_step=3, eval_orders=1)  # a batch of questions at a time
+    assert few | {"seconds_eval": 0} == scores | {"seconds_eval": 0}
+    assert greedy_calls == [True] * 4
+
+# ---- Shared compute: it changes the cost of a step and nothing else --------------------
 
 PLAIN = dict(share=False)
 
-def all_groups(questions, n_permutations, n=3):
-    """Made-up rollouts: n of unequal length in each order, with advantages that do not cancel."""
+def made_up_groups(questions, n_permutations, n=3):
+    """n rollouts of unequal length in each order, with advantages that do not cancel."""
     generator, groups = torch.Generator().manual_seed(n_permutations), []
     for asked in questions:
         pictures, orders = perl.load_pictures(asked, PROCESSOR), perl.all_orders(asked, 24)
@@ -935,14 +1255,13 @@ def all_groups(questions, n_permutations, n=3):
             for _ in range(n):
                 length = int(torch.randint(1, 9, (), generator=generator))
                 ids = torch.randint(20, 500, (length,), generator=generator).tolist()
-                groups[-1].append(perl.Rollout(prompt, order, "", ids, "", False))
-                groups[-1][-1].advantage = float(torch.randn((), generator=generator))
+                advantage = float(torch.randn((), generator=generator))
+                groups[-1].append(Rollout(prompt, order, "", ids, "", False, advantage=advantage))
     return groups
 
 def pictures_encoded(model, monkeypatch):
     """Counts of the vision tower's pictures, by their pixels; grows as the tower runs."""
     real, seen = model.model.visual.forward, Counter()
-
     def forward(pixels, grid_thw, **others):
         sizes = grid_thw.prod(1).tolist()
         seen.update(float(p.double().sum()) for p in pixels.split(sizes))
@@ -951,48 +1270,64 @@ def pictures_encoded(model, monkeypatch):
     return seen
 
 @table("greedy", [True, False])
-@table("n, rollout_batch", [(3, 96), (3, 6), (3, 1), (3, 2), (1, 96), (2, 5)])
+@table("n, rollout_batch", [(3, 96), (3, 6), (3, 1), (1, 96), (2, 5)])
 def test_the_prompts_keys_and_values_kept_once_give_the_same_tokens(
         questions, greedy, n, rollout_batch):
-    """Prompts of three lengths, so rows are padded; images of several sizes; n = 1 to 3."""
+    """Prompts of four lengths, so rows are padded; 0 to 3 images of several sizes."""
     model, answers = load_tiny(), []
     for share in (True, False):
         cfg = tiny_config(share=share, rollout_batch=rollout_batch, max_new_tokens=20)
         orders = [perl.all_orders(asked, 2) for asked in questions]
         torch.manual_seed(0)
-        groups = perl.sample_groups(model, PROCESSOR, questions, orders, n, cfg, greedy)
+        groups = perl.sample_groups(model, PROCESSOR, questions, orders, cfg, n=n, greedy=greedy)
         answers.append([[r.ids for r in group] for group in groups])
-    assert answers[0] == answers[1] and [len(group) for group in answers[0]] == [2 * n, 2 * n, n]
+    assert answers[0] == answers[1]
+    assert [len(group) for group in answers[0]] == [2 * n, 2 * n, n, n]
+    for group in answers[0]:
+        for k in range(0, len(group), n):
+            same = all(ids == group[k] for ids in group[k:k + n])
+            assert not greedy or same, "n greedy answers are equal"
+    assert greedy or n == 1 or not same, "samples of the last order are not"
 
-def test_logits_of_sampling_agree(questions):
-    (_, shared), (_, plain) = (
-        sample_and_record(load_tiny(), questions, 3, tiny_config(share=share))
-        for share in (True, False))
-    assert torch.equal(shared.sequences, plain.sequences) and len(shared.sequences) == 15
-    for ours, theirs in zip(shared.logits, plain.logits):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+@table("first", [0, 3])  # 3: only the text-only question
+@table("rollout_batch", [96, 7])
+def test_logits_of_sampling_agree(questions, first, rollout_batch):
+    """Up to the last token, though rows leave and others join in between."""
+    model, runs = load_tiny(), []
+    for share in (True, False):
+        cfg = tiny_config(share=share, rollout_batch=rollout_batch, max_new_tokens=64)
+        runs.append(sample_and_record(model, questions[first:], 3, cfg, greedy=True))
+    assert len(runs[0]) == {0: 18, 3: 3}[first]
+    for (shared, _, ours), (plain, _, theirs) in zip(*runs):
+        assert shared.ids == plain.ids and torch.allclose(ours, theirs, atol=2e-5)
 
-def test_the_cache_holds_each_prompt_once(questions):
-    model, cfg, caches = load_tiny(), tiny_config(max_new_tokens=5), []
-    real = model.generate
-    model.generate = lambda **inputs: caches.append(inputs["past_key_values"]) or real(**inputs)
-    prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
-    perl.generate(model, PROCESSOR, prompts, 4, cfg, greedy=True)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    for layer in caches[0].layers:
-        assert layer.prompts[0].shape[:3] == (3, 2, longest - 1)    # its last token is each row's
-        assert layer.keys.shape[0] == 12 and layer.keys.shape[2] <= 5
-        assert layer.get_seq_length() == longest - 1 + layer.keys.shape[2]
-
-def test_the_cache_of_a_bfloat16_model_is_in_bfloat16(questions):
-    model, caches = load_tiny(dtype="bf16"), []
-    real = model.generate
-    model.generate = lambda **inputs: caches.append(inputs["past_key_values"]) or real(**inputs)
-    prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
-    perl.generate(model, PROCESSOR, prompts, 1, tiny_config(max_new_tokens=3))
-    for layer in caches[0].layers:
-        kept = (*layer.prompts, layer.keys, layer.values)
-        assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
+@table("dtype, changes", [
+    ("float32", {}), ("bf16", dict(rollout_batch=8)), ("float32", dict(rollout_batch=1)),
+    ("float32", dict(max_tokens_per_micro_batch=40)), ("float32", dict(max_new_tokens=1))])
+def test_the_cache_holds_each_live_prompt_once_and_keeps_to_its_limits(
+        questions, monkeypatch, dtype, changes):
+    model, cfg = load_tiny(dtype=dtype), tiny_config(**dict(max_new_tokens=64) | changes)
+    real, ages = perl.next_inputs, []
+    def next_inputs(model, processor, live, cache, cfg):
+        prompts, age = {id(prompt) for prompt, _ in live}, max(len(row) for _, row in live)
+        longest = max(len(prompt.ids) for prompt, _ in live)
+        for layer in cache.layers:
+            # A prompt's last token is read anew by each of its rows.
+            assert layer.prompts.shape[1] == len(prompts) and layer.prompts.shape[3] == longest - 1
+            assert layer.rows.shape[1] == len(live) and layer.get_seq_length() == longest - 1 + age
+            assert age <= layer.rows.shape[3] <= age + 32
+            assert {layer.prompts.dtype, layer.rows.dtype} == {model.dtype}
+        assert len(live) <= max(cfg.rollout_batch, 4)
+        assert len(prompts) == 1 or len(prompts) * longest <= 4 * cfg.max_tokens_per_micro_batch
+        ages.append({len(row) for _, row in live})
+        return real(model, processor, live, cache, cfg)
+    monkeypatch.setattr(perl, "next_inputs", next_inputs)
+    prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions * 2]
+    responses = perl.generate(model, PROCESSOR, prompts, 4, cfg)
+    assert [len(rows) for rows in responses] == [4] * 8
+    assert max(len(row) for row in flatten(responses)) <= cfg.max_new_tokens
+    if cfg.rollout_batch == 8:
+        assert any(len(some) > 1 for some in ages), "prompts join while others are at work"
 
 @table("changes, sampling, training", [
     ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 2, 4),
@@ -1001,49 +1336,23 @@ def test_the_cache_of_a_bfloat16_model_is_in_bfloat16(questions):
 def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
     model, cfg, orders = load_tiny(**changes), tiny_config(**changes), [(0, 1, 2), (2, 1, 0)]
     seen = pictures_encoded(model, monkeypatch)
-    groups = perl.sample_groups(model, PROCESSOR, questions[:1], [orders], 2, cfg)
+    groups = perl.sample_groups(model, PROCESSOR, questions[:1], [orders], cfg, n=2)
     assert list(seen.values()) == [sampling] * 3
     seen.clear()
     for rollout, advantage in zip(groups[0], (1.0, 0.5, -0.5, -1.0)):
         rollout.advantage = advantage
-    update_at_lr_0(model, groups, cfg)
+    adamw_updates(model, [groups], cfg, lr=0.0)
     assert list(seen.values()) == [training] * 3
 
-def update_at_lr_0(model, groups, cfg):
-    settings = dataclasses.replace(cfg, lr=0.0, weight_decay=0.0)
-    optimizer = perl.SplitAdamW(model, settings, ACCELERATOR)
-    perl.update(model, None, optimizer, PROCESSOR, groups, cfg, ACCELERATOR)
-
-def test_pack_example(questions):
-    prompt = dataclasses.replace(perl.encode_prompt(questions[2], PROCESSOR), ids=[1, 1, 1, 1])
-    other = dataclasses.replace(prompt)
-    a, b, c, d = [perl.Rollout(p, (), "", [5] * length, "", False)
-                  for p, length in ((prompt, 2), (prompt, 2), (prompt, 3), (other, 9))]
-    nine = tiny_config(max_tokens_per_micro_batch=9)
-    assert perl.pack([a, b, c, d], nine) == [[a, b], [c], [d]]
-    assert perl.pack([a, d, b], nine) == [[a], [d], [b]], "neighbours only"
-    assert perl.pack([a, b], tiny_config(share=False)) == [[a], [b]]
-    assert perl.micro_batches([a, b, c, d], nine) == [[d], [a, b], [c]], "longest first"
-    assert perl.micro_batches([a, b, c, d], tiny_config(max_tokens_per_micro_batch=26)) == [
-        [d, a, b, c]]
-
-def test_the_tree(questions):
-    """The figure above encode_images: who sees whom, and where positions begin again."""
-    pictures = perl.load_pictures(questions[2], PROCESSOR)
-    prompt = perl.encode_prompt(questions[2], PROCESSOR, pictures)
-    model, L = load_tiny(), len(prompt.ids)
-    inputs, _ = perl.collate([prompt], [[[7, 8], [9, 9]]], model, PROCESSOR, tiny_config())
-    assert inputs["attention_mask"] == {"full_attention": [[0, L, 2, 2]]}
-    first = inputs["position_ids"][:, 0, L]
-    assert torch.equal(inputs["position_ids"][:, 0, L:] - first[:, None],
-                       torch.tensor([[0, 1, 0, 1]] * 3))
-
 def test_tree_attention_is_attention_under_the_mask_of_the_tree():
-    """Rows of 1 token of padding, a prompt of 3, responses of 2 and 2; and of 4, 1 and 3."""
+    """Rows of 1 token of padding, a prompt of 3, responses of 2 and 2; and of 4, 1 and 3; and
+    one with fewer responses than the others."""
     torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
-    out = perl.tree_attention(query, key, value, [[1, 3, 2, 2], [0, 4, 1, 3]], scaling=0.3)
-    owners = torch.tensor([[-1, 0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 2, 2, 2]])
+    query, key, value = (torch.randn(3, heads, 8, 16) for heads in (4, 2, 2))
+    lengths = [[1, 3, 2, 2], [0, 4, 1, 3], [2, 3, 3, 0]]
+    out = perl.tree_attention(query, key, value, lengths, scaling=0.3)
+    owners = torch.tensor([[-1, 0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 2, 2, 2],
+                           [-1, -1, 0, 0, 0, 1, 1, 1]])
     sees = (owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])
     assert sees[0].tril()[7].tolist() == [False] + [True] * 3 + [False] * 2 + [True] * 2
     mask = sees.tril()[:, None] | (owners < 0)[:, None, :, None]  # padding sees anything
@@ -1052,75 +1361,47 @@ def test_tree_attention_is_attention_under_the_mask_of_the_tree():
     kept = owners >= 0
     assert torch.allclose(out[kept], expected.transpose(1, 2)[kept], atol=1e-6)
 
-def test_responses_in_a_row_do_not_see_each_other(questions):
-    model, rollouts = load_tiny(), all_groups(questions[:1], 0)[0]
-    logprobs, mask = perl.response_logprobs(model, PROCESSOR, rollouts, tiny_config())
-    changed = [dataclasses.replace(r, ids=r.ids if k == 1 else r.ids[::-1] + [9])
-               for k, r in enumerate(rollouts)][::-1]
-    others, _ = perl.response_logprobs(model, PROCESSOR, changed, tiny_config())
-    T = len(rollouts[1].ids)
-    assert torch.allclose(logprobs[1, :T], others[1, :T], atol=1e-6)
-
-@table("n_permutations", [0, 1, 2, 3])
-def test_logprobs_and_every_gradient_equal_those_of_the_plain_path(questions, n_permutations):
-    groups, gradients, logprobs = all_groups(questions, n_permutations), [], []
-    for changes in ({}, PLAIN, dict(max_tokens_per_micro_batch=90),
-                    dict(gradient_checkpointing=True, max_tokens_per_micro_batch=150)):
-        model, cfg = load_tiny(**changes), tiny_config(beta=0.0, **changes)
-        logprobs.append(perl.response_logprobs(model, PROCESSOR, sum(groups, []), cfg)[0])
-        gradients.append(gradient_of_update(model, groups, cfg)[0])
+@table("n_permutations, first, base", [
+    (0, 0, {}), (1, 0, dict(updates_per_step=2)), (1, 0, dict(freeze_vision=True)), (2, 0, {}),
+    (3, 0, {}), (1, 3, {})])  # from question 3 on: text only
+def test_no_memory_setting_changes_logprobs_or_gradients(
+        questions, monkeypatch, n_permutations, first, base):
+    groups, reference, results = made_up_groups(questions[first:], n_permutations), load_tiny(), []
+    with torch.no_grad():
+        reference.model.language_model.norm.weight.mul_(1.1)  # so that the KL term counts
+    for chunk, changes in ((1024, PLAIN), (1024, {}), (3, dict(max_tokens_per_micro_batch=90)),
+                           (1024, dict(max_tokens_per_micro_batch=1)),
+                           (1024, dict(max_tokens_per_micro_batch=150,
+                                       gradient_checkpointing=True))):
+        monkeypatch.setattr(perl, "LOGIT_CHUNK", chunk)
+        model, cfg = load_tiny(**base | changes), tiny_config(beta=0.1, **base | changes)
+        logprobs = perl.response_logprobs(model, PROCESSOR, flatten(groups), cfg)[0]
+        gradient, sums = gradient_of_update(model, groups, cfg, reference, lr=0.001)
+        results.append((logprobs, gradient, sums))
+        assert sums["kl"] > 0 and sums == pytest.approx(results[0][2], abs=1e-3)
+        assert torch.allclose(logprobs, results[0][0], atol=1e-5)
+        # A step between two updates lets rounding grow.
+        atol = 1e-6 if cfg.updates_per_step == 1 else 1e-5
+        assert torch.allclose(gradient, results[0][1], atol=atol, rtol=1e-4)
     names = [name for name, w in load_tiny().named_parameters() for _ in range(w.numel())]
-    vision = torch.tensor(["visual" in name for name in names])
-    assert gradients[1][vision].abs().max() > 1e-4, "the vision tower is trained"
-    for ours, gradient in zip(logprobs, gradients):
-        assert torch.allclose(ours, logprobs[1], atol=1e-5)
-        assert torch.allclose(gradient, gradients[1], atol=1e-6, rtol=1e-4)
+    vision = torch.tensor(["visual" in name for name in names]).repeat(cfg.updates_per_step)
+    is_trained = first == 0 and not cfg.freeze_vision
+    assert (gradient[vision].abs().max() > 1e-4) == is_trained
 
-class Descent(torch.optim.SGD):
-    """Plain descent: AdamW would blow up the rounding of near-zero gradients."""
-    def __init__(self, model, lr):
-        super().__init__([w for w in model.parameters() if w.requires_grad], lr=lr)
-
-    def step(self):
-        super().step()
-        self.zero_grad()
-        return 0.0
-
-@table("changes", [dict(beta=0.1), dict(beta=0.1, updates_per_step=2), dict(freeze_vision=True)])
-def test_updates_equal_those_of_the_plain_path(questions, changes):
-    """With a reference model, old log-probabilities, or a frozen tower."""
-    weights, sums = [], []
-    for share in (True, False):
-        cfg = tiny_config(share=share, **changes)
-        model, reference = load_tiny(**changes), load_tiny() if cfg.beta else None
-        optimizer = Descent(model, lr=0.01)
-        sums.append(perl.update(model, reference, optimizer, PROCESSOR, all_groups(questions, 1),
-                                cfg, ACCELERATOR))
-        weights.append(flat_weights(model))
-    assert torch.allclose(*weights, atol=1e-6) and (weights[0] - flat_weights(load_tiny())).any()
-    assert sums[0][0] == pytest.approx(sums[1][0], abs=1e-4)
-
-def test_equal_orders_share_one_row(questions):
-    orders = perl.draw_orders(questions[0], 1, 0.0, random.Random(0))  # alpha 0: not permuted
-    groups = perl.sample_groups(load_tiny(), PROCESSOR, questions[:1], [orders], 3, tiny_config())
-    assert [len(row) for row in perl.pack(groups[0], tiny_config())] == [6]
-
-# ---- Memory and machines -------------------------------------------------------------------------
+# ---- Memory and machines ---------------------------------------------------------------
 
 def trained(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 def backward(model, seed):
-    """Some gradient in every weight of the language model, the same for the same seed."""
+    """Some gradient in every weight of the language model, the same for the same seed; the
+    vision tower has seen no image, and has none."""
     ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(seed))
     logits = model(input_ids=ids).logits.float()
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-    for weight in trained(model):  # the vision tower has seen no image
-        if weight.grad is None:
-            weight.grad = torch.full_like(weight, 1e-3, dtype=torch.float32)
 
 def split_run(steps, accelerator=ACCELERATOR, **changes):
-    cfg = tiny_config(**dict(lr=1e-3, weight_decay=0.1, max_grad_norm=0.05) | changes)
+    cfg = tiny_config(**dict(lr=1e-3) | changes)
     model = perl.load_model("tiny", cfg, CPU)
     optimizer, norms = perl.SplitAdamW(model, cfg, accelerator), []
     for seed in range(steps):
@@ -1128,50 +1409,38 @@ def split_run(steps, accelerator=ACCELERATOR, **changes):
         norms.append(optimizer.step())
     return model, optimizer, norms
 
+@table("dtype", ["float32", "bf16"])
 @table("max_grad_norm", [0.05, 1e9])
-def test_in_float32_on_one_process_it_is_adamw_bit_for_bit(max_grad_norm):
-    model, optimizer, norms = split_run(3, max_grad_norm=max_grad_norm)
-    plain, expected = load_tiny(), []
-    adamw = torch.optim.AdamW(trained(plain), lr=1e-3, weight_decay=0.1)
-    for seed in range(3):
-        backward(plain, seed)
-        expected.append(float(torch.nn.utils.clip_grad_norm_(trained(plain), max_grad_norm)))
-        adamw.step()
-        adamw.zero_grad()
-    assert norms == expected and min(norms) > 0.05
-    assert torch.equal(flat_weights(model), flat_weights(plain))
-    for name, master in optimizer.masters.items():
-        assert master.data_ptr() == optimizer.weights[name].data_ptr(), "no copy"
-    assert all(weight.grad is None for weight in model.parameters())
-
-def test_bfloat16_weights_are_roundings_of_what_adamw_makes_in_float32():
-    model, optimizer, norms = split_run(3, dtype="bf16")
-    plain, expected = load_tiny(dtype="bf16"), []
+def test_on_one_process_it_is_adamw_bit_for_bit(monkeypatch, dtype, max_grad_norm):
+    """In bfloat16, the weights are roundings of what AdamW makes of float32 copies. A weight
+    without a gradient has one of zeros."""
+    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
+    monkeypatch.setattr(perl, "WEIGHT_DECAY", 0.1)
+    model, optimizer, norms = split_run(3, dtype=dtype)
+    plain, expected = load_tiny(dtype=dtype), []
     masters = [weight.detach().float() for weight in trained(plain)]
-    adamw = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1, fused=dtype == "bf16")
     for weight in trained(plain):
         weight.grad_dtype = torch.float32
     for seed in range(3):
         backward(plain, seed)
-        expected.append(float(torch.nn.utils.clip_grad_norm_(trained(plain), 0.05)))
+        for weight in plain.model.visual.parameters():
+            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+        expected.append(float(torch.nn.utils.clip_grad_norm_(trained(plain), max_grad_norm)))
         for weight, master in zip(trained(plain), masters):
             master.grad, weight.grad = weight.grad, None
         adamw.step()
         for weight, master in zip(trained(plain), masters):
             weight.data.copy_(master)
-    assert norms == expected and {w.dtype for w in model.parameters()} == {torch.bfloat16}
+    assert norms == expected and min(norms) > 0.05
+    assert {weight.dtype for weight in model.parameters()} == {plain.dtype}
     assert torch.equal(flat_weights(model), flat_weights(plain))
-    assert all(map(torch.equal, optimizer.masters.values(), masters))
-
-def test_small_steps_add_up_in_float32():
-    """lr 1e-6 is far below bfloat16's spacing, and yet 20 steps move the float32 copies by it."""
-    model, optimizer, _ = split_run(0, dtype="bf16", lr=1e-6, weight_decay=0.0)
-    name = next(name for name in optimizer.masters if "q_proj.weight" in name)
-    before = optimizer.masters[name].clone()
-    for _ in range(20):
-        backward(model, 0)
-        optimizer.step()
-    assert 1.5e-5 < (optimizer.masters[name] - before).abs().mean() < 2.1e-5
+    for (name, _), copied in zip(plain.named_parameters(), masters):
+        master = optimizer.masters[name]
+        assert torch.equal(master, copied)
+        is_copy = master.data_ptr() != optimizer.weights[name].data_ptr()
+        assert is_copy == (dtype == "bf16"), "a float32 weight needs no copy"
+    assert all(weight.grad is None for weight in model.parameters())
 
 def test_gradients_are_summed_in_float32():
     weight = split_run(0, dtype="bf16")[0].model.language_model.norm.weight
@@ -1179,21 +1448,39 @@ def test_gradients_are_summed_in_float32():
         (weight * scale).sum().backward()
     assert weight.grad.dtype == torch.float32 and torch.all(weight.grad == 1 + 64 / 512)
 
-def test_a_weight_without_gradient_counts_as_one_of_zeros():
-    weights = []
-    for filled in (True, False):
-        model, optimizer, _ = split_run(0)
+@table("bad", [math.nan, math.inf, -math.inf])
+@table("dtype", ["float32", "bf16"])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
+    model, optimizer, _ = split_run(1, dtype=dtype)
+    plain, other, _ = split_run(1, dtype=dtype)
+    backward(model, 1)
+    model.model.language_model.norm.weight.grad[7] = bad  # one number of all
+    before = flat_weights(model)
+    assert not math.isfinite(optimizer.step())
+    assert torch.equal(flat_weights(model), before) and before.isfinite().all()
+    for seed in range(2, 4):  # it goes on as if there had been no such step
+        for each, its in ((model, optimizer), (plain, other)):
+            backward(each, seed)
+            assert math.isfinite(its.step())
+    assert torch.equal(flat_weights(model), flat_weights(plain))
+    for ours, theirs in zip(optimizer.state_dict().values(), other.state_dict().values()):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+def test_three_such_steps_in_a_row_end_the_run():
+    model, optimizer, _ = split_run(0)
+    def step(is_bad):
         backward(model, 0)
-        norm = model.model.language_model.norm.weight
-        norm.grad = torch.zeros_like(norm) if filled else None
-        optimizer.step()
-        weights.append(flat_weights(model))
-    assert torch.equal(*weights)
+        model.lm_head.weight.grad[3, 3] *= math.nan if is_bad else 1.0
+        return math.isfinite(optimizer.step())
+    outcomes = [step(is_bad) for is_bad in (True, True, False, True, True)]
+    assert outcomes == [False, False, True, False, False], "two in a row may happen"
+    with pytest.raises(SystemExit, match="3 updates in a row had a gradient that is not finite"):
+        step(True)
+    assert flat_weights(model).isfinite().all()
 
 def test_owners_share_the_tensors_evenly():
     for world in (2, 3, 8):
-        parts = [split_run(0, SimpleNamespace(num_processes=world, process_index=rank))[1]
-                 for rank in range(world)]
+        parts = [split_run(0, process(world, rank))[1] for rank in range(world)]
         sizes = [sum(master.numel() for master in part.masters.values()) for part in parts]
         assert sum(sizes) == sum(weight.numel() for weight in trained(load_tiny()))
         assert max(sizes) <= 1.15 * sum(sizes) / world
@@ -1202,18 +1489,18 @@ def test_owners_share_the_tensors_evenly():
 @table("dtype", ["float32", "bf16"])
 def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, dtype):
     model, optimizer, _ = split_run(2, dtype=dtype)
-    states = optimizer.state_dict()
-    for rank in (0, 1, 2):  # saved by three, read by two
-        owned = split_run(0, SimpleNamespace(num_processes=3, process_index=rank))[1].masters
+    states, loaded = optimizer.state_dict(), {}
+    for rank in range(3):  # saved by three, read by two
+        owned = split_run(0, process(3, rank))[1].masters
         torch.save({name: states[name] for name in owned}, tmp_path / f"optimizer-{rank}.pt")
-    loaded = {}
-    for rank in (0, 1):
-        world = SimpleNamespace(num_processes=2, process_index=rank)
-        part = split_run(0, world, dtype=dtype)[1]
+    for rank in range(2):
+        part = split_run(0, process(2, rank), dtype=dtype)[1]
         part.load(tmp_path)
         loaded |= part.state_dict()
     assert loaded.keys() == states.keys()
-    assert all(torch.equal(loaded[n][key], states[n][key]) for n in states for key in states[n])
+    for name, state in states.items():
+        assert loaded[name].keys() == state.keys() >= {"master", "exp_avg", "exp_avg_sq", "step"}
+        assert all(torch.equal(loaded[name][key], state[key]) for key in state)
     resumed, again, _ = split_run(0, dtype=dtype)
     again.load(tmp_path)
     for path in tmp_path.iterdir():
@@ -1222,9 +1509,11 @@ def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, 
         backward(each, 5)
         its.step()
     assert torch.equal(flat_weights(model), flat_weights(resumed))
+    with pytest.raises(SystemExit, match="optimizer-0.pt is missing or damaged"):
+        again.load(tmp_path)
+    for path in tmp_path.iterdir():
+        torch.save({}, path)
     with pytest.raises(SystemExit, match="lacks the optimizer's state"):
-        torch.save({}, tmp_path / "optimizer-0.pt")
-        (tmp_path / "optimizer-1.pt").unlink(), (tmp_path / "optimizer-2.pt").unlink()
         again.load(tmp_path)
 
 @table("share", [True, False])
@@ -1238,79 +1527,57 @@ def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, s
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
     assert torch.cosine_similarity(*gradients, dim=0) > 0.998
 
-def test_logprobs_of_the_loss_are_those_of_sampling_in_bfloat16(questions):
-    """To bfloat16's rounding; the positions must rotate in float32."""
-    cfg = tiny_config(dtype="bf16")
-    model = perl.load_model("tiny", cfg, CPU)
-    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
-    rollouts, output = sample_and_record(model, questions, 2, cfg)
-    sampled = torch.stack(output.scores, dim=1).float().log_softmax(-1)             # (B, T, V)
-    logprobs, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
-    errors = [row[:len(r.ids)] - scores[torch.arange(len(r.ids)), torch.tensor(r.ids)]
-              for r, row, scores in zip(rollouts, logprobs, sampled)]
-    assert torch.cat(errors).abs().mean() < 0.02
-
 def test_processes_join_on_a_cpu_too(monkeypatch):
     asked = []
-    monkeypatch.setattr(perl.accelerate, "Accelerator", lambda **options: asked.append(options))
-    perl.start_processes(perl.Config())
+    def accelerator(**options):
+        asked.append(options)
+        return SimpleNamespace(log_with=None)
+    monkeypatch.setattr(perl.accelerate, "Accelerator", accelerator)
+    perl.start_processes(perl.parse_config([]))
     assert asked[0]["cpu"] is not torch.accelerator.is_available()
 
-def lora_model(**changes):
-    """The tiny model with adapters that already do something; these; their config."""
-    cfg = tiny_config(lora_rank=4, beta=0.1, **changes)
-    model = perl.load_model("tiny", cfg, CPU)
-    adapters = perl.add_lora(model, cfg)
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(std=0.05)
-    return model, adapters, cfg
-
-@table("dtype", ["float32", "bf16"])
-def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, dtype):
-    cfg = tiny_config(lora_rank=4, beta=0.1, dtype=dtype)
+@table("dtype, rank", [("float32", 4), ("bf16", 16)])
+def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, dtype, rank):
+    cfg = tiny_config(lora_rank=rank, beta=0.1, dtype=dtype, lr=1e-2)
     model, start = perl.load_model("tiny", cfg, CPU), load_tiny(dtype=dtype)
     adapters = perl.add_lora(model, cfg)
     assert {weight.dtype for weight in trained(model)} == {torch.float32}
     projections = [name for name, _ in model.named_parameters() if "lora_A" in name]
     assert len(projections) == 7 * model.config.text_config.num_hidden_layers
     assert not any("visual" in name for name in projections)
-    settings = dataclasses.replace(cfg, lr=1e-2)
-    optimizer = perl.SplitAdamW(model, settings, ACCELERATOR)
-    first, second = (perl.update(model, adapters, optimizer, PROCESSOR, written_groups(questions),
-                                 cfg, ACCELERATOR) for _ in range(2))
-    assert first[0]["kl"] == 0 and first[1] > 0, "without training it is the start model, to the bit"
-    assert second[0]["kl"] > 0
-    assert all(weight.abs().max() > 0 for name, weight in model.named_parameters()
-               if "lora_B" in name)
-    base = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()
-            if ".lora_" not in name}
+    scaled = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert {module.scaling["default"] for module in scaled} == {2.0}, "whatever the rank"
+    optimizer, groups = perl.SplitAdamW(model, cfg, ACCELERATOR), written_groups(questions)
+    sums, (norm,) = run_update(model, optimizer, groups, cfg, adapters)
+    assert sums["kl"] == 0 and norm > 0, "before training it is the start model, to the bit"
+    assert run_update(model, optimizer, groups, cfg, adapters)[0]["kl"] > 0
+    for rollout, logprobs in perl.frozen_logprobs(start, PROCESSOR, flatten(groups), cfg):
+        assert torch.equal(rollout.ref_logprobs, logprobs), "the reference is the start model"
+    base = {}
+    for name, weight in model.state_dict().items():
+        assert "lora_B" not in name or weight.abs().max() > 0
+        if ".lora_" not in name:
+            base[name.replace(".base_layer", "")] = weight
     assert base.keys() == start.state_dict().keys()
     assert all(torch.equal(weight, base[name]) for name, weight in start.state_dict().items())
 
-def test_without_its_adapters_the_model_is_the_reference(questions):
-    """Its log-probabilities, and so the gradient of the KL term, are those of the start model."""
-    (model, adapters, cfg), groups = lora_model(), written_groups(questions)
-    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
-    perl.update(model, adapters, optimizer, PROCESSOR, groups, cfg, ACCELERATOR)
-    ours = torch.cat([r.ref_logprobs for r in sum(groups, [])])
-    perl.store_logprobs(load_tiny(), PROCESSOR, sum(groups, []), "ref_logprobs", cfg)
-    assert torch.equal(ours, torch.cat([r.ref_logprobs for r in sum(groups, [])]))
-
 def test_lora_exports_a_plain_folder(questions, tmp_path):
-    model, adapters, cfg = lora_model()
-    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
-    settings = dataclasses.replace(cfg, out=str(tmp_path / "run"))
-    (tmp_path / "run").mkdir()
+    cfg = tiny_config(lora_rank=4, out=str(tmp_path))
+    model = perl.load_model("tiny", cfg, CPU)
+    adapters = perl.add_lora(model, cfg)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # so that the adapters do something
+            weight.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    cfg.folder.mkdir()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    perl.save_checkpoint(settings, 1, model, adapters, PROCESSOR, optimizer, random.Random(0), [],
-                         ACCELERATOR)
+    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
+    perl.save_checkpoint(cfg, perl.Progress(1, [], random.Random(0)), questions, PROCESSOR,
+                         optimizer, model=model, reference=adapters, accelerator=ACCELERATOR)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items()), "a copy"
-    names = {path.name for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
+    names = {path.name for path in (cfg.folder / "checkpoint-1").iterdir()}
     assert "model.safetensors" in names and not any("adapter" in name for name in names)
-    plain = perl.load_model(str(tmp_path / "run" / "checkpoint-1"), cfg, CPU)
-    rollouts = sum(written_groups(questions), [])
+    plain = perl.load_model(str(cfg.folder / "checkpoint-1"), cfg, CPU)
+    rollouts = flatten(written_groups(questions))
     expected, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
     logprobs, _ = perl.response_logprobs(plain, PROCESSOR, rollouts, cfg)
     adapters.disable_adapter_layers()
@@ -1319,246 +1586,539 @@ def test_lora_exports_a_plain_folder(questions, tmp_path):
     assert (without - expected).abs().max() > 0.1
     assert plain.lm_head.weight is plain.get_input_embeddings().weight, "tied, as before"
 
-# ---- Real checkpoints: laid out as Qwen2.5-VL's repositories are ---------------------------------
+def planned(model, capsys, accelerator=ACCELERATOR, **changes):
+    """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
+    cfg = perl.parse_config(["--model", model, "--dry-run"])
+    perl.plan_memory(dataclasses.replace(cfg, **dict(dtype="bf16") | changes), accelerator)
+    text = capsys.readouterr().out
+    parts = {name: float(gb) for gb, name in re.findall(r"(?m)^ *([\d.]+)  (.+)$", text)}
+    return parts, float(re.search(r"([\d.]+) billion parameters", text)[1])
 
-TEXT_ONLY = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + "
-             "message.content + '<|im_end|>\\n' }}{%- endfor %}")
-
-def edit(path, **changes):
-    """Change fields of a JSON file; None takes one out."""
-    row = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: x for name, x in row.items() if x is not None}))
+SIZES_7B = dict(
+    text_config=dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
+                     vocab_size=152064, num_hidden_layers=28, intermediate_size=18944,
+                     tie_word_embeddings=False, layer_types=None,
+                     rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24])),
+    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                       out_hidden_size=3584))
 
 @pytest.fixture
-def real_layout(tmp_path):
-    """The tiny checkpoint with a template for text in tokenizer_config.json and the one for images
-    in chat_template.json, which AutoTokenizer does not read; older names and fields."""
-    folder = tmp_path / "real"
+def model_7b(tmp_path):
+    """The 7B's config.json alone: its plan needs no weights."""
+    config = json.loads((TINY / "config.json").read_text()) | dict(tie_word_embeddings=False)
+    for part, sizes in SIZES_7B.items():
+        config[part] |= sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+def test_the_plan_of_the_7b(model_7b, capsys):
+    parts, trained = planned(model_7b, capsys)
+    assert trained == 8.292
+    # A token's keys and values: 2 of them, 28 layers, 4 heads of 128 numbers of 2 bytes.
+    cache = 2 * 28 * 4 * 128 * 2 * (384 * 2048 + 4 * 16384) / 1e9
+    assert parts == pytest.approx({
+        "weights": 16.58, "float32 gradients": 33.17, "keys and values of sampling": cache,
+        "AdamW's state": 99.51}, abs=0.01)
+    for changes, part, factor in (
+            (dict(dtype="float32"), "weights", 2), (dict(dtype="float32"), "AdamW's state", 1),
+            (dict(dtype="float32"), "keys and values of sampling", 2),
+            (dict(accelerator=process(4)), "AdamW's state", 1 / 4),
+            (dict(accelerator=process(4)), "float32 gradients", 1)):
+        other, _ = planned(model_7b, capsys, **changes)
+        assert other[part] == pytest.approx(parts[part] * factor, abs=0.02)
+    # 7.616 is the language model; an adapter adds 64 * (inputs + outputs) numbers.
+    for changes, expected in ((dict(freeze_vision=True), 7.616), (dict(lora_rank=64), 0.161)):
+        other, fewer = planned(model_7b, capsys, **changes)
+        assert fewer == expected
+        assert other["AdamW's state"] == pytest.approx(12 * fewer, abs=0.01)
+        assert other["float32 gradients"] == pytest.approx(4 * fewer, abs=0.01)
+
+# The parts are 16.6 + max(33.2, 48.9) + 99.5 GB; 92 % of the free memory are for them.
+FEW = dict(rollout_batch=96)  # a cache of 15.4 GB: the gradients are larger
+
+@table("free, world, typed, place", [
+    (180, 1, {}, "gpu"), (179, 1, {}, "host"), (179, 1, dict(optimizer_device="gpu"), None),
+    (200, 1, dict(optimizer_device="host"), "host"), (120, 4, {}, "gpu"),
+    (72, 1, {}, "host"), (71, 1, {}, None), (71, 1, dict(optimizer_device="host"), None),
+    (55, 1, FEW, "host"), (54, 1, FEW, None), (40, 1, FEW | dict(lora_rank=64), "gpu")])
+def test_where_the_state_lies_and_what_does_not_fit(
+        monkeypatch, model_7b, free, world, typed, place):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 1e12))
+    cfg = perl.parse_config(["--model", model_7b])
+    cfg = dataclasses.replace(cfg, dtype="bf16", **typed)
+    planned = dataclasses.replace(cfg, gpu_gb=free)  # without a GPU at hand
+    for its, device in ((cfg, torch.device("cuda")), (planned, CPU)):
+        if place:
+            assert perl.plan_memory(its, process(world, device=device)) == place
+            continue
+        with pytest.raises(SystemExit, match="GB.* --rollout-batch .*--lora-rank") as end:
+            perl.plan_memory(its, process(world, device=device))
+        assert "\n" not in str(end.value)
+    if not typed:
+        assert perl.plan_memory(cfg, process(1)) == "gpu", "on a CPU, beside the weights"
+
+# ---- Refilled slots, cache, frozen tower ----------------------------------------------------------
+
+@pytest.fixture
+def asked(questions):
+    """Five questions of unequal length: with 3, 2 and 1 images, and two with none."""
+    texts = [perl.Sample("t1", (), "Hello?", "7", "keep"),
+             perl.Sample("t2", (), "What is 3 + 4? Think, then say it.", "7", "keep")]
+    return questions + texts
+
+def prompts_of(samples):
+    return [perl.encode_prompt(one, PROCESSOR) for one in samples]
+
+def ends_cut(responses):
+    """Rows up to their end token."""
+    ends = set(PROCESSOR.eos_ids)
+    return [[row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
+             for row in rows] for rows in responses]
+
+@contextlib.contextmanager
+def keyed_noise(model, monkeypatch):
+    """Each row's logits get noise that depends on its prompt, number and length only, and all
+    rows end somewhere else. Yields the numbers of live rows and of held prompts, by stretch."""
+    real_inputs, real_generate, rows, seen, stretches = perl.next_inputs, model.generate, [], {}, []
+
+    def next_inputs(model, processor, live, cache, cfg):
+        rows.clear()
+        fresh = Counter()
+        for prompt, row in live:
+            if id(row) not in seen:
+                seen[id(row)] = (len(prompt.ids), fresh[id(prompt)])
+                fresh[id(prompt)] += 1
+            rows.append((*seen[id(row)], len(row)))
+        if cache.layers:
+            stretches.append((len(live), *cache.layers[0].prompts.shape[1::2][:2]))
+        return real_inputs(model, processor, live, cache, cfg)
+
+    def generate(**inputs):
+        start = inputs["input_ids"].shape[1]
+
+        def noise(ids, scores):
+            for logits, (prompt, number, age) in zip(scores, rows):
+                position = age + ids.shape[1] - start
+                seed = 7919 * prompt + 104729 * number + position
+                random_numbers = torch.Generator().manual_seed(seed)
+                logits += 2 * torch.randn(len(logits), generator=random_numbers)
+                logits[PROCESSOR.eos_ids[-1]] += 9.0 * (seed % 11 == 0)
+            return scores
+        return real_generate(**inputs, logits_processor=[noise])
+    monkeypatch.setattr(perl, "next_inputs", next_inputs)
+    monkeypatch.setattr(model, "generate", generate)
+    yield stretches
+    monkeypatch.undo()
+
+@table("n, rollout_batch, tokens", [(1, 96, 4096), (3, 96, 4096), (3, 6, 4096), (3, 4, 4096),
+                                    (3, 1, 4096), (1, 2, 4096), (3, 9, 30), (2, 5, 1)])
+@table("chosen", [slice(0, 5), slice(0, 3), slice(3, 5)], ids=["mixed", "images", "text"])
+def test_refilled_slots_give_the_rows_of_plain_decoding(
+        asked, chosen, n, rollout_batch, tokens):
+    model, prompts, rows = load_tiny(), prompts_of(asked[chosen]), []
+    for share in (True, False):
+        cfg = tiny_config(share=share, rollout_batch=rollout_batch, max_new_tokens=21,
+                          max_tokens_per_micro_batch=tokens)
+        rows.append(ends_cut(perl.generate(model, PROCESSOR, prompts, n, cfg, greedy=True)))
+    assert rows[0] == rows[1] and [len(own) for own in rows[0]] == [n] * len(prompts)
+    assert max(len(row) for own in rows[0] for row in own) <= 21
+
+def test_a_row_does_not_depend_on_its_neighbours(asked, monkeypatch):
+    model, prompts, rows = load_tiny(), prompts_of(asked), []
+    for rollout_batch in (96, 12, 7, 3):
+        cfg = tiny_config(rollout_batch=rollout_batch, max_new_tokens=40)
+        with keyed_noise(model, monkeypatch) as stretches:
+            rows.append(ends_cut(perl.generate(model, PROCESSOR, prompts, 3, cfg, greedy=True)))
+        assert max(live for live, *_ in stretches) <= rollout_batch
+    lengths = {len(row) for own in rows[0] for row in own}
+    assert rows[1:] == rows[:1] * 3 and len(lengths) > 3
+
+@table("limit", [40, 100, 200])
+def test_held_prompts_fit_the_memory(asked, monkeypatch, limit):
+    cfg = tiny_config(max_tokens_per_micro_batch=limit // 4, rollout_batch=12)
+    model, prompts = load_tiny(), prompts_of(asked * 3)
+    with keyed_noise(model, monkeypatch) as stretches:
+        perl.generate(model, PROCESSOR, prompts, 2, cfg, greedy=True)
+    for live, held, longest in stretches:
+        assert live <= 12 and (held == 1 or held * (longest + 1) <= limit)
+    assert any(held > 1 for _, held, _ in stretches) is (limit >= 100)
+
+def test_an_exception_restores_the_models_own_config(asked, monkeypatch):
+    model = load_tiny()
+    own = model.generation_config
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        perl.generate(model, PROCESSOR, prompts_of(asked), 1, tiny_config())
+    assert model.generation_config is own
+
+def random_layer(lengths, n):
+    """A cache layer as after reading prompts of these lengths; left padding is zero."""
+    read = perl.DynamicLayer()
+    read.keys = torch.stack([torch.randn(2, max(lengths), 4) for _ in lengths])
+    for keys, length in zip(read.keys, lengths):
+        keys[:, :max(lengths) - length] = 0
+    read.values = -read.keys
+    return perl.SharedPromptLayer(read, n)
+
+def test_the_cache_keeps_and_adds():
+    layer, other = random_layer([5, 3, 4], 2), random_layer([3, 2], 2)
+    first, second = layer.prompts, other.prompts
+    for token in range(3):
+        layer.update(torch.full((6, 2, 1, 4), token + 1.0), torch.zeros(6, 2, 1, 4))
+    assert layer.get_seq_length() == 8 and layer.of.tolist() == [0, 0, 1, 1, 2, 2]
+    live = [(SimpleNamespace(ids=[0] * (length + 1)), [0, 0]) for length in (3, 4, 4)]
+    layer.keep([2, 4, 5], live)  # the longest prompt has left, and the longest rows
+    assert layer.get_seq_length() == 6 and layer.nth.tolist() == [0, 0, 1]
+    assert torch.equal(layer.prompts, first[:, 1:, :, 1:])
+    assert layer.rows[0, :, 0, :2, 0].tolist() == [[2, 3]] * 3
+    layer.add(other)
+    assert (layer.of.tolist(), layer.nth.tolist()) == ([0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 0, 1, 0, 1])
+    assert torch.equal(layer.prompts[:, 2:, :, 1:], second) and not layer.prompts[:, 2:, :, 0].any()
+    assert layer.rows.shape[:2] == (2, 7) and not layer.rows[:, 3:].any()
+
+def test_attention_in_bfloat16_is_as_exact_as_float32_scores_allow():
+    torch.manual_seed(0)
+    read = perl.DynamicLayer()
+    read.keys, read.values = torch.randn(2, 3, 2, 50, 16).bfloat16()
+    layer = perl.SharedPromptLayer(read, 4)
+    for _ in range(20):
+        layer.update(*torch.randn(2, 12, 2, 1, 16).bfloat16())
+    query = (3 * torch.randn(12, 6, 1, 16)).bfloat16()
+    ours = perl.decode_attention(query, layer, None, 0.25)[:, 0]                    # (B, H, d)
+    prompts, rows = layer.prompts[:, layer.of], layer.rows[:, :, :, :layer.length]
+    keys, values = torch.cat([prompts, rows], dim=3).double().repeat_interleave(3, dim=2)
+    exact = ((query.double() @ keys.mT) * 0.25).softmax(-1) @ values                # (B, H, 1, d)
+    assert (ours.double() - exact[:, :, 0]).abs().max() < 0.012
+    assert (ours.double() - exact[:, :, 0]).abs().mean() < 0.001
+
+@table("changes", [dict(freeze_vision=True), dict(lora_rank=2)], ids=str)
+def test_a_frozen_tower_is_not_differentiated(asked, changes, monkeypatch):
+    """Two blocks run once each; with gradients they would run again in the backward pass."""
+    calls, gradients = [], []
+    for disabled in (True, False):
+        with monkeypatch.context() as patch:
+            if not disabled:
+                patch.setattr(transformers.PreTrainedModel, "disable_input_require_grads",
+                              lambda self: None)
+            cfg = tiny_config(gradient_checkpointing=True, **changes)
+            model = load_tiny(gradient_checkpointing=True, **changes)
+            if cfg.lora_rank:
+                perl.add_lora(model, cfg)
+        calls.append(0)
+        for block in model.model.visual.blocks:
+            def counted(*args, real=block.attn.forward, **kwargs):
+                calls[-1] += 1
+                return real(*args, **kwargs)
+            block.attn.forward = counted
+        model.train()  # else nothing is recomputed
+        groups = written_groups(asked[:3])
+        logprobs, _ = perl.response_logprobs(model, PROCESSOR, sum(groups, []), cfg)
+        logprobs.sum().backward()
+        gradients.append({name: w.grad for name, w in model.named_parameters() if w.requires_grad})
+    assert calls == [2, 4] and gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], grad) for name, grad in gradients[1].items())
+
+# ---- Model families --------------------------------------------------------------------
+
+TOKENS = dict(image_token_id=6, video_token_id=7, vision_start_token_id=3,
+              vision_end_token_id=4, tie_word_embeddings=True)
+TEXT = dict(vocab_size=532, hidden_size=96, intermediate_size=256, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, eos_token_id=2, pad_token_id=0,
+            bos_token_id=0)
+ROPE = {"mrope_section": [4, 4, 4], "rope_theta": 10000.0, "rope_type": "default"}
+
+def random_family(kind, folder):
+    """A small random model of a family, with the tiny model's tokenizer and template."""
+    if kind == "qwen3_vl":  # with features of three inner layers
+        vision = dict(depth=3, hidden_size=48, intermediate_size=128, num_heads=4, patch_size=14,
+                      out_hidden_size=96, num_position_embeddings=64,
+                      deepstack_visual_indexes=[0, 1, 2])
+        text = TEXT | dict(head_dim=24, rope_parameters=ROPE | {"mrope_interleaved": True})
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+    else:
+        vision = dict(depth=2, embed_dim=48, hidden_size=96, num_heads=4, patch_size=14)
+        config = transformers.Qwen2VLConfig(text_config=TEXT | dict(rope_parameters=ROPE),
+                                            vision_config=vision, **TOKENS)
     shutil.copytree(TINY, folder)
-    template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    edit(folder / "tokenizer_config.json", chat_template=TEXT_ONLY)
-    edit(folder / "preprocessor_config.json", size=None, min_pixels=784, max_pixels=12845056,
-         image_processor_type="Qwen2_5_VLImageProcessor")
-    return folder
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():  # large enough for images and order to matter
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.15)
+    model.save_pretrained(folder)
+    shutil.copy(TINY / "generation_config.json", folder)
+    return str(folder)
 
-def test_the_template_for_images_is_found_beside_that_for_text(real_layout, questions, capsys):
-    cfg = tiny_config()
-    assert AutoTokenizer.from_pretrained(real_layout).chat_template == TEXT_ONLY
-    real = perl.load_processor(str(real_layout), cfg)
-    ids = [perl.encode_prompt(questions[0], processor).ids for processor in (PROCESSOR, real)]
-    assert ids[0] == ids[1]
-    text = PROCESSOR.tokenizer.decode(ids[0])
-    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
-    assert real.image_processor.size["longest_edge"] == cfg.max_pixels
-    assert real.image_processor.size["shortest_edge"] == 784
-    assert "ChatML" not in capsys.readouterr().out
+def shared_and_plain(path, questions, **changes):
+    """Greedy rows, log-probabilities and gradient of the same rollouts, in both ways."""
+    results = []
+    for share in (True, False):
+        cfg = dataclasses.replace(tiny_config(max_new_tokens=12, **changes), share=share)
+        model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
+        orders = [perl.all_orders(question, 2) for question in questions]
+        rollouts = flatten(perl.sample_groups(model, processor, questions, orders, cfg, n=2,
+                                              greedy=True))
+        for k, rollout in enumerate(rollouts):
+            rollout.advantage = (1.0, 0.3, -0.7, 0.2, -1.2)[k % 5]
+        logprobs = {id(r): row for r, row in perl.frozen_logprobs(model, processor, rollouts, cfg)}
+        perl.add_gradients(model, processor, rollouts, 100, cfg)
+        gradient = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+        results.append(([r.ids for r in rollouts],
+                        torch.cat([logprobs[id(r)] for r in rollouts]), gradient))
+    return results
 
-@table("left", [None, TEXT_ONLY])
-def test_without_a_template_for_images_ours_is_used_and_said(real_layout, questions, left, capsys):
-    (real_layout / "chat_template.json").unlink()
-    edit(real_layout / "tokenizer_config.json", chat_template=left)
-    real = perl.load_processor(str(real_layout), tiny_config())
-    ids = [perl.encode_prompt(questions[0], processor).ids for processor in (PROCESSOR, real)]
-    assert ids[0] == ids[1]
-    assert capsys.readouterr().out.count("has no chat template for images") == 1
+@table("kind", ["qwen2_vl", "qwen3_vl"])
+def test_another_family_shared_equals_plain(kind, questions, tmp_path):
+    path = random_family(kind, tmp_path / kind)
+    (rows, logprobs, gradient), (plain, expected, plain_gradient) = shared_and_plain(
+        path, questions)
+    assert rows == plain
+    assert torch.allclose(logprobs, expected, atol=1e-5)
+    assert (gradient - plain_gradient).abs().max() < 1e-5 * plain_gradient.abs().max()
 
-def test_a_saved_checkpoint_carries_template_and_weights(real_layout, tmp_path):
-    cfg, saved = tiny_config(dtype="bf16"), tmp_path / "saved"
-    processor = perl.load_processor(str(real_layout), cfg)
-    model = perl.load_model(str(real_layout), cfg, CPU)
-    for part in (model, processor.tokenizer, processor.image_processor):
-        part.save_pretrained(saved)
-    template = processor.tokenizer.chat_template
-    assert AutoTokenizer.from_pretrained(saved).chat_template == template
-    # What AutoProcessor reads; to make one, it needs torchvision for videos.
-    assert Qwen2_5_VLProcessor.get_processor_dict(saved)[0]["chat_template"] == template
-    again = perl.load_model(str(saved), cfg, CPU)
-    assert {weight.dtype for weight in again.parameters()} == {torch.bfloat16}
-    assert again.lm_head.weight is again.model.language_model.embed_tokens.weight, "tied"
-    ids = torch.arange(20, 40)[None]
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+def test_inner_features_in_another_order_would_show(questions, tmp_path, monkeypatch):
+    path = random_family("qwen3_vl", tmp_path / "qwen3_vl")
+    encode_images = perl.encode_images
 
-NORM = "model.norm.weight"
+    def reversed_levels(*args):
+        output = encode_images(*args)
+        output.deepstack_features = output.deepstack_features[::-1]
+        return output
+    monkeypatch.setattr(perl, "encode_images", reversed_levels)
+    (_, logprobs, _), (_, expected, _) = shared_and_plain(path, questions)
+    assert logprobs.shape != expected.shape or not torch.allclose(logprobs, expected, atol=1e-3)
 
-@table("change, kind, name", [
-    (lambda weights: weights.pop(NORM), "missing", "language_model.norm.weight"),
-    (lambda weights: weights.update({"visual.extra": torch.ones(2)}), "unexpected", "visual.extra"),
-    (lambda weights: weights.update({NORM: torch.ones(3)}), "mismatched", "norm.weight")])
-def test_a_weight_left_out_or_over_is_refused_by_name(real_layout, change, kind, name):
-    path = real_layout / "model.safetensors"
-    weights = {key: weight.clone() for key, weight in load_file(path).items()}
-    weights = {key.replace("model.language_model.", "model."): w for key, w in weights.items()}
-    weights = {key.replace("model.visual.", "visual."): w for key, w in weights.items()}
-    save_file(weights, path, metadata={"format": "pt"})  # the names in the real repositories
-    perl.load_model(str(real_layout), tiny_config(), CPU)
-    change(weights)
-    save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match=f"{kind} keys such as .*{name}"):
-        perl.load_model(str(real_layout), tiny_config(), CPU)
+def test_three_updates_of_qwen3_with_kl_and_checkpointing(questions, tmp_path):
+    path, norms = random_family("qwen3_vl", tmp_path / "qwen3_vl"), []
+    for share in (True, False):
+        cfg = dataclasses.replace(tiny_config(max_new_tokens=8, beta=0.01, updates_per_step=3,
+                                              gradient_checkpointing=True), share=share)
+        model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
+        orders = [perl.all_orders(question, 2) for question in questions]
+        groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
+        for k, rollout in enumerate(flatten(groups)):
+            rollout.advantage = (1.0, 0.3, -0.7, 0.2, -1.2)[k % 5]
+        sums, its_norms = perl.update(
+            model, perl.load_model(path, cfg, CPU), perl.SplitAdamW(model, cfg, ACCELERATOR),
+            processor, groups, cfg=cfg)
+        assert sums["kl"] > 0
+        norms.append(torch.tensor(its_norms))
+    assert len(norms[0]) == 3 and torch.allclose(norms[0], norms[1], rtol=1e-5)
 
-def test_weights_cut_short_or_of_another_kind_end_with_one_sentence(real_layout):
-    path = real_layout / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(SystemExit, match="could not load"):
-        perl.load_model(str(real_layout), tiny_config(), CPU)
-    path.rename(real_layout / "pytorch_model.bin")
-    with pytest.raises(SystemExit, match="could not load"):
-        perl.load_model(str(real_layout), tiny_config(), CPU)
+def test_a_qwen3_folder_trains_and_its_checkpoint_reloads(folder, tmp_path, monkeypatch):
+    path = random_family("qwen3_vl", tmp_path / "qwen3_vl")
+    monkeypatch.setattr(perl, "is_correct", lambda text, gold: len(text) % 2 == 0)
+    rows = [dict(GOOD, id=f"q{k}", answer=str(1 + k % 3)) for k in range(4)]
+    perl.main(["--model", path, "--data", str(write_rows(folder / "four.jsonl", *rows)),
+               "--eval-data", "", "--steps", "1", "--questions-per-step", "4", "--lr", "1e-3",
+               "--max-new-tokens", "6", "--out", str(tmp_path / "run")])
+    metrics, = read_rows(tmp_path / "run" / "stage1" / "metrics.jsonl")
+    assert metrics["kept"] > 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
+    before = perl.load_model(path, tiny_config(), CPU)
+    after = perl.load_model(str(tmp_path / "run" / "stage1" / "checkpoint-1"), tiny_config(), CPU)
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
 
-class Hostile:
-    """Unpickled, it makes a folder."""
-    def __init__(self, flag):
-        self.flag = flag
+def test_a_model_of_an_unknown_family_is_refused(tmp_path):
+    shutil.copytree(TINY, tmp_path / "other")
+    edit(tmp_path / "other" / "config.json", model_type="llava")
+    with pytest.raises(SystemExit, match="llava"):
+        perl.load_processor(str(tmp_path / "other"), tiny_config())
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.flag),)
+# ---- Reading answers --------------------------------------------------------------------
 
-def test_no_pickle_is_run(real_layout, straight, tmp_path):
-    flag, out = tmp_path / "executed", tmp_path / "run"
-    (real_layout / "model.safetensors").unlink()
-    torch.save({NORM: Hostile(flag)}, real_layout / "pytorch_model.bin")
-    with pytest.raises(SystemExit, match="could not load"):
-        perl.load_model(str(real_layout), tiny_config(), CPU)
-    shutil.copytree(straight, out)
-    torch.save({"model.norm.weight": Hostile(flag)}, out / "checkpoint-4" / "optimizer-0.pt")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        perl.main(["--resume", str(out)])
+# gold ‖ right answers, divided by ¦ ‖ wrong answers that look right
+ANSWERS = r"""
+B ‖ B ¦ b ¦ (B) ¦ {B} ¦ [B] ¦ \text{B} ¦ \textit{B} ¦ \mathbf{(B)} ¦ **B** ¦ "B" ¦ B. ¦ Ｂ ¦ （B）
+B ‖ $B$ ¦ \{B\} ¦ B. dogs ¦ B. a cat and a dog ¦ B: both ¦ B) dogs ¦ (B) A dog, I think
+B ‖ B (dog) ¦ \text{B. dogs} ¦ Option B ¦ option (b) ¦ the answer is B
+B ‖ The correct answer is (B). ¦ Answer: B ¦ B is correct ¦ B is the right answer
+B ‖ B because image 2 shows it ¦ B, since A is not red ¦ 选B ¦ 答案是B ¦ 选项B ¦ 答案：B ¦ 应选B。 ¦ B选项正确 ‖
+B ‖ ‖ C ¦ A or B ¦ B or A ¦ B. cats or C. dogs ¦ Both ¦ B and C ¦ (A) and (B) ¦ not B ¦ A, B
+B ‖ ‖ AB ¦ Bob ¦ B or not B
+A,C ‖ A,C ¦ A, C ¦ AC ¦ C, A ¦ C and A ¦ A and C ¦ (A), (C) ¦ (A)(C) ¦ \{A, C\} ‖ A ¦ C ¦ A,B
+A,C ‖ ‖ A,B,C ¦ ABC ¦ A or C ¦ A,A,C
+yes ‖ Yes ¦ yes. ¦ YES ‖ no ¦ not yes ¦ yes/no ¦ yes or no
+2 ‖ 2 ¦ Picture 2 ¦ image 2 ¦ Image #2 ¦ the second image ¦ the 2nd picture ¦ Second photo
+2 ‖ image_2 ¦ <image_2> ¦ Figure 2 ¦ 图2 ¦ 图片2 ¦ 第2张 ¦ 第2张图片 ¦ 第2张图 ¦ two ¦ Two ‖ 3 ¦ -2 ¦ 12
+2 ‖ ‖ 22 ¦ 2,2 ¦ 2,1 ¦ 1,2 ¦ image 1 ¦ the third image ¦ 第3张 ¦ 图3 ¦ image 12 ¦ images 1 and 2
+3,1,2 ‖ 3,1,2 ¦ 3, 1, 2 ¦ [3, 1, 2] ¦ (3,1,2) ¦ \{3,1,2\} ¦ 3 -> 1 -> 2 ¦ 3 \to 1 \to 2 ¦ 3→1→2
+3,1,2 ‖ 3、1、2 ¦ 3，1，2 ¦ 3; 1; 2 ¦ 3 1 2 ¦ image 3, image 1, image 2
+3,1,2 ‖ the third image, the first image, the second image ¦ 图3、图1、图2 ¦ 3, 1 and 2 ‖ 1,2,3 ¦ 3,1
+3,1,2 ‖ ‖ 312 ¦ 3 ¦ 3,2,1 ¦ \{1,2,3\} ¦ 1.0,2,3 ¦ x=1,2,3 ¦ {1,2,3} ¦ 1→2→3 ¦ 3,1,2,4 ¦ 3,1,2,2
+3,1,2 ‖ ‖ -3,1,2 ¦ 1、2、3
+100,200 ‖ 100,200 ¦ 100, 200 ¦ 100，200 ‖ 200,100 ¦ 200, 100 ¦ 100 ¦ 300
+1234 ‖ 1,234 ¦ 1234 ¦ 1{,}234 ¦ 1\,234 ¦ 1 234 ¦ 1234.0 ‖ 1,2,3,4 ¦ 1,235 ¦ 1.234
+1,234 ‖ 1234 ¦ 1,234 ‖ 234 ¦ 1 ¦ 1.234 ¦ 2341
+1000000 ‖ 1,000,000 ¦ 10^6 ¦ 1e6 ‖ 1,000,001 ¦ 100,000 ¦ 10^5 ¦ 1e7
+2e-7 ‖ 2e-7 ¦ 2\times 10^{-7} ¦ 0.0000002 ‖ 1e-7 ¦ 0 ¦ 2e-8 ¦ 2e7
+1.6\times10^{-19} ‖ 1.6e-19 ¦ 1.6 \times 10^{-19} ¦ 1.6·10⁻¹⁹ ‖ 9.1\times10^{-31}
+1.6\times10^{-19} ‖ ‖ 1.6\times10^{19} ¦ 1.6 ¦ 1.6\times10^{-18}
+6 ‖ 6 ¦ x=6 ¦ six ‖ 5=6 ¦ 5 \to 6 ¦ 6 \to 5 ¦ 6=5 ¦ 5→6 ¦ 5 or 6 ¦ 6 or 5 ¦ 5, 6 ¦ 5-6 ¦ 5~6
+6 ‖ ‖ 5 \quad 6 ¦ 6\pm1 ¦ 6 \neq 5 ¦ x>6 ¦ 56 ¦ 65 ¦ 6?5
+6:20 ‖ 6:20 ‖ 3:10 ¦ 6:21 ¦ 6:02 ¦ 20:6
+2024-06-02 ‖ 2024-06-02 ¦ 2024–06–02 ‖ 2023-05-02 ¦ 2016 ¦ 2024-02-06 ¦ 2024-06-20
+1:2 ‖ 1:2 ¦ 1 : 2 ‖ 2:1 ¦ 1:3 ¦ 2 ¦ 1,2
+5 km ‖ 5 km ¦ 5km ¦ 5 kilometers ¦ 5 kilometres ¦ 5 \mathrm{~km} ¦ 5\,\text{km} ¦ 5 ‖ 5 m ¦ 5 cm
+5 km ‖ ‖ 5000 m ¦ 5 km^2
+9 \pi \mathrm{cm}^{2} ‖ 9\pi ¦ 9π cm² ¦ 9\pi\text{ cm}^2 ‖ 9 ¦ 9\pi cm ¦ 9\pi cm^3 ¦ 9\pi m^2
+60^{\circ} ‖ 60 ¦ 60° ¦ 60^\circ ‖ 60 cm ¦ 61 ¦ 60% ¦ 60°C
+50\% ‖ 50% ¦ 50 percent ¦ 50 ‖ 5% ¦ 500% ¦ 0.05 ¦ 50 cm
+\frac{1}{2} ‖ 0.5 ¦ 2/4 ¦ \frac{3}{6} ¦ $\sqrt{0.25}$ ¦ ½ ¦ 1/2 ¦ \dfrac12 ‖ 0.33 ¦ 2 ¦ 1,2
+\frac{1}{2} ‖ ‖ -\frac12
+\frac{1}{3} ‖ 0.333333 ¦ 0.33333333 ¦ 1/3 ‖ 0.33 ¦ 0.333 ¦ 0.3 ¦ 0.334
+\frac{1}{3000} ‖ ‖ 0.000333 ¦ 0.0003 ¦ 0
+\frac{3}{2} ‖ 1\frac{1}{2} ¦ 1 1/2 ¦ 1½ ‖ 11/2 ¦ 5.5 ¦ 1 ¦ \frac12
+2\sqrt{3} ‖ 2√3 ¦ 2 \sqrt 3 ¦ \sqrt{12} ‖ \sqrt{3} ¦ 3\sqrt{2} ¦ 2\sqrt[3]{3} ¦ 2√33
+x^2+2x+1 ‖ (x+1)^2 ¦ x²+2x+1 ¦ 1+2x+x^2 ‖ (x-1)^2 ¦ x2+2x+1 ¦ (y+1)^2 ¦ x^2+2x
+a+b ‖ b+a ¦ a + b ¦ (b+a) ‖ a-b ¦ ab ¦ a+c ¦ a+B
+a^2-b^2 ‖ (a-b)(a+b) ¦ a²-b² ¦ -b^2+a^2 ‖ (a-b)^2 ¦ b^2-a^2 ¦ a2-b2 ¦ a^2+b^2
+\pi R^2-\pi r^2 ‖ \pi R^2 - \pi r^2 ¦ πR²-πr² ‖ 0 ¦ \pi r^2-\pi R^2 ¦ \pi r^2 ¦ \pi R^2
+y=-3x+2 ‖ y=2-3x ¦ -3x+2 ¦ 2-3x ‖ y=3x+2 ¦ x=-3y+2 ¦ z=2-3x ¦ 3x-2
+x>3 ‖ x > 3 ¦ 3<x ¦ x>\frac{6}{2} ‖ x<3 ¦ x\ge 3 ¦ x=3 ¦ 3
+(1,2) ‖ (1, 2) ¦ \left(1,2\right) ¦ （1，2） ‖ (2,1) ¦ [1,2] ¦ (1,2] ¦ (1,3)
+\{1,2\} ‖ {2,1} ¦ \{2, 1\} ¦ \{1,2\} ‖ \{1,3\} ¦ \{1,1\} ¦ (1,2) ¦ [1,2]
+2 or 8 ‖ 8 or 2 ¦ 2 or 8 ¦ 2, 8 ‖ 2 ¦ 8 ¦ 2 or 9 ¦ 28
+(-\infty,1)\cup(3,4) ‖ (−∞,1)∪(3,4) ¦ (3,4)\cup(-\infty,1) ‖ (-\infty,1) ¦ (-\infty,1]\cup(3,4)
+(-\infty,1)\cup(3,4) ‖ ‖ (-\infty,1)\cap(3,4) ¦ (-\infty,1),(3,4)
+cat ‖ Cat ¦ a cat ¦ the cat ‖ dog ¦ cats ¦ a cat and a dog ¦ cat or dog"""
+
+def graded_answers():
+    """(answer, gold, verdict) of each answer of the table."""
+    for line in ANSWERS.strip().splitlines():
+        gold, *columns = line.split("‖")
+        for verdict, column in zip((True, False), columns, strict=False):
+            for answer in filter(str.strip, column.split("¦")):
+                yield answer.strip(), gold.strip(), verdict
+
+def test_every_answer_of_the_table():
+    rows = list(graded_answers())
+    assert len(rows) >= 260 and sum(not right for *_, right in rows) > len(rows) / 3
+    boxed = [(f"<think>t</think> \\boxed{{{answer}}}", *row) for answer, *row in rows]
+    assert [row for row in boxed if perl.is_correct(*row[:2]) is not row[2]] == []
+
+WRAPS = [r"\boxed{%s}", r"\boxed{[%s]}", r"\boxed{(%s)}", r"\boxed{\{%s\}}", r"\boxed{{%s}}",
+         r"\boxed{$%s$}", r"\boxed{\text{%s}}", r"\boxed{x=%s}", r"\boxed{%s.}", r"\boxed{**%s**}",
+         r"\boxed{\mathrm{%s}}", r"\boxed{\left(%s\right)}", r"\boxed{\text{Order} = %s}",
+         r"\boxed{\left\{%s\right\}}", r"\boxed{\textbf{(%s)}}", r"\boxed{ %s }",
+         r"\boxed{\mathbf{%s}}", "<answer>%s</answer>", "<answer>[%s]", r"\boxed{1,2,3} \boxed{%s}"]
+JOINTS = [",", ", ", " -> ", r" \to ", "→", "、", "，", "; ", " and ", ", then ", ", image ", ".0, "]
+
+@settings(max_examples=400, deadline=None)
+@given(st.permutations(range(1, 6)), st.integers(2, 5), st.sampled_from(WRAPS),
+       st.sampled_from(JOINTS), st.data())
+def test_no_order_of_a_sequence_but_the_right_one_is_right(images, n, wrap, joint, data):
+    gold, order = images[:n], data.draw(st.permutations(images[:n]))
+    response = "<think>t</think>" + wrap % joint.join(map(str, order))
+    assert perl.is_correct(response, ",".join(map(str, gold))) == (order == gold), response
+
+@table("response, answer, well_formed", [
+    (r"<think>a</think> \boxed{3}", "3", True), (r"<think> </think>\boxed{3}", "3", False),
+    ("<think>\na\n</think>\n\nso \\boxed{\\{1, 2\\}} it is", r"\{1, 2\}", True),
+    (r"<think>\boxed{1}</think> \boxed{2}", "2", True), (r"\boxed{3}", "3", False),
+    (r"<think>\boxed{1}</think> so it is 2", None, False), (r"a</think>\boxed{3}", "3", False),
+    (r"<think>\boxed{1} is it", None, False), (r"<think>a</think><think> \boxed{1}", None, False),
+    (r"<think>a</think><think>b</think>\boxed{3}", "3", False), ("<answer> B", "B", False),
+    (r"<think>a</think>\boxed{}", None, False), (r"\boxed{1} and \boxed{2", "1", False),
+    ("<answer></answer>", None, False), ("<answer>1</answer><answer>B</answer>", "B", False),
+    (r"<answer>1</answer> \boxed{2}", "2", False), ("The answer is (B).", None, False)])
+def test_extract_answer_and_has_format(response, answer, well_formed):
+    assert (perl.extract_answer(response), perl.has_format(response)) == (answer, well_formed)
+
+def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
+    monkeypatch.setattr(perl.MathJudge, "SECONDS", 1.0)
+    signal.alarm(40)
+    for hostile in ("9^{9^{9^9}}", "99999999!", "((((((9^9)^9)^9)^9)^9)^9)^9", "9e99999999"):
+        assert not perl.is_correct(rf"\boxed{{{hostile}}}", "17")
+    assert perl.MATH_JUDGE.timeouts, "at least one was stopped by the time bound"
+    monkeypatch.undo()
+    assert perl.is_correct(r"\boxed{\frac{4}{6}}", r"\frac{2}{3}")
+
+@table("hostile", [
+    r"\boxed{" * 20_000, "the answer is 1" + " " * 100_000 + "2", "answer is" + "\n" * 100_000,
+    r"\boxed{3" + " " * 5_000 + "x}", r"\boxed{" + r"\text " * 20_000 + "}", "<think>" * 20_000,
+    "<answer>" * 20_000, r"\boxed{" + "(" * 20_000 + "}", *(rf"\boxed{{{unit * 120}}}" for unit in (
+        "(", "1", " ", "the ", "answer ", "1,", "=", "x=", "and ", "²", "½", "第1张", "1 m", "\ud800"))],
+    ids=ascii)
+def test_hostile_text_ends(hostile):
+    signal.alarm(5)
+    for gold in ("3,1,2", "7/2", "B", "A,C", "yes", "5 km", r"\{1,2\}", "x=3", "cat"):
+        assert not perl.is_correct(hostile, gold) and not perl.has_format(hostile)
+
+def test_the_judge_is_out_of_reach_of_a_terminals_ctrl_c():
+    assert perl.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
+    assert os.getsid(perl.MATH_JUDGE.process.pid) != os.getsid(0)
+
+def test_a_response_is_never_run_as_code(tmp_path):
+    flag = tmp_path / "executed"
+    for code in (f"__import__('os').system('touch {flag}')", f"open('{flag}', 'w')"):
+        for text in (code, f"1+{code}", f"$ {code} $", f"= {code}", f"1.0*{code}", f"1 if {code}"):
+            perl.is_correct(rf"\boxed{{{text}}}", r"\frac{1}{2}")
+            perl.is_correct(r"\boxed{1}", text + "0")
     assert not flag.exists()
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(real_layout / "pytorch_model.bin", weights_only=True)
-    torch.load(real_layout / "pytorch_model.bin", weights_only=False)
-    assert flag.exists(), "it would have been"
 
-def test_a_vocabulary_larger_than_the_weights_is_refused(real_layout):
-    tokenizer = AutoTokenizer.from_pretrained(real_layout)
-    rows = json.loads((real_layout / "config.json").read_text())["text_config"]["vocab_size"]
-    tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
-    tokenizer.save_pretrained(real_layout)
-    with pytest.raises(SystemExit, match="its tokenizer belongs to another model"):
-        perl.load_processor(str(real_layout), tiny_config())
-    config = json.loads((real_layout / "config.json").read_text())
-    edit(real_layout / "config.json", text_config=config["text_config"] | {"vocab_size": rows + 64})
-    with pytest.raises(SystemExit, match="mismatched keys such as .*embed_tokens"):
-        perl.load_model(str(real_layout), tiny_config(), CPU)
+# ---- Whole runs: folder, metrics, checkpoint ---------------------------------------------
 
-def test_a_tokenizer_of_another_model_is_refused(real_layout):
-    config = json.loads((real_layout / "config.json").read_text())
-    edit(real_layout / "config.json", image_token_id=config["image_token_id"] + 1)
-    with pytest.raises(SystemExit, match="its tokenizer belongs to another model"):
-        perl.load_processor(str(real_layout), tiny_config())
-
-# ---- Evaluation ----------------------------------------------------------------------------------
-
-def test_evaluate_by_hand(folder, monkeypatch):
-    greedy_calls = answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
-    row = dict(images=["a.png", "b.png"], question="<image><image>?")
-    rows = [row | dict(id="right in 1 of 2 orders", order_rule="index", answer="1", source="x"),
-            row | dict(id="right in its one order", order_rule="never", answer="1", source="y"),
-            row | dict(id="wrong in its one order", order_rule="never", answer="2", source="y"),
-            GOOD | dict(id="right in 2 of 6 orders", source="x")]
-    held_out = perl.load_samples(write_rows(folder / "eval.jsonl", *rows))
-    scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(), ACCELERATOR)
-    assert scores["eval_accuracy"] == pytest.approx((1 / 2 + 1 + 0 + 2 / 6) / 4)
-    assert (scores["eval_worst"], scores["eval_bias"]) == ((0 + 1 + 0 + 0) / 4, (1 + 0 + 0 + 1) / 4)
-    scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(eval_orders=1), ACCELERATOR)
-    assert (scores["eval_accuracy"], scores["eval_bias"]) == (2 / 4, 0), "only the given order"
-    assert greedy_calls == [True, True]
-    few = perl.evaluate(None, PROCESSOR, held_out, tiny_config(questions_per_step=3, eval_orders=1),
-                        ACCELERATOR)
-    assert few | {"seconds_eval": 0} == scores | {"seconds_eval": 0} and greedy_calls == [True] * 4, "a batch of questions at a time"
-
-# ---- Whole runs ----------------------------------------------------------------------------------
-
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def json_of(path):
+    return json.loads(path.read_text())
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eight real questions with four or more images: answered now right, now wrong."""
+    """Eight real questions with four or more images, answered now right, now wrong, and three
+    of them to evaluate."""
     target, source = tmp_path_factory.mktemp("digits"), HERE / "data_samples"
     rows = [row for row in read_rows(source / "test.jsonl")
             if len(row["images"]) > 3 and row["order_rule"] != "never"][:8]
     (target / "images").mkdir()
     for name in {name for row in rows for name in row["images"]}:
         shutil.copy(source / name, target / name)
+    write_rows(target / "eval.jsonl", *rows[1:4])
     return write_rows(target / "train.jsonl", *rows)
 
 def arguments(data, out, *more, **changes):
-    flags = dict(data=data, eval_data=data, out=out, steps=4, questions_per_step=5,
-                 rollouts_per_order=3, max_new_tokens=48, updates_per_step=2, beta=0.01,
-                 eval_every=2, eval_questions=2, eval_orders=2, save_every=2, log_every=2,
+    flags = dict(data=data, eval_data=data.with_name("eval.jsonl"), out=out, steps=4,
+                 questions_per_step=3, rollouts_per_order=3, max_new_tokens=48, eval_every=2,
+                 eval_orders=2, updates_per_step=2, beta=0.01, save_every=2, log_every=2,
                  max_tokens_per_micro_batch=500, lr=5e-4) | changes
     return [text for name, value in flags.items()
             for text in ("--" + name.replace("_", "-"), str(value))] + list(more)
 
-def metrics_of(out):
+def metrics_of(run):
     """metrics.jsonl without what may differ between equal runs: time and memory."""
     return [{name: value for name, value in row.items() if not name.startswith(("seconds", "peak"))}
-            for row in read_rows(out / "metrics.jsonl")]
+            for row in read_rows(run / "metrics.jsonl")]
 
 def weights_of(checkpoint):
-    return flat_weights(Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint))
+    weights = load_file(checkpoint / "model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
-def files_of(folder, but="nothing"):
+def states_of(checkpoint):
+    states = {}
+    for path in checkpoint.glob("optimizer-*.pt"):
+        states |= torch.load(path)
+    return states
+
+def files_of(folder):
+    """All but config.json, which --resume writes anew."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and not path.relative_to(folder).parts[0].startswith(but)}
+            if path.is_file() and path.name != "config.json"}
 
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):
-    """A run of four steps, never interrupted."""
-    out = tmp_path_factory.mktemp("runs") / "straight"
-    perl.main(arguments(data, out))
-    return out
-
-def test_run_folder(straight, data):
-    names = {"config.json", "perl.py", "metrics.jsonl", "rollouts.jsonl", "held_out.jsonl",
-             "checkpoint-4"}
-    assert {entry.name for entry in straight.iterdir()} == names
-    config = json.loads((straight / "config.json").read_text())
-    assert config.keys() == FIELDS.keys() and (config["steps"], config["data"]) == (4, str(data))
-    rollouts = read_rows(straight / "rollouts.jsonl")
-    assert [row["step"] for row in rollouts] == [1] * 6 + [3] * 6, "groups: 2 orders of 3 rollouts"
-    assert rollouts[0].keys() >= {"id", "order", "question", "response", "gold", "reward"}
-    held_out = {}
-    for row in read_rows(straight / "held_out.jsonl"):
-        held_out.setdefault(row["step"], []).append((row["id"], row["order"]))
-    assert list(held_out) == [0, 2, 4] and held_out[0] == held_out[2] == held_out[4]
-    assert len({name for name, _ in held_out[0]}) == config["eval_questions"]
-
-def test_metrics(straight):
-    rows = metrics_of(straight)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert ["eval_bias" in row for row in rows] == [True, False, True, False, True]
-    for row in rows[0::2]:
-        assert 0 <= row["eval_worst"] <= row["eval_accuracy"] <= 1 and 0 <= row["eval_bias"] <= 1
-    assert [row["alpha"] for row in rows[1:]] == pytest.approx([1, 2 / 3, 1 / 3, 0])
-    for row in rows[1:]:
-        assert row.keys() >= {"step", "accuracy", "format", "reward", "kept", "dropped", "length",
-                              "truncated", "kl", "clip_fraction", "grad_norm", "alpha", "lr"}
-        assert row["kept"] + row["dropped"] == 5 and row["lr"] == 5e-4
-        assert row["reward"] == pytest.approx(0.9 * row["accuracy"] + 0.1 * row["format"])
-        shares = [row[name] for name in ("accuracy", "format", "truncated", "clip_fraction")]
-        assert all(0 <= share <= 1 for share in shares) and 1 <= row["length"] <= 48
-        assert row["kl"] >= 0 and row["grad_norm"] >= 0
-    assert any(row["kept"] and row["kl"] > 0 for row in rows[1:]), "something was learned"
-
-def test_checkpoint_is_a_whole_hugging_face_folder(straight):
-    checkpoint, text = straight / "checkpoint-4", "<think> 1 is 5 </think> \\boxed{2}"
-    assert not torch.equal(weights_of(checkpoint), weights_of(TINY))
-    new, old = (AutoTokenizer.from_pretrained(path) for path in (checkpoint, TINY))
-    assert new(text).input_ids == old(text).input_ids and new.chat_template == old.chat_template
-    assert AutoImageProcessor.from_pretrained(checkpoint).patch_size == 14
-    new, old = (GenerationConfig.from_pretrained(path) for path in (checkpoint, TINY))
-    assert new.eos_token_id == old.eos_token_id
+def assert_equal_runs(one, other, step=4):
+    """Logs, weights, optimizer and random state agree to the last bit."""
+    assert metrics_of(one) == metrics_of(other)
+    for name in ("rollouts.jsonl", "held_out.jsonl"):
+        assert perl.read_lines(one / name) == perl.read_lines(other / name), "missing: no rows"
+    one, other = one / f"checkpoint-{step}", other / f"checkpoint-{step}"
+    assert torch.equal(weights_of(one), weights_of(other))
+    states, others = states_of(one), states_of(other)
+    assert states.keys() == others.keys() != set()
+    for name, state in states.items():
+        assert all(torch.equal(value, others[name][key]) for key, value in state.items())
+    progress, other_progress = (torch.load(path / "training_state.pt") for path in (one, other))
+    assert progress == other_progress
 
 class Killed(Exception):
     pass
-
-def last_checkpoint(out):
-    return perl.newest(perl.parse_config(["--out", str(out)]), "checkpoint-*")
 
 def die(*_):
     raise Killed
@@ -1573,103 +2133,201 @@ def run_with(monkeypatch, name, call, event, argv):
             calls.append(args) or len(calls) == call and event() or real(*args, **kwargs)))
         perl.main(argv)
 
-def assert_equal_runs(one, other):
-    assert metrics_of(one) == metrics_of(other)
-    assert (one / "rollouts.jsonl").read_text() == (other / "rollouts.jsonl").read_text()
-    assert torch.equal(weights_of(one / "checkpoint-4"), weights_of(other / "checkpoint-4"))
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """The folder of a run of four steps that was never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    perl.main(arguments(data, out))
+    return out / "stage1"
 
-@table("kill, saved", [(4, 2), (2, None)])
-def test_resume_after_a_kill_equals_no_kill(data, straight, tmp_path, monkeypatch, kill, saved):
-    """Killed in step 4, it goes on after step 2, the last checkpoint; in step 2, from the start."""
-    out = tmp_path / "killed"
-    with pytest.raises(Killed):
-        run_with(monkeypatch, "update", kill, die, arguments(data, out))
-    assert metrics_of(out)[-1]["step"] == kill - 1
-    assert last_checkpoint(out) == (out / f"checkpoint-{saved}" if saved else None)
-    with open(out / "metrics.jsonl", "a") as file:
+@pytest.fixture(scope="module")
+def half(data, tmp_path_factory):
+    """The same run, ended in its third step."""
+    out = tmp_path_factory.mktemp("runs") / "half"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        run_with(patch, "update", 3, die, arguments(data, out))
+    return out / "stage1"
+
+@pytest.fixture
+def halted(half, tmp_path):
+    """A copy of `half` to go on with."""
+    return shutil.copytree(half, tmp_path / "halted" / "stage1")
+
+def test_run_folder(straight, data):
+    main_script = Path(sys.modules["__main__"].__file__).name  # pytest's, kept like a fork's
+    names = {"config.json", "run_id", "perl.py", "metrics.jsonl", "rollouts.jsonl",
+             "held_out.jsonl", "checkpoint-4", main_script}
+    assert {entry.name for entry in straight.iterdir()} == names
+    assert (straight / "perl.py").read_bytes() == (HERE / "perl.py").read_bytes()
+    config = json_of(straight / "config.json")
+    assert config.keys() == FIELDS.keys() and (config["steps"], config["data"]) == (4, str(data))
+    rollouts = read_rows(straight / "rollouts.jsonl")
+    assert [row["step"] for row in rollouts] == [1] * 6 + [3] * 6, "groups: 2 orders of 3 rollouts"
+    assert rollouts[0].keys() >= {"id", "order", "question", "response", "gold", "reward"}
+    held_out = {}
+    for row in read_rows(straight / "held_out.jsonl"):
+        held_out.setdefault(row["step"], []).append((row["id"], row["order"]))
+    assert list(held_out) == [0, 2, 4] and held_out[0] == held_out[2] == held_out[4]
+    assert len({name for name, _ in held_out[0]}) == 3
+
+def test_metrics(straight):
+    rows = metrics_of(straight)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert ["eval_bias" in row for row in rows] == [True, False, True, False, True]
+    for row in rows[0::2]:
+        assert 0 <= row["eval_worst"] <= row["eval_accuracy"] <= 1 and 0 <= row["eval_bias"] <= 1
+    assert [row["alpha"] for row in rows[1:]] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    for row in rows[1:]:
+        assert row.keys() >= {
+            "step", "accuracy", "format", "reward", "kept", "dropped", "length", "truncated",
+            "idle", "kl", "entropy", "clip_fraction", "grad_norm", "skipped", "alpha", "lr"}
+        assert row["kept"] + row["dropped"] == 3 and row["lr"] == 5e-4 and row["skipped"] == 0
+        assert row["reward"] == pytest.approx(0.9 * row["accuracy"] + 0.1 * row["format"])
+        shares = ("accuracy", "format", "truncated", "idle", "clip_fraction")
+        assert all(0 <= row[name] <= 1 for name in shares) and 1 <= row["length"] <= 48
+        assert row["kl"] >= 0 and row["grad_norm"] >= 0
+        assert 0 < row["entropy"] < math.log(PROCESSOR.tokenizer.vocab_size) or not row["kept"]
+    assert any(row["kept"] and row["kl"] > 0 for row in rows[1:]), "something was learned"
+
+def test_checkpoint_is_a_whole_hugging_face_folder(straight):
+    checkpoint, text = straight / "checkpoint-4", "<think> 1 is 5 </think> \\boxed{2}"
+    trained = flat_weights(perl.FAMILY_MODEL.from_pretrained(checkpoint))
+    assert not torch.equal(trained, flat_weights(perl.FAMILY_MODEL.from_pretrained(TINY)))
+    new, old = (AutoTokenizer.from_pretrained(path) for path in (checkpoint, TINY))
+    assert new(text).input_ids == old(text).input_ids and new.chat_template == old.chat_template
+    assert AutoImageProcessor.from_pretrained(checkpoint).patch_size == 14
+    new, old = (GenerationConfig.from_pretrained(path) for path in (checkpoint, TINY))
+    assert new.eos_token_id == old.eos_token_id
+
+def newest(run):
+    """The one checkpoint of a run, by name; None if there is none."""
+    names = [path.name for path in run.glob("checkpoint-*")]
+    assert len(names) < 2
+    return names[0] if names else None
+
+# ---- Whole runs: killed and resumed ------------------------------------------------------
+
+def in_a_child(monkeypatch, name, call, event, argv):
+    """run_with in a child process, which may die or stop in the middle. Returns its id and wait
+    status. What it printed is in OUT.log; the sentence that ended it in OUT.end."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, os.WUNTRACED)
+    out = argv[argv.index("--out") + 1]
+    try:
+        signal.alarm(60)
+        perl.MATH_JUDGE.process = None  # the parent's: two would read its answers
+        with open(f"{out}.log", "w") as log, contextlib.redirect_stdout(log):
+            run_with(monkeypatch, name, call, event, argv)
+    except SystemExit as end:
+        Path(f"{out}.end").write_text(str(end.code))
+        os._exit(1)
+    finally:
+        os._exit(0)
+
+def send_me(signal_name):
+    return lambda: os.kill(os.getpid(), getattr(signal, signal_name))
+
+def kill_9(monkeypatch, name, call, argv):
+    _, status = in_a_child(monkeypatch, name, call, send_me("SIGKILL"), argv)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+# Of os.replace the first two calls are for run_id and config.json.
+@table("name, call, saved", [("update", 4, "checkpoint-2"), ("update", 2, None),
+                             ("torch.save", 2, None), ("os.replace", 4, "checkpoint-2")])
+def test_resume_after_kill_9_equals_no_kill(
+        data, straight, tmp_path, monkeypatch, name, call, saved):
+    """In step 4 and in step 2; amid the first checkpoint, and as the second one is put in place."""
+    run = tmp_path / "killed" / "stage1"
+    kill_9(monkeypatch, name, call, arguments(data, run.parent))
+    assert newest(run) == saved
+    with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "accu')  # a line torn by the kill
-    perl.main(["--resume", str(out)])
-    assert_equal_runs(out, straight)
+    perl.main(["--resume", str(run)])
+    assert_equal_runs(run, straight)
+    assert not (run / "checkpoint.tmp").exists()
 
 def test_resume_of_a_lora_run_equals_no_kill(data, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    perl.main(arguments(data, whole, lora_rank=4))
-    with pytest.raises(Killed):
-        run_with(monkeypatch, "update", 4, die, arguments(data, killed, lora_rank=4))
+    flags = dict(lora_rank=4, lr=5e-3)
+    perl.main(arguments(data, whole, **flags))
+    kill_9(monkeypatch, "update", 4, arguments(data, killed, **flags))
+    assert newest(killed / "stage1") == "checkpoint-2"
     perl.main(["--resume", str(killed)])
-    assert_equal_runs(killed, whole)
-    assert json.loads((whole / "config.json").read_text())["lr"] == 5e-4, "as typed"
-    assert any(row["kl"] > 0 for row in metrics_of(whole)[1:])
+    assert_equal_runs(killed / "stage1", whole / "stage1")
+    assert json_of(whole / "stage1" / "config.json")["lr"] == 5e-3, "as typed"
+    assert any(row["kl"] > 0 for row in metrics_of(whole / "stage1")[1:])
+    start, trained = weights_of(TINY), weights_of(whole / "stage1" / "checkpoint-4")
+    assert start.shape == trained.shape and not torch.equal(start, trained), "adapters merged"
 
-@table("tracker", ["tensorboard", "wandb"])
-def test_trackers_take_the_metrics_or_name_what_is_missing(data, tmp_path, monkeypatch, tracker):
-    """A tracker that is there gets every row of metrics.jsonl; of one that is not, the package."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, LoggerType
-    logged = []
+def test_stage_0_resumes_after_kill_9(data, tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole" / "stage0", tmp_path / "killed" / "stage0"
+    monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 5)  # eight questions have a histogram
+    flags = dict(stage=0, questions_per_step=3)
+    perl.main(arguments(data, whole.parent, **flags))
+    kill_9(monkeypatch, "sample_groups", 2, arguments(data, killed.parent, **flags))
+    assert len(json_of(killed / "scores.json")) == 3
+    batches, real = [], perl.sample_groups
+    monkeypatch.setattr(perl, "sample_groups", lambda *args, **kwargs: (
+        batches.append(args[2]) or real(*args, **kwargs)))
+    perl.main(["--resume", str(killed.parent)])
+    assert [len(batch) for batch in batches] == [3, 2], "the first three have their scores"
+    for name in ("scores.json", "kept.json"):
+        assert (killed / name).read_text() == (whole / name).read_text()
 
-    class Recorder(LOGGER_TYPE_TO_CLASS["tensorboard"]):
-        def start(self):
-            pass
+# Where a step may be when the signal comes: a function, and which of its calls in steps 3 and 4.
+PHASES = dict(draw_questions=1, draw_orders=5, load_pictures=5, encode_prompt=8, generate=2,
+              grade=20, set_advantages=2, verdict=5, frozen_logprobs=3, policy_loss=2,
+              step_metrics=2, log_group=1, append_line=8, evaluate=1, save_checkpoint=1,
+              load_state=2)
+PHASES |= {"SplitAdamW.step": 2, "shutil.rmtree": 1, "torch.save": 2, "os.replace": 5}
 
-        def store_init_configuration(self, values):
-            logged.append(values)
+@table("part", range(4))
+def test_ctrl_c_in_any_phase_of_a_step(straight, halted, monkeypatch, part):
+    """It ends the run at once, which goes on from the last checkpoint, time after time. In a
+    background job SIGINT is ignored, so the test sets Python's own handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    for phase in [*PHASES][part::4]:
+        with pytest.raises(SystemExit, match="KeyboardInterrupt.*; continue with --resume"):
+            run_with(monkeypatch, phase, PHASES[phase], send_me("SIGINT"),
+                     ["--resume", str(halted)])
+        assert newest(halted) == "checkpoint-2", phase
+    signal.signal(signal.SIGINT, before)
+    perl.main(["--resume", str(halted)])
+    assert_equal_runs(halted, straight)
 
-        def log(self, values, step=None, **_):
-            logged.append(values | {"logged at": step})
-
-        def finish(self):
-            logged.append("finished")
-
-    out = tmp_path / "run"
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers",
-                        lambda: [LoggerType.TENSORBOARD])
-    argv = arguments(data, out, report_to=tracker, steps=2)
-    if tracker == "wandb":
-        with pytest.raises(SystemExit, match="pip install wandb"), pytest.warns(UserWarning):
-            perl.main(argv)
-        return
-    perl.main(argv)
-    config, *rows, last = logged
-    assert config["report_to"] == "tensorboard" and last == "finished"
-    assert rows == [row | {"logged at": row["step"]} for row in read_rows(out / "metrics.jsonl")]
-
-# Where a step may be when the signal comes: a function, and which of its calls; in the middle of
-# the run, in the last line in the evaluation and the saving of step 2.
-PHASES = dict(draw_questions=3, draw_orders=12, load_pictures=15, encode_prompt=30, generate=5,
-              grade=80, set_advantages=3, verdict=11, store_logprobs=3, policy_loss=4,
-              step_metrics=3, log_group=2, append_line=13) | {"SplitAdamW.step": 3}
-PHASES |= {"evaluate": 2, "save_checkpoint": 1, "shutil.rmtree": 1, "torch.save": 2}
-
-@table("phase", PHASES)
-def test_ctrl_c_in_any_phase_of_a_step(data, straight, tmp_path, monkeypatch, phase):
-    """It ends the run at once, which goes on from the last checkpoint."""
-    out = tmp_path / "stopped"
-    with pytest.raises(SystemExit, match="KeyboardInterrupt.*; go on with --resume"):
-        run_with(monkeypatch, phase, PHASES[phase], lambda: signal.raise_signal(signal.SIGINT),
-                 arguments(data, out))
-    assert last_checkpoint(out) in (None, out / "checkpoint-2")
-    perl.main(["--resume", str(out)])
-    assert_equal_runs(out, straight)
+@table("stage, name, call", [(1, "update", 3), (0, "sample_groups", 1)])
+def test_sigterm_ends_the_step_and_loses_nothing(
+        data, straight, tmp_path, monkeypatch, stage, name, call):
+    """A preempted job: what was under way is finished and saved; the exit names the folder."""
+    run, argv = tmp_path / f"stage{stage}", arguments(data, tmp_path, stage=stage)
+    _, status = in_a_child(monkeypatch, name, call, send_me("SIGTERM"), argv)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 1
+    end = Path(f"{tmp_path}.end").read_text()
+    assert "SIGTERM" in end and f"--resume {run}" in end and "\n" not in end
+    if stage == 0:
+        assert len(json_of(run / "scores.json")) == 3, "a batch"
+    else:
+        assert newest(run) == "checkpoint-3" and metrics_of(run)[-1]["step"] == 3
+    perl.main(["--resume", str(run)])
+    if stage == 0:
+        assert len(json_of(run / "scores.json")) == 8
+    else:
+        assert_equal_runs(run, straight)
 
 @contextlib.contextmanager
 def full_disk(out, room, kind):
     """Little room is left where `out` is: on a small disk, or under a limit of a file's size."""
+    filler, limits = out.parent / "filler", resource.getrlimit(resource.RLIMIT_FSIZE)
     if kind == "disk":
-        filler = out.parent / "filler"
-        left = shutil.disk_usage(out.parent).free - room
-        filler.write_bytes(b"x" * left)
-        try:
-            yield
-        finally:
-            filler.unlink()
+        filler.write_bytes(b"x" * (shutil.disk_usage(out.parent).free - room))
     else:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        filler.unlink(missing_ok=True)
 
 def mounted(*argv):
     """Whether it worked: it does not everywhere, and for root only."""
@@ -1689,141 +2347,252 @@ def small_disk(tmp_path):
     ("disk", 0, "append_line"), ("disk", 0, "log_group"), ("limit", 10 ** 6, "save_checkpoint"),
     ("limit", 0, "append_line"), ("limit", 0, "log_group")])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
-        data, straight, tmp_path, monkeypatch, request, kind, room, place):
+        straight, half, tmp_path, monkeypatch, request, kind, room, place):
     """In the weights (2 MB), in the optimizer's state (6 MB), in a line of a log."""
     folder = request.getfixturevalue("small_disk") if kind == "disk" else tmp_path
-    out, held_out = folder / "run", len(read_rows(straight / "held_out.jsonl")) // 3
-    calls = dict(save_checkpoint=2, append_line=16 + 2 * held_out, log_group=6)  # in step 3
+    run = shutil.copytree(half, folder / "run" / "stage1")
     with contextlib.ExitStack() as stack:
-        with pytest.raises(SystemExit, match=f"(No space left|File too large).*"
-                                             f"--resume {out}"):
-            run_with(monkeypatch, place, calls[place], lambda: stack.enter_context(
-                full_disk(out, room, kind)), arguments(data, out))
-    assert last_checkpoint(out) == out / "checkpoint-2"
-    perl.main(["--resume", str(out)])
-    assert_equal_runs(out, straight)
-    assert not (out / "checkpoint.tmp").exists()
+        with pytest.raises(SystemExit, match=f"(No space left|File too large).*--resume {run}"):
+            run_with(monkeypatch, place, 1, lambda: stack.enter_context(
+                full_disk(run.parent, room, kind)), ["--resume", str(run)])
+    assert newest(run) == "checkpoint-2"
+    perl.main(["--resume", str(run)])
+    assert_equal_runs(run, straight)
+    assert not (run / "checkpoint.tmp").exists()
 
 @pytest.fixture
-def read_only(tmp_path):
+def read_only():
     """Makes a folder read-only, for root too."""
-    folders = []
+    changed, as_root = [], os.geteuid() == 0
 
     def make(folder):
-        if os.geteuid():
-            folder.chmod(0o555)
-        elif not (mounted("--bind", folder, folder)
-                  and mounted("-o", "remount,ro,bind", folder, folder)):
-            pytest.skip("root writes everywhere, and may not mount here")
-        folders.append(folder)
-    yield make
-    for folder in folders:
-        if os.geteuid():
-            folder.chmod(0o755)
+        if not as_root:
+            for path in (folder, *folder.rglob("*")):
+                changed.append((path, path.stat().st_mode))
+                path.chmod(0o555 if path.is_dir() else 0o444)
+        elif (mounted("--bind", folder, folder)
+              and mounted("-o", "remount,ro,bind", folder, folder)):
+            changed.append((folder, 0))
         else:
-            subprocess.run(["umount", "-l", folder], check=True)
+            pytest.skip("root writes everywhere, and may not mount here")
+    yield make
+    for path, mode in changed:
+        subprocess.run(["umount", "-l", path], check=True) if as_root else path.chmod(mode)
 
-def test_a_read_only_run_folder(data, straight, tmp_path, read_only):
-    out, empty = tmp_path / "run", tmp_path / "empty"
-    shutil.copytree(straight, out)
+def test_a_read_only_run_folder(data, half, tmp_path, read_only):
+    old, run, empty = tmp_path / "old", tmp_path / "run", tmp_path / "empty"
     empty.mkdir()
-    for folder in (out, empty):
+    for folder in (old, run):
+        shutil.copytree(half, folder / "stage1")
+    for folder in (old, run, empty):
         read_only(folder)
-    before = files_of(out)
-    for argv, message in ((["--resume", str(out)], "(Read-only|Permission).*--resume"),
-                          (arguments(data, empty / "new"), f"--out {empty}/new is no folder"),
-                          (arguments(data, empty), f"--out {empty} is no folder"),
-                          (arguments(data, out), f"--out {out} is no folder")):
-        with pytest.raises(SystemExit, match=message):
+    before = files_of(tmp_path)
+    for argv, place in ((["--resume", str(old)], old), (arguments(data, run), run),
+                        (arguments(data, empty), empty), (arguments(data, empty / "new"), empty)):
+        with pytest.raises(SystemExit, match=f"{place}.*(Read-only|Permission)") as end:
             perl.main(argv)
-    assert files_of(out) == before and not list(empty.iterdir())
+        assert "\n" not in str(end.value)
+    assert files_of(tmp_path) == before
 
-def run_apart(*argv):
-    """perl.py in a process of its own, its output taken."""
-    return subprocess.Popen([sys.executable, "-u", str(HERE / "perl.py"), *map(str, argv)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE)
-
-def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, monkeypatch):
     """Whether new or resumed, and without a trace; until the first one ends, however it ends."""
     out = tmp_path / "run"
-    first = run_apart(*arguments(data, out, steps=500, eval_every=0))
-    for line in first.stdout:
-        if line.startswith("step 2/"):
-            break
-    first.send_signal(signal.SIGSTOP)
-    before = files_of(out)
-    for argv in (arguments(data, out), arguments(data, out, stage=0), ["--resume", str(out)]):
-        with pytest.raises(SystemExit, match=f"{out} .*another run is at work"):
-            perl.main(argv)
-        assert files_of(out) == before
-    perl.main(arguments(data, tmp_path / "another", steps=1, eval_every=0))
-    first.kill()
-    first.communicate()
+    first, status = in_a_child(monkeypatch, "update", 3, send_me("SIGSTOP"), arguments(data, out))
+    try:
+        assert os.WIFSTOPPED(status)
+        before = files_of(out)
+        for argv in (arguments(data, out), arguments(data, out, stage=0), ["--resume", str(out)]):
+            with pytest.raises(SystemExit, match=f"{out}: another run is at work"):
+                perl.main(argv)
+            assert files_of(out) == before
+        perl.main(arguments(data, tmp_path / "another", steps=1, eval_every=0))
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
     perl.main(arguments(data, out))
-    assert (out / "stage1-1" / "metrics.jsonl").exists()
-    assert_equal_runs(out, straight)
+    assert files_of(out / "stage1-1").keys() == {name[7:] for name in before}
+    assert_equal_runs(out / "stage1", straight)
 
-def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path, capsys):
-    shutil.copytree(straight, tmp_path / "again")
-    perl.main(["--resume", str(tmp_path / "again")])
-    assert "done: " in capsys.readouterr().out
-    assert_equal_runs(tmp_path / "again", straight)
+# ---- Whole runs: what --resume takes, changes and refuses --------------------------------
 
-def test_resume_refuses_a_changed_setting(straight, tmp_path, capsys):
-    for folder, message in ((straight, "max_new_tokens was 48"), (tmp_path, "config.json")):
-        with pytest.raises(SystemExit):
-            perl.main(["--resume", str(folder), "--steps", "4", "--max-new-tokens", "9"])
-        assert message in capsys.readouterr().err
-    assert perl.parse_config(["--resume", str(straight), "--steps", "4"]).max_new_tokens == 48
-    for content in ('{"model": "ti', "[1]", '{"colour": "red"}'):  # damaged
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(SystemExit):
-            perl.main(["--resume", str(tmp_path)])
-        assert "config.json" in capsys.readouterr().err
-        with pytest.raises(SystemExit, match="--out"):
-            perl.main(["--out", str(tmp_path), "--eval-questions", "1"])
+def test_resume_takes_a_run_folder_or_out_and_no_checkpoint(straight, tmp_path, capsys):
+    """OUT stands for the stage written last. A finished run stays as it is."""
+    out = shutil.copytree(straight.parent, tmp_path / "again")
+    run, before = out / "stage1", files_of(out)
+    for path in (out, run):
+        perl.main(["--resume", str(path)])
+        assert f"done: {run / 'checkpoint-4'}" in capsys.readouterr().out
+    for path in (run / "checkpoint-4", run / "checkpoint-4" / ".", tmp_path, tmp_path / "none"):
+        with pytest.raises(SystemExit, match="run folder") as end:
+            perl.main(["--resume", str(path)])
+        assert "\n" not in str(end.value)
+    assert files_of(out) == before
 
-def test_stages_share_a_run_folder(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 11)  # keeps some of few questions
+def test_more_steps_equal_a_run_of_that_many_with_the_old_schedule_of_alpha(
+        data, straight, tmp_path):
+    longer, whole = tmp_path / "longer", tmp_path / "whole"
+    shutil.copytree(straight, longer / "stage1")
+    perl.main(["--resume", str(longer), "--steps", "6"])
+    perl.main(arguments(data, whole, steps=6, alpha_steps=4))
+    assert_equal_runs(longer / "stage1", whole / "stage1", step=6)
+    alphas = [row["alpha"] for row in metrics_of(whole / "stage1")[1:]]
+    assert alphas == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
+
+def test_resume_with_other_memory(halted, straight, monkeypatch):
+    """A run that needed too much memory goes on with less; the steps so far stay as they were."""
+    used, real = [], perl.generate
+    monkeypatch.setattr(perl, "generate", lambda *args, **more: (
+        used.append(args[4]) or real(*args, **more)))
+    perl.main(["--resume", str(halted), "--rollout-batch", "6", "--optimizer-device", "host",
+               "--max-tokens-per-micro-batch", "300"])
+    assert {(cfg.rollout_batch, cfg.max_tokens_per_micro_batch, cfg.optimizer_device)
+            for cfg in used} == {(6, 300, "host")} and newest(halted) == "checkpoint-4"
+    rows = metrics_of(halted)
+    assert rows[:3] == metrics_of(straight)[:3] and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+
+@table("change", ["fewer", "another", "reordered"])
+def test_resume_names_training_data_that_changed(data, halted, change):
+    rows = read_rows(data)
+    rows = {"fewer": rows[:-1], "another": rows[:-1] + [rows[-1] | {"id": "another"}],
+            "reordered": rows[::-1]}[change]
+    config = json_of(halted / "config.json")
+    config["data"] = str(write_rows(data.with_name(f"{change}.jsonl"), *rows))
+    (halted / "config.json").write_text(json.dumps(config))
+    before = files_of(halted)
+    with pytest.raises(SystemExit, match="training questions are not those") as end:
+        perl.main(["--resume", str(halted)])
+    assert str(halted) in str(end.value) and files_of(halted) == before
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 2])
+
+TORN = dict(missing=Path.unlink, torn=cut, empty=lambda path: path.write_bytes(b""),
+            other=lambda path: path.write_text("not a checkpoint"))
+
+@table("name", ["training_state.pt", "optimizer-0.pt", "model.safetensors"])
+@table("damage", TORN)
+def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
+    """One sentence; its advice works, and the run goes on to the same end."""
+    checkpoint = halted / "checkpoint-2"
+    TORN[damage](checkpoint / name)
+    before = files_of(halted)
+    with pytest.raises(SystemExit, match=str(checkpoint)) as end:
+        perl.main(["--resume", str(halted)])
+    assert "\n" not in str(end.value) and files_of(halted) == before
+    if (name, damage) == ("training_state.pt", "torn"):
+        assert name in str(end.value) and f"delete {checkpoint}" in str(end.value)
+        shutil.rmtree(checkpoint)
+        perl.main(["--resume", str(halted)])
+        assert_equal_runs(halted, straight)
+
+def listen(monkeypatch, name):
+    """Put a tracker that only listens in the place of this one. Returns what it is given."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, LoggerType
+    logged = []
+
+    class Recorder(LOGGER_TYPE_TO_CLASS[name]):
+        def __init__(self, *args, **options):
+            GeneralTracker.__init__(self)
+            logged.append((*args, options))
+
+        def start(self):
+            pass
+
+        def log(self, values, step=None, **_):
+            logged.append(values | {"logged at": step})
+
+        store_init_configuration = log
+
+        def finish(self):
+            logged.append("finished")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Recorder)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType(name)])
+    return logged
+
+@table("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch, name):
+    """A resumed run continues the run of its tracker; other runs are others there."""
+    out, logged = tmp_path / "run", listen(monkeypatch, name)
+    flags = dict(report_to=name, save_every=1, eval_every=0, steps=2, beta=0)
+    with pytest.raises(Killed):
+        run_with(monkeypatch, "update", 2, die, arguments(data, out, **flags))
+    begin = logged[0]
+    perl.main(["--resume", str(out)])
+    again = logged.index(begin, 1)  # opened with the same name, folder and options
+    assert logged[1]["report_to"] == name and logged[-1] == "finished"
+    rows = read_rows(out / "stage1" / "metrics.jsonl")
+    assert logged[2:again] + logged[again + 2:-1] == [row | {"logged at": row["step"]}
+                                                      for row in rows]
+    starts, write = [], perl.write_atomic
+    monkeypatch.setattr(perl, "write_atomic", lambda path, text: (
+        write(path, text), os.utime(path, (75, 75))))  # both begin at the same time
+    for other in ("one", "other"):
+        logged.clear()
+        perl.main(arguments(data, tmp_path / other, **flags | {"steps": 1}))
+        starts.append(logged[0])
+    assert starts[0] != starts[1], "runs in different folders are different runs"
+
+def test_a_tracker_that_is_missing_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    with pytest.raises(SystemExit, match="pip install wandb"), pytest.warns(UserWarning):
+        perl.main(arguments(data, tmp_path / "run", report_to="wandb"))
+    assert not (tmp_path / "run").exists()
+
+# ---- Whole runs: stages, forks by copy, starts -------------------------------------------
+
+def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
+    """0 chooses questions for 1, from whose policy 2 goes on. A folder that is there is renamed."""
+    monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 3)
     out, short = tmp_path / "run", dict(steps=1, eval_every=0)
-    perl.main(arguments(data, out, stage=0, score_keep=1))
-    scores = json.loads((out / "scores.json").read_text())
-    kept = json.loads((out / "kept.json").read_text())
+    perl.main(arguments(data, out, stage=0))
+    scores = json_of(out / "stage0" / "scores.json")
+    kept = json_of(out / "stage0" / "kept.json")
     assert scores.keys() == {asked.id for asked in perl.load_samples(data)} > set(kept) != set()
     assert all(score * 10 == pytest.approx(round(score * 10)) for score in scores.values())
-    before = {"stage0-1": files_of(out)}
     perl.main(arguments(data, out, stage=1, **short))
     assert f"training on {len(kept)} questions" in capsys.readouterr().out
-    assert {row["id"] for row in read_rows(out / "rollouts.jsonl")} <= set(kept)
-    before["stage1-1"] = files_of(out, but="stage")
+    assert {row["id"] for row in read_rows(out / "stage1" / "rollouts.jsonl")} <= set(kept)
+    before = files_of(out)
     perl.main(arguments(data, out, stage=2, lr=0, **short))
-    assert f"from {out / 'stage1-1'}" in capsys.readouterr().out
-    assert metrics_of(out)[0]["alpha"] == 0
-    trained = weights_of(out / "stage1-1" / "checkpoint-1")
+    assert f"start model: {out / 'stage1' / 'checkpoint-1'}" in capsys.readouterr().out
+    assert metrics_of(out / "stage2")[0]["alpha"] == 0
+    trained = weights_of(out / "stage1" / "checkpoint-1")
     assert not torch.equal(trained, weights_of(TINY))
-    assert torch.equal(weights_of(out / "checkpoint-1"), trained), "stage 1's policy, at lr 0"
-    before["stage2-1"] = files_of(out, but="stage")
+    assert torch.equal(weights_of(out / "stage2" / "checkpoint-1"), trained), "stage 1's, at lr 0"
+    before |= {f"stage2-1/{name}": text for name, text in files_of(out / "stage2").items()}
     perl.main(arguments(data, out, stage=2, lr=0, **short))  # once more
-    assert {name: files_of(out / name) for name in before} == before, "moved aside, nothing lost"
+    assert f"is now {out / 'stage2-1'}" in capsys.readouterr().out
+    after = files_of(out)
+    assert before.items() <= after.items(), "each stage in its folder, moved aside, nothing lost"
+    assert all((out / name / "perl.py").exists() for name in ("stage0", "stage1", "stage2"))
 
-def test_stage_0_resumes(data, tmp_path, monkeypatch):
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 11)
-    flags = dict(stage=0, score_rollouts=2, questions_per_step=3, score_keep=1)
-    perl.main(arguments(data, whole, **flags))
-    with pytest.raises(Killed):
-        run_with(monkeypatch, "sample_groups", 2, die, arguments(data, out, **flags))
-    assert len(json.loads((out / "scores.json").read_text())) == 3
-    run_with(monkeypatch, "sample_groups", 3, die, ["--resume", str(out)])  # two batches are left
-    for name in ("scores.json", "kept.json"):
-        assert (out / name).read_text() == (whole / name).read_text()
+def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(data, tmp_path):
+    argv = arguments(data, tmp_path, steps=1, eval_every=0, beta=0)
+    for _ in range(3):
+        perl.main(argv)
+    before = files_of(tmp_path / "stage1-2")
+    shutil.rmtree(tmp_path / "stage1-1")
+    perl.main(argv)
+    assert len([*tmp_path.glob("stage1*")]) == 3 and files_of(tmp_path / "stage1-2") == before
 
-def test_stage_0_that_would_keep_nothing_says_so(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(perl, "is_correct", lambda text, gold: False)
-    monkeypatch.setattr(perl, "SCORE_TARGET", (0, 1))
-    with pytest.raises(SystemExit, match="score-keep"):
-        perl.main(arguments(data, tmp_path / "run", stage=0))
-    assert len(json.loads((tmp_path / "run" / "scores.json").read_text())) == 8
+@table("n", range(1, 9))
+def test_stage_0_keeps_what_there_is_of_few_questions(data, tmp_path, monkeypatch, n):
+    answer_always(r"\boxed{1}", monkeypatch)
+    rows = read_rows(data)[:n]
+    few = write_rows(data.with_name(f"first{n}.jsonl"), *rows)
+    perl.main(arguments(few, tmp_path, stage=0))
+    assert json_of(tmp_path / "stage0" / "kept.json") == [r["id"] for r in rows]
+
+@table("right", [True, False])
+def test_stage_0_keeps_some_questions_whatever_their_scores(data, tmp_path, monkeypatch, right):
+    """A start model that knows everything, or nothing, of twelve questions."""
+    answer_always(r"\boxed{1}", monkeypatch)
+    monkeypatch.setattr(perl, "is_correct", lambda text, gold: right)
+    rows = [row | {"id": f"{row['id']}-{copy}"} for copy in range(2) for row in read_rows(data)[:6]]
+    perl.main(arguments(write_rows(data.with_name("twelve.jsonl"), *rows), tmp_path, stage=0))
+    kept = json_of(tmp_path / "stage0" / "kept.json")
+    assert 0 < len(set(kept)) == len(kept) <= 12
 
 @table("beta, models", [(0.0, 1), (0.1, 2)])
 def test_without_kl_no_reference_model_is_loaded(data, tmp_path, monkeypatch, beta, models):
@@ -1831,153 +2600,255 @@ def test_without_kl_no_reference_model_is_loaded(data, tmp_path, monkeypatch, be
     monkeypatch.setattr(perl, "load_model", lambda *args: loaded.append(args) or real(*args))
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: False)
     monkeypatch.setattr(perl, "has_format", lambda text: False)  # so there is nothing to learn
-    perl.main(arguments(data, tmp_path / "run", beta=beta, steps=2, eval_every=0))
+    perl.main(arguments(data, tmp_path, beta=beta, steps=2, eval_every=0))
     assert len(loaded) == models
-    assert [row["dropped"] for row in metrics_of(tmp_path / "run")] == [5, 5]
-    assert torch.equal(weights_of(tmp_path / "run" / "checkpoint-2"), weights_of(TINY))
+    assert [row["dropped"] for row in metrics_of(tmp_path / "stage1")] == [3, 3]
+    assert torch.equal(weights_of(tmp_path / "stage1" / "checkpoint-2"), weights_of(TINY))
 
 def test_dry_run_loads_no_model_and_writes_nothing(data, tmp_path, monkeypatch, capsys):
+    n_trained = len(flat_weights(load_tiny())) / 1e9
     monkeypatch.setattr(perl, "load_model", die)
     perl.main(arguments(data, tmp_path / "run", "--dry-run"))
-    assert "order (0, 1, 2, 3" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    assert "order (0, 1, 2, 3" in text and "8 questions, 0 dropped" in text
+    assert f"{n_trained:.3f} billion parameters" in text and "weights" in text
+    assert not (tmp_path / "run").exists()
 
-# ---- Memory plan ---------------------------------------------------------------------------------
+def test_a_copy_named_my_perl_beside_the_data_is_a_whole_program(data, tmp_path):
+    """It imports nothing of ours, trains with its own attention and keeps its own code."""
+    house, script = tmp_path / "house", tmp_path / "house" / "my_perl.py"
+    samples = shutil.copytree(data.parent, house / "data_samples")
+    shutil.copytree(TINY, samples / "tiny")
+    shutil.copy(samples / "eval.jsonl", samples / "test.jsonl")
+    text, guard = (HERE / "perl.py").read_text(), 'if __name__ == "__main__":\n'
+    assert text.count(guard) == 1
+    script.write_text(text.replace(guard, f"""
+def tree_attention(*args, own=tree_attention):
+    print("own attention")
+    return own(*args)
 
-def planned(n_processes=1, on_gpu=True, **changes):
-    return dry_run.plan_memory(tiny_config(**changes), n_processes, on_gpu)
+{guard}    main([*sys.argv[1:], "--dry-run"])
+    print("dry run ended")
+"""))
+    argv = "--steps 1 --questions-per-step 4 --eval-every 0 --max-new-tokens 32".split()
+    ended = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True,
+                           env=ALONE, cwd=tmp_path, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    dry, trained = ended.stdout.split("dry run ended\n")
+    assert "order (0, 1" in dry and "own attention" not in dry and "own attention" in trained
+    assert f"{samples / 'train.jsonl'}: 8 questions" in dry
+    run = tmp_path / "runs" / "tiny-seed0" / "stage1"
+    assert (run / "my_perl.py").read_bytes() == script.read_bytes()
+    assert newest(run) == "checkpoint-1" and not (run / "perl.py").exists()
 
-@table("changes", [{}, dict(dtype="bf16"), dict(freeze_vision=True), dict(lora_rank=4),
-                   dict(dtype="bf16", lora_rank=4)])
-def test_the_plan_counts_weights_gradients_and_state_to_the_byte(changes):
-    cfg = tiny_config(**changes)
-    model, plan = perl.load_model("tiny", cfg, CPU), planned(on_gpu=False, **changes)
-    if cfg.lora_rank:
-        perl.add_lora(model, cfg)
-    sizes = [weight.numel() for weight in trained(model)]
-    assert plan["trained"] == sum(sizes)
-    assert plan["frozen"] == sum(weight.numel() for weight in model.parameters()) - sum(sizes)
-    assert plan["weights"] == sum(weight.nbytes for weight in model.parameters())
-    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
-    for weight in trained(model):
-        weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-    assert plan["gradients"] == sum(weight.grad.nbytes for weight in trained(model))
-    optimizer.step()
-    own = {weight.data_ptr() for weight in model.parameters()}  # a float32 weight is its own copy
-    state = [value for row in optimizer.state_dict().values() for value in row.values()]
-    assert plan["adamw"] == sum(value.nbytes for value in state
-                                if value.ndim and value.data_ptr() not in own)
+@table("flag, value, message", [
+    ("--model", "/no/such/model", "could not load '/no/such/model"),
+    ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
+    ("--eval-data", "none.jsonl", "none.jsonl"), ("--max-prompt-tokens", 5, "no question is left"),
+    ("--out", TINY / "config.json", "cannot run in .*config.json"),
+    ("--questions-per-step", 3, "--questions-per-step must be a multiple")])
+def test_a_run_that_cannot_start_ends_with_one_sentence(
+        data, tmp_path, monkeypatch, flag, value, message):
+    if flag == "--questions-per-step":
+        monkeypatch.setattr(perl.accelerate.Accelerator, "num_processes", 2)
+    with pytest.raises(SystemExit, match=message) as end:
+        perl.main(arguments(data, tmp_path / "run") + [flag, str(value)])
+    assert "\n" not in str(end.value) and not (tmp_path / "run").exists()
 
-@table("changes, part, factor", [
-    (dict(dtype="bf16"), "weights", 2), (dict(dtype="float32"), "weights", 4),
-    (dict(optimizer_device="host"), "adamw", 12), (dict(optimizer_device="host"), "host", 12),
-    (dict(optimizer_device="gpu"), "host", 0), (dict(optimizer_device="gpu", beta=0.1), "host", 2),
-    (dict(beta=0.1), "start_model", 2), (dict(beta=0.1, lora_rank=4), "start_model", 0),
-    (dict(n_processes=2), "adamw", 6), ({}, "disk", 14)])
-def test_bytes_a_parameter(changes, part, factor):
-    assert planned(**changes)[part] == factor * planned()["trained"]
+# ---- Gradients and weights that are not finite -------------------------------------------
 
-@table("changes, smaller, same", [
-    (dict(optimizer_device="host"), ["sampling", "update"], ["weights", "gradients"]),
-    (dict(freeze_vision=True), ["gradients", "activations", "update"], ["weights", "kv_cache"]),
-    (dict(lora_rank=1), ["gradients", "adamw", "disk", "update"], ["kv_cache", "images_read"]),
-    (dict(gradient_checkpointing=True), ["activations", "update"], ["sampling"]),
-    (dict(rollout_batch=12), ["kv_cache"], ["update", "images_read"]),
-    (dict(max_new_tokens=10), ["kv_cache"], ["weights"]),
-    (dict(logit_chunk=10), ["logits_chunk"], ["sampling"])])
-def test_what_a_setting_saves(changes, smaller, same):
-    before, after = planned(), planned(**changes)
-    assert all(after[part] < before[part] for part in smaller)
-    assert all(after[part] == before[part] for part in same)
+def every_second_is_right(monkeypatch):
+    """So every group has rewards that differ, and reaches the loss."""
+    verdicts = itertools.cycle([True, False])
+    monkeypatch.setattr(perl, "is_correct", lambda text, gold: next(verdicts))
 
-def test_the_plan_of_the_real_sizes_needs_no_weights(tmp_path):
-    """The 7B's config.json alone: the paper's settings on one 80 GB GPU, AdamW on the host."""
-    text = dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
-                num_hidden_layers=28, intermediate_size=18944, tie_word_embeddings=False,
-                rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24]), layer_types=None)
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                  out_hidden_size=3584)
-    config = json.loads((TINY / "config.json").read_text()) | dict(tie_word_embeddings=False)
-    config["text_config"] |= text
-    config["vision_config"] |= vision
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    cfg = perl.parse_config(["--model", str(tmp_path), "--optimizer-device", "host"])
-    plan = dry_run.plan_memory(cfg, 1, on_gpu=True)
-    assert plan["trained"] == 8_292_166_656 and plan["weights"] == 2 * plan["trained"]
-    assert 60e9 < plan["update"] < 70e9 and 60e9 < plan["sampling"] < 0.92 * 80e9
+def spoil_gradients(monkeypatch, updates, bad=math.nan, rank=0):
+    """Multiply the loss of these updates, counted from 1, by `bad` in one process. Returns a list
+    that learns of each update whether the weights changed."""
+    every_second_is_right(monkeypatch)
+    real, real_step, changed = perl.policy_loss, perl.SplitAdamW.step, []
 
-def test_without_sharing_each_rollout_has_its_own_prompt_in_the_plan():
-    shared, plain = planned(), planned(share=False)
-    n = perl.Config.rollouts_per_order
-    assert plain["images_read"] == n * shared["images_read"]
-    assert shared["kv_cache"] < plain["kv_cache"] < n * shared["kv_cache"]
+    def policy_loss(*args, **more):
+        loss, stats = real(*args, **more)
+        if len(changed) + 1 in updates and int(os.environ.get("RANK", 0)) == rank:
+            return loss * bad, dict.fromkeys(stats, bad)
+        return loss, stats
 
-def test_on_a_gpu_the_dtype_is_resolved_before_anything_loads(monkeypatch):
-    """Else KL's start model, which is loaded on the host, would be in float32."""
-    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
-    for typed, dtype in (([], "bf16"), (["--dtype", "float32"], "float32")):
-        cfg = perl.parse_config(typed)
-        assert dry_run.plan(cfg, PROCESSOR, [], gpu) == "gpu" and cfg.dtype == dtype
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1e8, 80e9))
-    with pytest.raises(SystemExit, match="0.1 are free"):
-        dry_run.plan(perl.parse_config([]), PROCESSOR, [], gpu)
+    def step(self):
+        before = [weight.detach().clone() for weight in self.weights.values()]
+        changed.append(False)
+        norm = real_step(self)
+        changed[-1] = not all(map(torch.equal, before, self.weights.values()))
+        return norm
 
-def test_where_the_state_lies_and_what_does_not_fit():
-    def place(gigabytes, *more):
-        flags = ["--dtype", "bf16", "--gpu-gb", str(gigabytes / 0.92), *more]
-        return dry_run.plan(perl.parse_config(flags), PROCESSOR, [], ACCELERATOR)
+    monkeypatch.setattr(perl, "policy_loss", policy_loss)
+    monkeypatch.setattr(perl.SplitAdamW, "step", step)
+    return changed
 
-    cfg = perl.parse_config(["--dtype", "bf16", "--optimizer-device", "gpu"])
-    plan = dry_run.plan_memory(cfg, 1, on_gpu=True)
-    sampling, update, state = (plan[part] / 1e9 for part in ("sampling", "update", "adamw"))
-    enough, peak = 1.01 * max(sampling, update), max(sampling, update)
-    assert dry_run.plan(perl.parse_config([]), PROCESSOR, [], ACCELERATOR) == "gpu", "the CPU's own memory"
-    assert place(enough) == "gpu" and place(peak - state / 2) == "host"
-    assert place(enough, "--optimizer-device", "host") == "host", "as asked for"
-    for flags in ([peak - state / 2, "--optimizer-device", "gpu"], [peak - 2 * state]):
-        with pytest.raises(SystemExit, match="GB in .* --max-tokens-per-micro-batch.* --lora-rank"):
-            place(*flags)
-    if sampling < update:  # stage 0 makes no update
-        assert place(peak - 2 * state, "--stage", "0") == "host"
+ONE_UPDATE = dict(updates_per_step=1, save_every=1, eval_every=0, questions_per_step=2,
+                  max_new_tokens=16)
 
-# ---- Several processes --------------------------------------------------------------------------
+@table("updates, bad", [([2], math.nan), ([2], math.inf), ([1, 2, 4], math.nan)])
+def test_an_update_with_a_gradient_that_is_not_finite_is_skipped_and_counted(
+        data, tmp_path, monkeypatch, capsys, updates, bad):
+    changed = spoil_gradients(monkeypatch, updates, bad)
+    perl.main(arguments(data, tmp_path, **ONE_UPDATE))
+    rows = metrics_of(tmp_path / "stage1")
+    assert all(row["kept"] for row in rows), "every step has an update"
+    assert [row["skipped"] for row in rows] == [int(k in updates) for k in (1, 2, 3, 4)]
+    assert changed == [k not in updates for k in (1, 2, 3, 4)]
+    assert [row["grad_norm"] > 0 for row in rows] == changed
+    assert "skipped 1" in capsys.readouterr().out
+    assert weights_of(tmp_path / "stage1" / "checkpoint-4").isfinite().all()
 
-TWO_PROCESSES = """
-import os, sys, torch
-sys.path[:0] = [{here!r}]
-import perl
-accelerator = perl.start_processes(perl.Config())
-import test_perl as t
-world, rank = accelerator.num_processes, accelerator.process_index
-groups = t.written_groups(perl.load_samples({path!r}))
-# Which of the three groups a process has; "empty": all of them on one process.
-for case, parts in dict(even=([0, 1], [2]), empty=([0, 1, 2], [])).items():
-    mine = sum(parts, []) if world == 1 else parts[rank]
-    cfg = t.tiny_config(lr=1e-6, max_grad_norm=0.01)
-    model = t.load_tiny()
+def test_three_such_updates_in_a_row_end_the_run_with_its_last_good_checkpoint(
+        data, tmp_path, monkeypatch):
+    run = tmp_path / "stage1"
+    with monkeypatch.context() as patch:
+        changed = spoil_gradients(patch, [2, 3, 4])
+        with pytest.raises(SystemExit, match="3 updates in a row .* not finite") as end:
+            perl.main(arguments(data, tmp_path, **ONE_UPDATE))
+    assert "\n" not in str(end.value) and changed == [True, False, False, False]
+    assert newest(run) == "checkpoint-3" and weights_of(run / "checkpoint-3").isfinite().all()
+    perl.main(["--resume", str(run)])
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
+    assert weights_of(run / "checkpoint-4").isfinite().all()
+
+@table("flags", [dict(), dict(lora_rank=4)])
+def test_a_weight_that_is_not_finite_reaches_no_checkpoint(data, tmp_path, monkeypatch, flags):
+    def save_checkpoint(*args, model, real=perl.save_checkpoint, **kwargs):
+        if args[1].step == 2:
+            [p for p in model.parameters() if p.requires_grad][-1].data.view(-1)[0] = math.inf
+        real(*args, model=model, **kwargs)
+
+    monkeypatch.setattr(perl, "save_checkpoint", save_checkpoint)
+    with pytest.raises(SystemExit, match="step 2: a weight is not finite") as end:
+        perl.main(arguments(data, tmp_path, **ONE_UPDATE | flags))
+    assert "\n" not in str(end.value) and newest(tmp_path / "stage1") == "checkpoint-1"
+    assert weights_of(tmp_path / "stage1" / "checkpoint-1").isfinite().all()
+
+# ---- Questions without images ------------------------------------------------------------
+
+@table("share", [True, False])
+def test_text_only_and_two_image_questions_train_and_evaluate_together(
+        data, tmp_path, monkeypatch, share):
+    """Twenty of each. Every second rollout counts as right, so each group reaches the loss."""
+    rows = []
+    for k in range(20):
+        images = [f"images/{path.name}" for path in sorted((data.parent / "images").iterdir())]
+        rows.append(dict(id=f"pair {k}", images=images[k % 4:k % 4 + 2], answer="2",
+                         question="<image><image> Which one is larger?", order_rule="index"))
+        rows.append(dict(id=f"text {k}", images=[], question=f"What is {k} plus 1?",
+                         answer=str(k + 1), order_rule=("keep", "never")[k % 2]))
+    mixed = write_rows(data.with_name("mixed.jsonl"), *rows)
+    kept, asked = [], []
+
+    def update(*args, real=perl.update, **more):
+        kept.extend(args[4])
+        return real(*args, **more)
+
+    def sample_groups(*args, real=perl.sample_groups, **more):
+        asked.append(list(zip(args[2], args[3])))
+        return real(*args, **more)
+
+    monkeypatch.setattr(perl, "update", update)
+    monkeypatch.setattr(perl, "sample_groups", sample_groups)
+    every_second_is_right(monkeypatch)
+    perl.main(arguments(mixed, tmp_path, *["--no-share"] * (not share), eval_data=mixed, steps=1,
+                        questions_per_step=40, rollouts_per_order=2, max_new_tokens=12))
+    start, row = metrics_of(tmp_path / "stage1")
+    assert row["kept"] == 40 and row["grad_norm"] > 0 and row["kl"] >= 0
+    assert row.keys() >= {"eval_accuracy", "eval_worst", "eval_bias"} <= start.keys()
+    for group in kept:
+        orders = {(0, 1): 2, (1, 0): 2} if group[0].prompt.sample.images else {(): 4}
+        assert Counter(r.order for r in group) == orders
+    for number in (0, 2):  # the evaluations
+        orders = {sample.id[:4]: its_orders for sample, its_orders in asked[number]}
+        assert orders == {"text": [()], "pair": [(0, 1), (1, 0)]} and len(asked[number]) == 40
+
+# ---- Several processes -------------------------------------------------------------------
+
+# Which of the three groups each process has; "empty": all of them on one process.
+PARTS = dict(even=([0, 1], [2]), empty=([0, 1, 2], []))
+
+def three_updates(accelerator, data, parts):
+    """Gradient norms, weights and the optimizer's state after updates on parts[process]."""
+    cfg, model = tiny_config(lr=1e-6), load_tiny()
     optimizer = perl.SplitAdamW(model, cfg, accelerator)
-    norms = [perl.update(model, None, optimizer, t.PROCESSOR, [groups[k] for k in mine], cfg,
-                         accelerator)[1] for _ in range(3)]
-    before = t.flat_weights(model)
-    perl.update(model, None, optimizer, t.PROCESSOR, [], cfg, accelerator)  # nothing on any
-    assert torch.equal(before, t.flat_weights(model))
-    torch.save([norms, before, optimizer.state_dict()], f"{{case}}-{{world}}-{{rank}}.pt")
+    questions = [dataclasses.replace(sample, order_rule="keep", movable=None)  # all may move
+                 for sample in perl.load_samples(data)[:3]]
+    groups, norms = written_groups(questions), []
+    own = parts[accelerator.process_index] if accelerator.num_processes > 1 else [0, 1, 2]
+    for _ in range(3):
+        norms += perl.update(model, None, optimizer, PROCESSOR, [groups[k] for k in own],
+                             cfg=cfg)[1]
+    before = flat_weights(model)
+    perl.update(model, None, optimizer, PROCESSOR, [], cfg=cfg)
+    assert torch.equal(before, flat_weights(model)), "no group in any process: no update"
+    return norms, before, optimizer.state_dict()
+
+def two_processes(data, out):
+    """What the launched processes do."""
+    accelerator, patch = perl.start_processes(perl.Config()), pytest.MonkeyPatch()
+    rank = accelerator.process_index
+    with patch.context() as bound:
+        bound.setattr(perl, "MAX_GRAD_NORM", 0.01)
+        for case, parts in PARTS.items():
+            torch.save(three_updates(accelerator, data, parts), out / f"{case}-{rank}.pt")
+    # The end of a run takes the processes apart; that of the last one may.
+    with patch.context() as bound:
+        bound.setattr(perl.accelerate.Accelerator, "end_training", lambda self: None)
+        for dtype in ("float32", "bf16"):
+            flags = dict(questions_per_step=4, dtype=dtype, steps=3)
+            flags |= dict(eval_data="") if dtype == "bf16" else {}
+            first = out / f"first-{dtype}"
+            perl.main(arguments(data, out / f"whole-{dtype}", **flags))
+            with pytest.raises(Killed):
+                run_with(bound, "update", 3, die, arguments(data, first, **flags))
+            accelerator.wait_for_everyone()
+            if rank == 0:
+                shutil.copytree(first, out / f"one-{dtype}")
+            accelerator.wait_for_everyone()
+            perl.main(["--resume", str(first)])
+        spoil_gradients(bound, [1, 2, 3], rank=1)
+        with pytest.raises(SystemExit, match="3 updates in a row"):
+            perl.main(arguments(data, out / "three", **ONE_UPDATE))
+    spoil_gradients(patch, [2], rank=1)
+    perl.main(arguments(data, out / "nan", **ONE_UPDATE))
+
+# perl joins the processes before the tests, which make an accelerator of their own, are loaded.
+LAUNCHED = """
+import sys
+sys.path[:0] = {paths!r}
+import perl
+perl.start_processes(perl.Config())
+import {tests} as tests
+tests.two_processes(*map(tests.Path, sys.argv[1:]))
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ALONE = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
-ALONE |= {"OMP_NUM_THREADS": "1"}
+ALONE = {name: value for name, value in os.environ.items()
+         if not name.startswith("ACCELERATE") and name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
-def test_two_processes_give_the_numbers_of_one(questions, tmp_path):
-    script, start = tmp_path / "two.py", flat_weights(load_tiny())
-    path = str(tmp_path / "data" / "three.jsonl")
-    script.write_text(TWO_PROCESSES.format(here=str(HERE), path=path))
-    for launch in ([sys.executable], TORCHRUN):
-        subprocess.run([*launch, script], check=True, timeout=240, cwd=tmp_path, env=ALONE)
-    for case in ("even", "empty"):
-        norms, weights, states = torch.load(tmp_path / f"{case}-1-0.pt")
-        both = [torch.load(tmp_path / f"{case}-2-{rank}.pt") for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def launched(data, tmp_path_factory):
+    """The folder of what two processes wrote, from one launch."""
+    out, here = tmp_path_factory.mktemp("two"), Path(__file__)
+    script = out / "two.py"
+    script.write_text(LAUNCHED.format(paths=[str(HERE), str(here.parent)], tests=here.stem))
+    ended = subprocess.run([*TORCHRUN, script, data, out], timeout=240, env=ALONE,
+                           capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count(f"done: {out / 'nan'}") == 1 and "2 process(es)" in ended.stdout
+    return out
+
+def test_two_processes_give_the_numbers_of_one(launched, data, monkeypatch):
+    monkeypatch.setattr(perl, "MAX_GRAD_NORM", 0.01)
+    start = flat_weights(load_tiny())
+    for case, parts in PARTS.items():
+        norms, weights, states = three_updates(ACCELERATOR, data, parts)
+        both = [torch.load(launched / f"{case}-{rank}.pt") for rank in (0, 1)]
         for other_norms, other_weights, _ in both:
-            assert other_norms == pytest.approx(norms, rel=1e-4)
+            assert len(norms) == 3 and other_norms == pytest.approx(norms, rel=1e-4)
             drift = (other_weights - weights).norm() / (weights - start).norm()
             assert drift < 0.01 and torch.equal(other_weights, both[0][1])
         parts = [both[0][2], both[1][2]]
@@ -1988,47 +2859,32 @@ def test_two_processes_give_the_numbers_of_one(questions, tmp_path):
             error = (state["exp_avg"] - states[name]["exp_avg"]).norm()
             assert error <= 1e-4 * states[name]["exp_avg"].norm() + 1e-12
 
-def states_of(checkpoint):
-    states = {}
-    for path in checkpoint.glob("optimizer-*.pt"):
-        states |= torch.load(path)
-    return states
-
 @table("dtype", ["float32", "bf16"])
-def test_runs_of_two_processes_and_their_resume(data, straight, tmp_path, dtype):
-    """Four steps at a time; and two, then on: on two processes to the last bit, then on one."""
-    flags = dict(questions_per_step=4, eval_questions=3, dtype=dtype)
-    def run(launch, *argv):
-        result = subprocess.run([*launch, str(HERE / "perl.py"), *map(str, argv)], timeout=240,
-                                env=ALONE, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-    out = run(TORCHRUN, *arguments(data, tmp_path / "whole", **flags))
-    assert "2 process(es)" in out and out.count("done: ") == 1
-    rows = metrics_of(tmp_path / "whole")
-    assert [row.keys() for row in rows] == [row.keys() for row in metrics_of(straight)]
-    assert [row["kept"] + row["dropped"] for row in rows[1:]] == [4] * 4
-    argv = arguments(data, tmp_path / "first", **flags)
-    script = tmp_path / "killed.py"  # ends both processes in step 3
-    script.write_text(f"import sys, os; sys.path[:0] = [{str(HERE)!r}]\nimport perl\n"
-                      "real, calls = perl.update, []\n"
-                      "def update(*args):\n    calls.append(1)\n"
-                      "    return os._exit(3) if len(calls) == 3 else real(*args)\n"
-                      f"perl.update = update\nperl.main({argv!r})\n")
-    assert subprocess.run([*TORCHRUN, script], env=ALONE, timeout=240,
-                          capture_output=True).returncode != 0
-    assert last_checkpoint(tmp_path / "first") == tmp_path / "first" / "checkpoint-2"
-    shutil.copytree(tmp_path / "first", tmp_path / "one")
-    run(TORCHRUN, "--resume", tmp_path / "first")
-    whole, again = (states_of(tmp_path / name / "checkpoint-4") for name in ("whole", "first"))
-    assert whole.keys() == again.keys() and metrics_of(tmp_path / "first") == rows
-    assert all(torch.equal(whole[n][k], again[n][k]) for n in whole for k in whole[n])
-    run([sys.executable], "--resume", tmp_path / "one")
-    one = states_of(tmp_path / "one" / "checkpoint-4")
-    assert one.keys() == whole.keys()
-    assert len(list((tmp_path / "one" / "checkpoint-4").glob("optimizer-*"))) == 1
+def test_runs_of_two_processes_and_their_resume(launched, straight, dtype):
+    """Three steps at a time; and two, then on: on two processes to the last bit, then on one."""
+    whole, first, one = (launched / f"{name}-{dtype}" / "stage1"
+                         for name in ("whole", "first", "one"))
+    *start, _, last = rows = metrics_of(whole)
+    assert [row["kept"] + row["dropped"] for row in rows[-3:]] == [4] * 3
+    if dtype == "float32":  # the other run has no evaluation
+        assert start[0] == metrics_of(straight)[0], "it does not depend on processes"
+        assert last.keys() == metrics_of(straight)[-1].keys()
+    assert_equal_runs(first, whole, step=3)
+    assert {path.name for path in whole.iterdir()} >= {"two.py", "perl.py"}, "a fork is kept"
+    assert newest(one) == "checkpoint-2" and len([*one.glob("*/optimizer-*")]) == 2
+    perl.main(["--resume", str(one)])
+    assert states_of(one / "checkpoint-3").keys() == states_of(whole / "checkpoint-3").keys()
+    assert len([*one.glob("checkpoint-3/optimizer-*")]) == 1
+    assert len([*whole.glob("checkpoint-3/optimizer-*")]) == 2
 
-# ---- Fuzz: FUZZ=N for N times as many examples, drawn anew each time -----------------------------
+def test_a_gradient_that_is_not_finite_in_one_of_two_processes(launched):
+    rows = metrics_of(launched / "nan" / "stage1")
+    assert [row["skipped"] for row in rows] == [0, 1, 0, 0] and all(row["kept"] for row in rows)
+    weights = weights_of(launched / "nan" / "stage1" / "checkpoint-4")
+    assert weights.isfinite().all() and not torch.equal(weights, weights_of(TINY))
+    assert [row["skipped"] for row in metrics_of(launched / "three" / "stage1")] == [1, 1]
+
+# ---- Fuzz: FUZZ=N for N times as many examples, drawn anew each time ---------------------
 
 FUZZ = int(os.environ.get("FUZZ", 0))
 
@@ -2054,18 +2910,18 @@ def fuzz_folder(tmp_path_factory):
     return folder
 
 def load_alone(folder, *lines, most_tokens=120):
-    """What a user gets for a file of these lines: the questions kept and how many were dropped, or
-    the sentence that the program ends with. Anything else that is raised fails the test."""
+    """What a user gets for a file of these lines: the questions kept, the others dropped and
+    counted, or the sentence that ends the program. Anything else that is raised fails the test."""
     (folder / "fuzz.jsonl").write_bytes(b"\n".join(lines))
-    said = []
+    said, kept = [], []
+    cfg = tiny_config(max_prompt_tokens=most_tokens)
     try:
-        kept = perl.load_questions(str(folder / "fuzz.jsonl"), PROCESSOR, tiny_config(
-            max_prompt_tokens=most_tokens), SimpleNamespace(print=said.append))
+        kept = perl.load_questions(str(folder / "fuzz.jsonl"), PROCESSOR, cfg,
+                                   SimpleNamespace(print=said.append))
     except SystemExit as end:
         assert isinstance(end.code, str) and len(end.code) < 2000
-        if "none left" not in end.code:
+        if "no question is left" not in end.code:
             return None, end.code
-        kept = []
     dropped = int(re.search(r"questions, (\d+) dropped", said[0])[1])
     assert f" {len(kept)} questions, " in said[0] and len(kept) + dropped == len(lines)
     return kept, ""
@@ -2087,15 +2943,15 @@ BAD_PATHS = ["empty.png", "none.png", "out.png", "../outside.png", "strip.png", 
 @st.composite
 def rows(draw):
     """A record: half of them as they should be, the others with something wrong in them."""
-    n = draw(st.sampled_from([1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 26, 27, 33]))
+    n = draw(st.sampled_from([0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 26, 27, 33]))
     images = [f"g{k % 5}.png" for k in draw(st.permutations(range(n)))]
-    if draw(st.integers(0, 9)) == 0:
+    if n and draw(st.integers(0, 9)) == 0:
         images[draw(st.integers(0, n - 1))] = draw(st.sampled_from([*images, *BAD_PATHS]))
-    places = sorted(draw(st.lists(st.integers(0, n - 1), unique=True, max_size=n)))
+    places = [k for k in range(n) if draw(st.booleans())]
     movable = draw(st.sampled_from([None, places]))
     named = list(range(n)) if movable is None else movable
-    rule = draw(st.sampled_from(sorted(perl.ORDER_RULES)))
-    listed = draw(st.permutations(range(1, n + 1)))[:draw(st.integers(1, 4))]
+    rule = draw(st.sampled_from(perl.ORDER_RULES))
+    listed = draw(st.permutations(range(1, max(n, 1) + 1)))[:draw(st.integers(1, 4))]
     answer = {"index": str(listed[0]), "letter": perl.LETTERS[listed[0] % 26 % max(len(named), 1)],
               "sequence": draw(st.sampled_from([",", ", ", " , "])).join(map(str, listed))
               }.get(rule) or "7" + draw(TEXTS)
@@ -2127,9 +2983,7 @@ def meaning(images, movable, sample):
 
     question = re.sub(r"<image_(\d+)>", lambda found: picture(found[1]), sample.question)
     answer = sample.answer
-    if sample.order_rule == "index":
-        answer = picture(answer)
-    if sample.order_rule == "sequence":
+    if sample.order_rule in ("index", "sequence"):
         answer = [picture(number) for number in answer.split(",")]
     if sample.order_rule == "letter":
         answer = picture(sorted(movable)["ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(answer)] + 1)
@@ -2166,14 +3020,13 @@ def test_fuzz_records(fuzz_folder, data):
     for number, line in enumerate(some, 1):
         kept, why = load_alone(fuzz_folder, line)
         SEEN["records"] += 1
-        SEEN["records refused"] += kept is None
+        row = json.loads(line) if kept is not None else None
+        if kept is None or row["id"] in ids:
+            first_refused = first_refused or number
         if kept is None:
+            SEEN["records refused"] += 1
             assert re.search(r"fuzz\.jsonl, line 1(, field (?s:.*))?: ", why), why
-            first_refused = first_refused or number
             continue
-        row = json.loads(line)
-        if row["id"] in ids:
-            first_refused = first_refused or number
         ids.add(row["id"])
         for asked in kept:
             fit += 1
@@ -2255,12 +3108,16 @@ def test_fuzz_ran():
     for what in ("records", "images"):
         assert 0.1 < SEEN[f"{what} refused"] / SEEN[what] < 0.9, "both ends are tried"
 
-# ---- The README's forks --------------------------------------------------------------------------
+# ---- The READMEs' forks and reading map --------------------------------------------------
 
-SNIPPETS = [text.split("```")[0] for text in (HERE / "README.md").read_text().split("```python\n")[1:]]
+def snippets_of(name):
+    """The fork snippets of a README: its Python blocks that replace a part of perl.py."""
+    path = HERE / name
+    text = path.read_text() if path.exists() else ""
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    return [block for block in blocks if "import perl" in block]
 
-def pair_sample(order_rule="pair"):
-    return Sample("s", tuple("abc"), "?", "1-3", order_rule)
+SNIPPETS = snippets_of("README.md") + snippets_of("data_samples/README.md")
 
 def as_loss(ratios, advantages):
     """policy_loss of two rollouts of two tokens each, whose ratios to the old policy are given."""
@@ -2276,24 +3133,16 @@ def reward_of_100_tokens():
     perl.grade(rollout, tiny_config())
     return rollout.reward
 
-FORKS = {  # what a snippet changes: before and after
-    "shorter": (reward_of_100_tokens, 1.0, pytest.approx(0.95)),
-    "gspo": (lambda: as_loss([[2.0, 0.5], [1.1, 1.1]], [1.0, 2.0]), None,
-             pytest.approx(-(1.0 + 2.2) / 2)),
-    "centered": (lambda: perl.group_advantages(torch.tensor([[1.0, 0, 0, 0]]))[0, 0].item(),
-                 pytest.approx(ROOT), 0.75),
-    "exact zeros": (lambda: perl.group_advantages(torch.full((1, 12), 0.1)).any().item(), False,
-                    False),
-    "pair": (lambda: [perl.permute(pair_sample(), (2, 0, 1)).answer, perl.same_answer("1-3", "1-3"),
-                      perl.same_answer("2-4", "1-3"), perl.same_answer("1/2", "0.5")],
-             KeyError, ["2-1", True, False, True]),
-    "disagree": (lambda: [perl.verdict(
-        [dataclasses.replace(r, order=(k // 2,)) for k, r in enumerate(scored_group(accuracies))],
-        tiny_config(filter="disagree")) for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1])],
-        KeyError, ["kept", "agree"]),
-    "per_order": (lambda: two_orders("advantage"),
-                  pytest.approx([ROOT, -1 / ROOT, -1 / ROOT, -1 / ROOT]), [1, -1, 0, 0]),
-    "clean": (lambda: two_orders("prompt"), list("ggpp"), list("gggg"))}
+def advantages_of(*rewards):
+    return perl.group_advantages(torch.tensor([rewards]))[0].tolist()
+
+def verdicts_of_two_orders():
+    verdicts = []
+    for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1]):
+        group = [dataclasses.replace(rollout, order=(k // 2,))
+                 for k, rollout in enumerate(scored_group(accuracies))]
+        verdicts.append(perl.verdict(group, tiny_config(filter="disagree")))
+    return verdicts
 
 def two_orders(field):
     """Of two rollouts each to a prompt as given and a permuted one, the first right."""
@@ -2302,294 +3151,63 @@ def two_orders(field):
     perl.set_advantages([group])
     return [getattr(r, field) for r in group]
 
-@table("name", FORKS)
-def test_the_readmes_forks_do_what_they_say(name, monkeypatch):
-    snippet, = [text for text in SNIPPETS if name in text]
-    assert len(snippet.strip().split("\n")) <= 10 and snippet.rstrip().endswith("perl.main()")
-    value, before, after = FORKS[name]
-    if before is KeyError:
-        with pytest.raises(KeyError):
-            value()
-    elif before is not None:
-        assert value() == before
-    for target in ("grade", "policy_loss", "loss_denominator", "group_advantages", "verdict",
-                   "VERDICTS", "set_advantages", "same_answer"):
-        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
-    monkeypatch.setattr(perl, "CHOICES", dict(perl.CHOICES))
-    monkeypatch.setattr(perl, "ORDER_RULES", dict(perl.ORDER_RULES))
-    started = []
-    monkeypatch.setattr(perl, "main", lambda: started.append(name))
+def pairs():
+    sample = Sample("s", tuple("abc"), "?", "1-3", "pair")
+    return [perl.permute(sample, (2, 0, 1)).answer, perl.same_answer("1-3", "1-3"),
+            perl.same_answer("2-4", "1-3"), perl.same_answer("1/2", "0.5")]
+
+FORKS = {  # the name in a snippet: what it changes, and what that is afterwards
+    "shorter": (reward_of_100_tokens, pytest.approx(0.95)),
+    "gspo": (lambda: as_loss([[2.0, 0.5], [1.1, 1.1]], [1.0, 2.0]),
+             pytest.approx(-(1.0 + 2.2) / 2)),
+    "centered": (lambda: advantages_of(1.0, 0, 0, 0) + advantages_of(*[0.1] * 3),
+                 [0.75, -0.25, -0.25, -0.25, 0, 0, 0]),
+    "pair": (pairs, ["2-1", True, False, True]),
+    "disagree": (verdicts_of_two_orders, ["kept", "agree"]),
+    "per_order": (lambda: two_orders("advantage"), [1, -1, 0, 0]),
+    "clean": (lambda: two_orders("prompt"), list("gggg"))}
+
+def replaced_by(snippet):
+    """The names of perl that a snippet assigns to, or changes an entry of."""
+    return set(re.findall(r"perl\.(\w+)(?=[^=\n]* \+?= )", snippet))
+
+def test_the_readme_has_forks_of_a_few_lines():
+    assert len(snippets_of("README.md")) >= 3
+    for snippet in SNIPPETS:
+        assert len(snippet.split("\n")) <= 21 and snippet.rstrip().endswith("perl.main()")
+        assert replaced_by(snippet) and replaced_by(snippet) <= vars(perl).keys(), \
+            f"without effect: perl.py has no {replaced_by(snippet) - vars(perl).keys()}"
+        assert any(name in snippet for name in FORKS), f"FORKS lacks a value to check:\n{snippet}"
+
+@table("number", range(len(SNIPPETS)))
+def test_a_fork_does_what_it_says_and_runs(data, tmp_path, monkeypatch, number):
+    """Its values by hand; then a step from the command line on, which uses what it replaced."""
+    snippet, started, used = SNIPPETS[number], [], set()
+    values = [FORKS[name] for name in FORKS if name in snippet]
+    for name in replaced_by(snippet) | {"main"}:  # put back after the test
+        monkeypatch.setattr(perl, name, getattr(perl, name))
+    for name, value in vars(perl).items():  # entries of tables too
+        if name.isupper() and isinstance(value, dict):
+            monkeypatch.setattr(perl, name, dict(value))
+    main, choices = perl.main, perl.CHOICES["filter"]
+    assert all(value() != after for value, after in values), "each changes something"
+    perl.main = lambda: started.append(number)
     exec(snippet, {})
-    assert started == [name] and value() == after
+    assert started == [number] and all(value() == after for value, after in values)
 
-def test_a_fork_runs(data, tmp_path, monkeypatch):
-    """The filter by disagreement, from the command line on."""
-    snippet, = [text for text in SNIPPETS if "disagree" in text]
-    for target in ("verdict", "VERDICTS"):
-        monkeypatch.setattr(perl, target, getattr(perl, target))
-    monkeypatch.setattr(perl, "CHOICES", dict(perl.CHOICES))
-    argv = arguments(data, tmp_path / "run", filter="disagree", steps=1, eval_every=0, beta=0)
-    monkeypatch.setattr(sys, "argv", ["fork.py", *argv])
-    exec(snippet, {})
-    row, = metrics_of(tmp_path / "run")
-    assert row["kept"] + row["agree"] >= 5 and row["agree"] == row["dropped"]
+    def watched(name, function):
+        return lambda *args, **kwargs: used.add(name) or function(*args, **kwargs)
 
-# ---- Ablation ------------------------------------------------------------------------------------
-
-def test_the_t_interval():
-    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2; and each quantile cuts off 2.5 %
-    of its distribution, integrated by trapezoids."""
-    assert ablate.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
-    assert ablate.interval([5.0]) == (5.0, math.inf)
-    for freedom, quantile in enumerate(ablate.T_QUANTILES, 1):
-        constant = math.gamma((freedom + 1) / 2) / (
-            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
-        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
-        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
-        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
-
-CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
-
-@table("changed, same", [
-    (CODE.replace("return", "# why\n\n    return  "), True), (CODE.replace("What", "Which"), True),
-    (CODE.replace('    """What."""\n', ""), True), ('"""Module."""\n' + CODE, True),
-    (CODE.replace("+ 1", "+ 2"), False), (CODE + "f(1)\n", False),
-    (CODE.replace('"""What."""', 'y = "What."'), False)])
-def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, same):
-    assert (ablate.code_hash(changed) == ablate.code_hash(CODE)) is same
-
-def test_the_hash_of_an_arm_is_of_its_flags_fork_data_and_what_all_share():
-    arm, base = ablate.Arm("title", ("--seed 1",)), "base"
-    others = [ablate.arm_hash(arm._replace(**change), base) for change in (
-        dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(share="0.5"),
-        dict(share="0.8"), dict(scored=True), dict(fork=ablate.reward_agreement),
-        dict(fork=ablate.permute_by_gap))] + [ablate.arm_hash(arm, "other")]
-    assert len({ablate.arm_hash(arm, base), *others}) == len(others) + 1
-    assert ablate.arm_hash(arm._replace(title="other"), base) == ablate.arm_hash(arm, base)
-
-def test_the_main_arms_run_first_then_the_training_sets_then_the_rest():
-    queue = ablate.queue_of(["clean", "grpo-0.5", "perl-0.5", "grpo", "perl"], [3, 4])
-    assert queue == [("perl", 3), ("grpo", 3), ("perl", 4), ("grpo", 4),
-                     ("perl-0.5", 3), ("grpo-0.5", 3), ("perl-0.5", 4), ("grpo-0.5", 4),
-                     ("clean", 3), ("clean", 4)]
-
-def write_run(out, worst, *stages):
-    """metrics.jsonl of runs of two steps; `stages`: folders of earlier ones."""
-    for folder in (*stages, ""):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-        step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0)
-        evaluation = dict(eval_accuracy=0.75, eval_bias=0.25, places={"1": 1.0, "2": 0.5})
-        write_rows(out / folder / "metrics.jsonl",
-                   evaluation | dict(step=0, eval_worst=0.25), step | dict(step=1),
-                   step | evaluation | dict(step=2, eval_worst=worst))
-
-class Ended:
-    """A process of a run that has ended."""
-    def __init__(self, status):
-        self.status = status
-
-    def poll(self):
-        return self.status
-
-    def kill(self):
-        pass
-
-@pytest.fixture
-def ablation(tmp_path, monkeypatch):
-    """run_all on runs that end at once: worst order .5, .6 .. by seed, less .1 for plain GRPO;
-    those in `broken` fail. Returns what is called, the runs started, `broken`, and the file."""
-    started, broken, path = [], set(), tmp_path / "ablation.jsonl"
-
-    def start(name, seed, scratch):
-        started.append((name, seed))
-        out = ablate.run_folder(name, seed, scratch)
-        scratch.mkdir(exist_ok=True)
-        if (name, seed) in broken:
-            Path(f"{out}.log").write_text(f"loading\n{HERE}/perl.py: out of memory\n")
-            return Ended(1)
-        write_run(out, worst=0.5 + seed / 10 - 0.1 * (name == "grpo"))
-        (out / "checkpoint-2").mkdir(exist_ok=True)
-        return Ended(0)
-
-    monkeypatch.setattr(ablate, "start", start)
-    monkeypatch.setattr(ablate, "base_hash", lambda: "now")
-    monkeypatch.setattr(ablate.time, "sleep", lambda seconds: None)
-
-    def run_all(names=("perl", "grpo"), seeds=(0, 1, 2)):
-        started.clear()
-        queue = ablate.queue_of(names, seeds)
-        return ablate.run_all(queue, 2, path, tmp_path / "scratch")
-
-    return run_all, started, broken, path
-
-def test_a_finished_run_is_not_run_again_until_its_code_changes(ablation, tmp_path, monkeypatch):
-    run_all, started, _, path = ablation
-    assert run_all() == 0 and len(started) == 6
-    assert not list(tmp_path.glob("scratch/*/checkpoint-*")), "their weights are not kept"
-    assert run_all() == 0 and started == []
-    assert run_all(seeds=(2, 3)) == 0 and started == [("perl", 3), ("grpo", 3)]
-    line = read_rows(path)[0]
-    assert line.pop("seconds") >= 0 and line == dict(
-        arm="perl", seed=0, hash=ablate.present_hashes()["perl"],
-        flags=["--eval-orders 6 --eval-every 20 --eval-every 5"],
-        curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]], places={"1": 1.0, "2": 0.5},
-        kept=0.25, training_seconds=6.0)
-    monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
-    text = ablate.tables(read_rows(path), ablate.present_hashes())
-    assert text == "0 runs; 0 failed; 8 lines of other code or data are left out."
-    assert run_all(seeds=(0,)) == 0 and started == [("perl", 0), ("grpo", 0)]
-    text = ablate.tables(read_rows(path), ablate.present_hashes())
-    assert text.startswith("2 runs; 0 failed; 8 lines of other code or data are left out.")
-
-def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation):
-    run_all, started, broken, path = ablation
-    broken.add(("perl", 1))
-    assert run_all() == 1 and len(started) == 6
-    failed, = [line for line in read_rows(path) if "error" in line]
-    assert (failed["arm"], failed["seed"]) == ("perl", 1)
-    assert failed["error"] == "status 1: ./perl.py: out of memory", "no path of a machine"
-    text = ablate.tables(read_rows(path), ablate.present_hashes())
-    assert text.startswith("5 runs; 1 failed;") and "- perl, seed 1 failed: status 1" in text
-    broken.clear()
-    assert run_all() == 0 and started == [("perl", 1)]
-    text = ablate.tables(read_rows(path), ablate.present_hashes())
-    assert text.startswith("6 runs; 0 failed; 0 lines")
-
-def test_code_that_changes_during_a_run_makes_it_fail(ablation, monkeypatch):
-    run_all, _, _, path = ablation
-    changes = itertools.count()
-    monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
-    assert run_all(names=("perl",), seeds=(0,)) == 1
-    assert read_rows(path)[0]["error"] == "code or data changed during the run"
-
-def test_tables_by_hand(ablation):
-    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but for seed 2, which only PeRL
-    has: the paired difference is over two seeds and without spread."""
-    run_all, _, _, path = ablation
-    run_all(seeds=(0, 1))
-    run_all(names=("perl",), seeds=(2,))
-    text = ablate.tables(read_rows(path), ablate.present_hashes())
-    assert ("| PeRL (n_s = 1) | 3 | 75.0 ± 0.0 | 60.0 ± 24.8 | 25.0 ± 0.0 | "
-            "+10.0 (+10.0 to +10.0) |  | 25% | 6 |") in text
-    assert "| plain GRPO (n_s = 0) | 2 |" in text and "- worse: plain GRPO (n_s = 0)" in text
-    assert "| start model |  | 75.0 | 25.0 | 25.0 |" in text
-    assert "| PeRL (n_s = 1) | 100.0 | 50.0 |" in text, "by position"
-    assert "| 0.95 | 2 | 60.0 ± 24.8 | 45.0 ± 63.5 | +10.0 (+10.0 to +10.0) |" in text, "by skew"
-
-def test_the_picture_is_drawn_and_small(ablation, tmp_path, capsys):
-    run_all, _, _, path = ablation
-    run_all(names=("perl", "grpo", "grpo-1", "perl-0.5"))
-    runs = ablate.by_arm(ablate.finished(read_rows(path), ablate.present_hashes()))
-    ablate.draw(runs, tmp_path / "ablation.png")
-    with Image.open(tmp_path / "ablation.png") as picture:
-        assert picture.width > 1500 and picture.getpixel((0, 0))[3] == 0, "round corners"
-        assert picture.getpixel((picture.width // 2, 40))[:3] == (255, 255, 255)
-    assert (tmp_path / "ablation.png").stat().st_size < 200_000
-
-def test_the_curve_of_several_stages_is_one(tmp_path):
-    write_run(tmp_path, 0.5, "stage1-1")
-    (tmp_path / "stage0-1").mkdir()
-    found = ablate.read_run(tmp_path)
-    assert [point[0] for point in found["curve"]] == [0, 2, 4]
-    assert (found["kept"], found["training_seconds"]) == (0.25, 12.0)
-
-def answered(text, order=(0, 1)):
-    """A rollout of the answer `text` to a question of two images, whose first one is right."""
-    asked = perl.permute(sample("index", "1", n=len(order)), order)
-    accuracy = float(text == asked.answer)
-    return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
-                   truncated=False, accuracy=accuracy, reward=accuracy)
-
-@table("text, order, given", [
-    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
-    ("3", (1, 0), None), ("none", (1, 0), "none"), ("", (1, 0), None)])
-def test_an_answer_moved_back_to_the_given_order(text, order, given):
-    assert ablate.answer_as_given(answered(text, order)) == given
-
-def group_of(*texts, orders=((0, 1), (1, 0))):
-    """Answers order by order, as many in each."""
-    n = len(texts) // len(orders)
-    return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
-
-ONE_ORDER = group_of("1", "1", "1", "1", orders=((0, 1), (0, 1)))
-
-@table("fork, group, rewards", [  # columns: the first answers of both orders, then the second ones
-    ("reward_agreement", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
-    ("reward_agreement", group_of("2", "9", "1", "9"), [0.9, 0, 0.9, 0]),
-    ("reward_agreement", ONE_ORDER, [1, 1, 1, 1]),
-    ("reward_agree_and_right", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
-    ("reward_agree_and_right", group_of("2", "1", "1", "2"), [0, 1.9, 0, 1.9]),
-    ("reward_agree_and_right", ONE_ORDER, [1, 1, 1, 1])])
-def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
-    """Agreement pays whether right or wrong; being right together pays on top; a question in one
-    order only has nothing to agree with."""
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group = [dataclasses.replace(rollout) for rollout in group]
-    getattr(ablate, fork)()
-    perl.set_advantages([group])
-    assert [rollout.reward for rollout in group] == pytest.approx(rewards)
-    assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
-
-def test_the_forks_of_baseline_and_condition(monkeypatch):
-    """Advantages of pooled rewards 1, 0, 0, 0, and of those of each order; then what is learned."""
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group = group_of("1", "9", "9", "9")
-    for fork, expected in ((None, [ROOT] + [-1 / ROOT] * 3), ("baseline_per_order", [1, -1, 0, 0])):
-        if fork:
-            getattr(ablate, fork)()
-        perl.set_advantages([group])
-        assert [rollout.advantage for rollout in group] == pytest.approx(expected)
-    assert [rollout.prompt.sample.answer for rollout in group] == ["1", "1", "2", "2"]
-    ablate.loss_on_clean_order()
-    perl.set_advantages([group])
-    assert [rollout.prompt.sample.answer for rollout in group] == ["1"] * 4
-
-def test_permuting_follows_a_questions_own_gap(monkeypatch):
-    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
-    answers = {"biased": [1.0, 1, 0, 0], "fair": [1.0, 0, 1, 0], "fixed": [1.0, 0]}
-    groups = []
-    for name, row in answers.items():
-        prompt = perl.Prompt(dataclasses.replace(sample("keep"), id=name), [1], [])
-        groups.append([dataclasses.replace(answered("1"), prompt=prompt, accuracy=accuracy)
-                       for accuracy in row])
-    asked = []
-    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
-    monkeypatch.setattr(perl, "sample_orders", lambda *args: asked.append(args[3:5]) or groups)
-    ablate.permute_by_gap()
-    for stage in (0, 1):
-        perl.sample_orders(None, None, [], 1, 4, tiny_config(stage=stage), ACCELERATOR)
-    assert asked == [(2, 2), (1, 4)]
-    rng = random.Random(0)
-    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
-        asked_for = dataclasses.replace(sample("keep"), id=name)
-        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
-        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
-
-def test_accuracy_by_the_position_of_the_right_image():
-    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on."""
-    letter = sample("letter", "B", movable=(1, 2))
-    option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
-                                 accuracy=0.0)
-    rollouts = group_of("1", "1", "1", "2") + [option]
-    assert ablate.places_of(rollouts) == {"1": 1.0, "2": 0.5, "3": 0.0}
-
-def test_an_arm_runs_with_its_fork_and_notes_positions(tmp_path, monkeypatch, data):
-    for target in ("evaluate", "sample_groups", "set_advantages"):
-        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
-    short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
-    monkeypatch.setattr(ablate, "EVALUATION", short)
-    ablate.run("agree", 100, tmp_path)
-    found = ablate.read_run(tmp_path / "agree-seed100")
-    assert [point[0] for point in found["curve"]] == [0, 1] and found["places"]
-
-def test_a_training_set_without_a_favoured_place(tmp_path):
-    pytest.importorskip("sklearn")
-    folder = ablate.training_set("balanced", tmp_path)
-    assert (folder / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
-    answers = [row["answer"] for row in read_rows(folder / "train.jsonl")
-               if row["source"] == "largest" and len(row["images"]) == 4]
-    assert Counter(answers) == dict.fromkeys("1234", 30)
-    assert ablate.training_set("balanced", tmp_path) == folder, "made once"
+    functions = {name for name in replaced_by(snippet) if callable(getattr(perl, name))}
+    for name in functions:
+        setattr(perl, name, watched(name, getattr(perl, name)))
+    new = [choice for choice in perl.CHOICES["filter"] if choice not in choices]
+    main(arguments(data, tmp_path, filter=(new or ["none"])[0], steps=1, eval_every=0, beta=0,
+                   alpha_end=1))
+    assert used == functions
+    row, = metrics_of(tmp_path / "stage1")
+    assert row["dropped"] == sum(row[name] for name in perl.VERDICTS[1:])
+    assert row["kept"] + row["dropped"] >= 3
 
 def section_of(name):
     """The banner above a function of perl.py."""
@@ -2597,7 +3215,7 @@ def section_of(name):
     return re.findall(r"(?m)^# ---- (.*?) -+$", before)[-1]
 
 def test_the_reading_map():
-    """README's table from the paper to the code: each name is there, and where an equation is named,
+    """README's table from the paper to the code: each name is there. Where an equation is named,
     the function or its section says so; of other places in the paper, one function of the row."""
     readme = (HERE / "README.md").read_text()
     table = readme.partition("| paper | code |")[2].partition("\n\n")[0]
@@ -2612,73 +3230,6 @@ def test_the_reading_map():
         for place in re.findall(r"Eq\. [\d-]+|Algorithm 1|A\.[\d.]*\d", paper):
             found = [place in text for text in said]
             assert all(found) if place.startswith("Eq") else any(found), (place, functions)
-
-# ---- Config --------------------------------------------------------------------------------------
-
-def test_every_field_is_read():
-    sources = [path.read_text() for path in (HERE / "perl.py", HERE / "eval.py") if path.exists()]
-    read = {node.attr for text in sources for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            and getattr(node.value, "id", "") == "cfg"}
-    assert not FIELDS.keys() - read
-
-def test_help_lists_every_field_with_its_prose(capsys):
-    with pytest.raises(SystemExit):
-        perl.parse_config(["--help"])
-    text = "".join(capsys.readouterr().out.split())
-    for name, field in FIELDS.items():
-        assert "--" + name.replace("_", "-") in text and len(field.metadata["help"]) > 10
-        assert "".join(field.metadata["help"].split()) in text
-
-def test_epochs_as_typed_count_for_the_tiny_model_too():
-    assert perl.parse_config(["--epochs", "1"]).steps == 0 and perl.parse_config([]).steps == 40
-    assert perl.parse_config(["--epochs", "1", "--steps", "7"]).steps == 7
-
-def test_lora_takes_a_learning_rate_of_its_own():
-    assert perl.parse_config(["--lora-rank", "4"]).lr == pytest.approx(2e-4)
-    assert perl.parse_config(["--lora-rank", "4", "--model", "x"]).lr == pytest.approx(1e-5)
-    assert perl.parse_config(["--lora-rank", "4", "--lr", "3e-4"]).lr == 3e-4
-
-def test_presets_and_their_precedence():
-    presets = [*perl.MODEL_PRESETS.values(), *perl.STAGE_PRESETS.values()]
-    assert all(preset.keys() <= FIELDS.keys() for preset in presets)
-    assert perl.parse_config(["--model", "Qwen2.5-VL-7B"]).lr == 1e-6, "the paper's"
-    assert perl.parse_config(["--model", "tiny"]).lr == perl.MODEL_PRESETS["tiny"]["lr"]
-    cfg = perl.parse_config(["--stage", "2", "--filter", "none", "--lr", "0.5", "--no-share"])
-    assert (cfg.filter, cfg.lr, cfg.share, cfg.alpha_start) == ("none", 0.5, False, 0.0)
-
-@table("n_permutations, n", [(0, 12), (1, 6), (2, 4), (3, 3)])
-def test_the_number_of_permutations_keeps_the_number_of_rollouts(n_permutations, n):
-    typed = ["--n-permutations", str(n_permutations)]
-    assert perl.parse_config(typed).rollouts_per_order == n
-    assert perl.parse_config(typed + ["--rollouts-per-order", "2"]).rollouts_per_order == 2
-
-@table("argv, message", [
-    ("--nonsense 1", "--nonsense"), ("--step 3", "--step"), ("--stage 3", "--stage"),
-    ("--steps 1.5", "--steps"), ("--lr fast", "--lr"), ("--filter on", "--filter"),
-    ("--n-permutations 4", "does not divide"),
-    ("--n-permutations -1", "--n-permutations"), ("--steps -1", "--steps"),
-    ("--beta nan", "--beta"), ("--micro-batch 0", "--micro-batch"),
-    ("--temperature 0", "--temperature"), ("--instruction <|im_end|>", "--instruction"),
-    ("--alpha-end -0.5", "--alpha-end"),
-    ("--alpha-start 1.5", "--alpha-start")])
-def test_bad_flags_end_the_program(argv, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        perl.parse_config(argv.split())
-    assert end.value.code == 2 and message in capsys.readouterr().err
-
-@table("flag, value, message", [
-    ("--model", "/no/such/model", "could not load '/no/such/model"),
-    ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
-    ("--out", TINY / "config.json", "--out .*config.json is no folder"),
-    ("--questions-per-step", 3, "--questions-per-step is not a multiple")])
-def test_a_run_that_cannot_start_ends_with_one_sentence(
-        data, tmp_path, monkeypatch, flag, value, message):
-    if flag == "--questions-per-step":
-        monkeypatch.setattr(perl.accelerate.Accelerator, "num_processes", 2)
-    with pytest.raises(SystemExit, match=message) as end:
-        perl.main(arguments(data, tmp_path / "run") + [flag, str(value)])
-    assert "\n" not in str(end.value) and not (tmp_path / "run").exists()
 
 # ---- Option extraction and eval.py --------------------------------------------------------------
 
@@ -2754,7 +3305,7 @@ def test_refusals_are_no_letters_and_claims_come_first(response, options, letter
     (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),
 ])
 def test_extract_answer(response, answer):
-    assert perl.extract_answer(response) == answer
+    assert ev.stated_answer(response) == answer
 
 @pytest.mark.parametrize("answer, gold, same", [
     ("14 cm", "14", True), (r"14\text{ cm}", "14", True), ("5 km/h", "5", True),
@@ -2922,9 +3473,8 @@ def test_odd_images_are_placed_or_counted_wrong(tmp_path):
     junk = ev.place_image({"bytes": b"junk", "path": None}, None, tmp_path)
     bomb = ev.place_image(encoded(Image.new("1", (20000, 10000)), "PNG"), None, tmp_path)
     for path in (junk, bomb, ev.place_image(None, None, tmp_path)):
-        q, = ev.plan(ev.make_question("q", [path], "?", "1", "text"), 1, PROCESSOR,
-                     SimpleNamespace(max_prompt_tokens=99), SimpleNamespace(
-                         temperature=0.0, rotate_options=False))
+        q = ev.plan(ev.make_question("q", [path], "?", "1", "text"), 1, PROCESSOR,
+                    SimpleNamespace(max_prompt_tokens=99))
         assert q.problem.startswith("image: ")
     (tmp_path / "2D-spatial" / "a").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "2D-spatial" / "a" / "0.jpg")
@@ -3097,113 +3647,6 @@ def test_multi_step_answers_in_three_ways():
 
 # ---- rotations, samples --------------------------------------------------------------------------
 
-def test_rotate_moves_texts_and_the_right_letter():
-    row = {"id": "m", "question": "Which?", "images": [1], "answer": "A", "options": ["x", "y", "z"],
-           "question_type": "multi-choice"}
-    q = ev.from_mantis(row, 0, place)
-    turned = [q] + [ev.rotate(q, turn) for turn in (1, 2)]
-    assert [t.sample.answer for t in turned] == ["A", "C", "B"]
-    assert turned[1].sample.question == "<image>Which?\n(A) y\n(B) z\n(C) x"
-    assert all(t.options["ABC".index(t.sample.answer)] == "x" for t in turned)
-    unlisted = q._replace(sample=dataclasses.replace(q.sample, question="<image>Which?"))
-    assert ev.rotate(unlisted, 1) is None
-
-def test_rotations_and_the_same_order_control_are_asked_and_kept_apart(tmp_path, monkeypatch):
-    blink = LAYOUTS["blink"][2]
-    rows = [blink | {"idx": "same"}, blink | {
-        "idx": "words", "choices": ["cat", "dog", "cow"], "answer": "(B)",
-        "prompt": "Which?\n(A) cat\n(B) dog\n(C) cow"}]
-    write_parquet(rows, tmp_path / "BLINK" / "Jigsaw" / "val-0.parquet")
-    asked = []
-
-    def answer(model, processor, samples, orders, n, cfg, greedy):
-        asked.extend(order for its_orders in orders for order in its_orders)
-        assert not greedy and cfg.temperature == 0.5
-        return [[SimpleNamespace(text=r"\boxed{B}", truncated=False) for _ in its_orders]
-                for its_orders in orders]
-
-    monkeypatch.setattr(ev, "sample_groups", answer)
-    ev.main(["--benchmarks", "blink", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out"),
-             "--orders", "2", "--temperature", "0.5", "--rotate-options"])
-    r = json.loads((tmp_path / "out" / "tiny" / "blink" / "results.json").read_text())
-    # Two orders and as many times the given one, a rotation; three rotations in one order.
-    assert len(asked) == 4 + 1 + 3
-    assert (r["score"], r["n"], r["all rotations"]["value"], r["all rotations"]["n"]) == (
-        0.5, 2, 0, 2)
-    assert (r["orders"]["bias"]["value"], r["orders"]["bias"]["n"]) == (1, 1)
-    assert (r["orders"]["flip"]["value"], r["orders"]["control"]["value"]) == (1, 0)
-
-# ---- step cost -----------------------------------------------------------------------------------
-
-SMALL_STEP = [3, 6, 10]  # images, tokens of each, other tokens
-
-def step_flags(images, image_tokens, text_tokens, new_tokens):
-    return ["--step-cost", f"--benchmark-images={images}", f"--max-new-tokens={new_tokens}",
-            f"--benchmark-image-tokens={image_tokens}", f"--benchmark-text-tokens={text_tokens}"]
-
-def step_config(**changes):
-    return dataclasses.replace(perl.parse_config([]), beta=0.0, max_new_tokens=5,
-                               max_tokens_per_micro_batch=16384, **changes)
-
-@table("changes", [{}, PLAIN, dict(n_permutations=2, rollouts_per_order=2),
-                   dict(max_tokens_per_micro_batch=50)])
-def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
-    """The parts that --step-cost prints add up to what torch counts in sampling and an update."""
-    cfg, model = dataclasses.replace(step_config(), **changes), load_tiny()
-    endless = dataclasses.replace(PROCESSOR, banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids)
-    rollouts = ev.full_rollouts(cfg, SMALL_STEP, model.config.vision_config, 40,
-                                PROCESSOR.image_id)
-    prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
-        update_at_lr_0(model, [rollouts], cfg)
-    flops, _ = ev.count_flops(model.config, cfg, SMALL_STEP)
-    assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
-
-def test_flops_at_the_size_of_the_7b():
-    def count(**changes):
-        return ev.count_flops(ev.QWEN_7B, dataclasses.replace(cfg, **changes), shape)
-    cfg = dataclasses.replace(step_config(), max_new_tokens=256)
-    shape = [4, 256, 64]
-    (shared, minimum), (plain, _) = count(), count(share=False)
-    total = sum(shared.values())
-    assert total <= 0.30 * sum(plain.values()) and total <= 1.15 * sum(minimum.values())
-    assert all(0.95 < minimum[part] / shared[part] < 1.001 for part in minimum)
-    fewer, permuted = count(rollouts_per_order=2)[0], count(n_permutations=3)[0]
-    assert fewer["prefill"] == shared["prefill"] and permuted["prefill"] == 2 * shared["prefill"]
-    assert fewer["vision"] == permuted["vision"] == shared["vision"]
-
-def test_step_cost_prints_an_object(capfd, monkeypatch):
-    monkeypatch.setattr(ev, "time_apart", ev.time_step)
-    ev.main(step_flags(2, 4, 9, 4) + ["--n-permutations", "2"])
-    row = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert {"flops_shared", "flops_plain", "flops_minimum", "seconds_shared", "seconds_plain",
-            "peak_mb_shared", "peak_mb_plain", "flops_minimum_vision", "seconds_plain_update",
-            "flops_shared_decode"} <= set(row) and min(row.values()) > 0
-
-@table("flags, message", [
-    (step_flags(0, 4, 9, 4), "more text tokens than images"),
-    (step_flags(4, 4, 4, 4), "more text tokens than images"),
-    (step_flags(1, -4, 9, 4), "more text tokens than images"),
-    (step_flags("many", 4, 9, 4), "--benchmark-images: invalid int value: 'many'"),
-    (step_flags(1, 4, 9, 1), "--max-new-tokens"),
-    (["--step-cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense")])
-def test_a_step_that_cannot_be_measured_ends_with_one_sentence(flags, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        ev.main(flags)
-    assert message in f"{end.value} {capsys.readouterr().err}"
-
-def test_ctrl_c_during_the_step_cost_is_one_sentence():
-    process = subprocess.Popen([sys.executable, str(HERE / "eval.py"), *step_flags(2, 4, 9, 4)],
-                               stderr=subprocess.PIPE, text=True, bufsize=1)
-    signal.alarm(60)
-    assert "time" in process.stderr.read(20), "the bar is there: the first step is being timed"
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 1 and "interrupted; run the same command again" in err
-    assert "Traceback" not in err
-
 # ---- measures ------------------------------------------------------------------------------------
 
 def test_average_and_bootstrap():
@@ -3233,8 +3676,7 @@ def test_order_measures():
     assert m["bias"]["n"] == 4
     values = {name: share["value"] for name, share in m.items() if name != "by position"}
     assert values == {"mean": (1 + 0 + 0.25 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
-                      "same choice": 0.5, "flip": 0.25, "unread": 0.25, "first - last": 0.25,
-                      "rstd": pytest.approx(0.117851)}
+                      "same choice": 0.5, "flip": 0.25, "unread": 0.25}
     assert {place: (p["value"], p["n"]) for place, p in m["by position"].items()} == {
         "1": (0.5, 4), "2": (0.25, 8), "3": (0.25, 4)}
     unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
@@ -3285,7 +3727,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
             run(tmp_path / "b", flag, "7")
 
 def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
-    monkeypatch.setattr(perl, "image_problem", lambda *_: "")  # a benchmark's image is not refused
+    monkeypatch.setattr(perl, "load_samples", lambda path: [Sample(r["id"], (str(tmp_path / r["images"][0]),), r["question"], r["answer"], r["order_rule"], (0,)) for r in read_rows(Path(path))])
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
     Image.new("RGB", (3, 900)).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
     rows = [{"id": name, "images": [f"{name}.png"], "question": "<image>Which?", "answer": "1",
@@ -3364,7 +3806,7 @@ def test_a_page_of_answers_that_name_no_single_image_and_of_a_forks_filter(paged
     write_rows(tmp_path / "rollouts.jsonl", *rows)
     write_rows(tmp_path / "metrics.jsonl", dict(step=1, kept=1, dropped=0))
     (tmp_path / "config.json").write_text(json.dumps(vars(perl.Config(filter="disagree"))))
-    page.write(tmp_path)
+    ev.write_page(tmp_path)
     data = json.loads(re.search(r"const DATA = (.*);", (tmp_path / "page.html").read_text())[1])
     assert [group["verdict"] for group in data["groups"]] == ["disagree"] * 4
     assert [group["orders"][0][0]["right_image"] for group in data["groups"]] == [-1, -1, 1, -1]
@@ -3401,15 +3843,13 @@ def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
     assert width <= screen <= 500
 
 def test_a_page_of_no_run_is_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="no metrics.jsonl of a training run"):
+    with pytest.raises(SystemExit, match="not a run folder"):
         ev.main(["--page", str(tmp_path)])
 
 # ---- data_samples/curate.py ----------------------------------------------------------------------
 
 sys.path.append(str(HERE / "data_samples"))
-import curate  # noqa: E402
-import order_rules  # noqa: E402
-import pictures  # noqa: E402
+order_rules = ev
 
 LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
 DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
@@ -3469,6 +3909,400 @@ def test_a_label_means_the_same_picture_in_every_order(tmp_path):
                      "letter": lambda s: s.movable["ABCDEFGHIJ".index(s.answer)]}[sample.order_rule]
             assert moved.images[place(moved)] == sample.images[place(sample)]
 
+# ---- Free text: numbers, Chinese, programs (into the section of eval.py's tests) ----------------
+
+@table("text, number", [
+    (r"3\frac{1}{4}", 3.25), ("7 2/5", 7.4), (r"-1\frac12", -1.5), ("2½", 2.5), (r"\frac{-3}{4}", -0.75),
+    (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800), (r"3\pi", 3 * math.pi),
+    (r"\approx 12", 12), ("x ≈ 2.5", 2.5), ("y = 9", 9), ("€1,250.50", 1250.5), ("15 km/h", 15),
+    (r"7\text{ cm}^2", 7), ("21 square units", 21), ("4 or 5", None), ("4 to 5", None),
+    ("3 and 4", None), ("4=5", None), ("7:45", None), ("3x", None), (r"2\sqrt{3}", None),
+    ("1/0", None), ("8" * 500, None), ("5" + " b" * 5000 + "!", None), ("5" + "b" * 5000 + "!", None)])
+def test_to_number(text, number):
+    signal.alarm(10)
+    assert ev.to_number(text) == (number if number is None else pytest.approx(number))
+
+@table("response, answer", [
+    ("58", "58"), ("**58**", "58"), ("58 apples", "58 apples"), ("Altogether that makes 58.", "58"),
+    ("There are 58 windows.", "58 windows"), ("20 + 38 = 58", "58"), ("The total is 1,058.", "1,058"),
+    ("First I see 20. So the sum is 58.", "58"), ("It is four.", "4"), ("I see 57 or 58.", None),
+    ("It is between 50 and 60.", None), ("The time is 5:58.", None), ("I cannot tell, maybe 58.", None),
+    ("<think>It is 58", None), ("Nobody knows.", None), (r"\boxed{} 58", None),
+    ("```python\nn = 58\nprint(n)\n```", None), ("import math\nn = 58\nprint(n)", None)])
+def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer):
+    assert graded(response, "number 0", "58")["answer"] == answer
+    assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
+    assert graded(response, "number 0", "58", truncated=True)["answer"] is None
+
+@table("response, letter", [
+    ("选C", "C"), ("答案：D", "D"), ("答案是A。", "A"), ("选项B是正确答案", "B"), ("应选择C。", "C"),
+    ("因此，正确的是（D）。", "D"), (r"\boxed{选B}", "B"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
+    ("选项A错误。选项B错误。选项D正确。", "D"), ("选项A和选项C都正确", None), ("不选A。", None)])
+def test_chinese_choices(response, letter):
+    assert ev.extract_choice(response, ["cat", "dog", "cow", "pig"]) == letter
+
+@table("response, letter", [
+    ("```python\nA = 3\nprint(A)\n```", None), ("```\nD\n```", "D"), ("A = 2\nB = 5\nprint(A + B)", None),
+    ("def area(B):\n    return 2 * B", None), ("from math import pi\nC = 2 * pi\nprint(C)", None),
+    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C"), ("A = 4, so I choose option B.", "B")])
+def test_the_source_of_a_program_is_not_searched_for_a_letter(response, letter):
+    assert ev.extract_choice(response, ["1", "2", "3", "4"]) == letter
+
+@table("answer, gold, right", [
+    ("(x,y)=(90,5)", "(90,5)", True), ("SA = 8", "Surface Area $=8$ units $^{2}$", True),
+    ("84", r"84 \mathrm{cm}^2", True), ("84 cm", r"84 \mathrm{cm}^2", False), ("y = 3", "x = 3", False),
+    ("118", "118°T", True), ("(3, 1)", r"\text{ minimum: }(1, 3)", False)])
+def test_what_an_answer_may_leave_out(answer, gold, right):
+    assert ev.same_value(answer, gold) is right
+
+def update_at_lr_0(model, groups, cfg):
+    optimizer = perl.SplitAdamW(model, dataclasses.replace(cfg, lr=0.0), ACCELERATOR)
+    perl.update(model, None, optimizer, PROCESSOR, groups, cfg=cfg)
+
+# ---- data_samples/ablate.py ------------------------------------------------------------
+
+def test_the_t_interval():
+    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
+    of its distribution, integrated by trapezoids."""
+    assert ablate.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
+    assert ablate.interval([5.0]) == (5.0, math.inf)
+    for freedom, quantile in enumerate(ablate.T_QUANTILES, 1):
+        constant = math.gamma((freedom + 1) / 2) / (
+            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
+        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
+        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
+
+CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
+
+@table("changed, same", [
+    (CODE.replace("return", "# why\n\n    return  "), True), (CODE.replace("What", "Which"), True),
+    (CODE.replace('    """What."""\n', ""), True), ('"""Module."""\n' + CODE, True),
+    (CODE.replace("+ 1", "+ 2"), False), (CODE + "f(1)\n", False),
+    (CODE.replace('"""What."""', 'y = "What."'), False)])
+def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, same):
+    assert (ablate.code_hash(changed) == ablate.code_hash(CODE)) is same
+
+def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
+    arm, base = ablate.Arm("title", ("--seed 1",)), "base"
+    others = [ablate.arm_hash(arm._replace(**change), base) for change in (
+        dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(share="0.5"),
+        dict(share="0.8"), dict(change=ablate.reward_agreement),
+        dict(fork=ablate.permute_by_gap))] + [ablate.arm_hash(arm, "other")]
+    before = ablate.arm_hash(arm._replace(title="other"), base)
+    assert ablate.arm_hash(arm, base) == before and len({before, *others}) == len(others) + 1
+    monkeypatch.setattr(ablate, "EVALUATION", "--eval-orders 2")
+    assert ablate.arm_hash(arm, base) not in others + [before]
+
+def write_run(out, *worst_orders):
+    """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
+    for stage, worst in enumerate(worst_orders, 1):
+        folder = out / f"stage{stage}"
+        (folder / "checkpoint-2").mkdir(parents=True)
+        step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0)
+        evaluation = dict(eval_accuracy=0.75, eval_bias=0.25, places={"1": 1.0, "2": 0.5})
+        write_rows(folder / "metrics.jsonl",
+                   evaluation | dict(step=0, eval_worst=0.25), step | dict(step=1),
+                   step | evaluation | dict(step=2, eval_worst=worst))
+
+@pytest.fixture
+def ablation(tmp_path, monkeypatch):
+    """run_all on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO;
+    those in `broken` fail. Returns what is called, the runs started, `broken`, and the file."""
+    started, broken, path = [], set(), tmp_path / "ablation.jsonl"
+
+    def trained(argv):
+        seed, out = int(argv[argv.index("--seed") + 1]), Path(argv[argv.index("--out") + 1])
+        name = out.name.split("-seed")[0]
+        started.append((name, seed))
+        if (name, seed) in broken:
+            raise SystemExit("out of memory")
+        write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo"))
+
+    monkeypatch.setattr(perl, "main", trained)
+    for target in ("evaluate", "sample_orders"):
+        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
+    monkeypatch.setattr(ablate, "redirect_stdout", contextlib.nullcontext)  # threads share it
+    monkeypatch.setattr(ablate, "redirect_stderr", contextlib.nullcontext)
+    monkeypatch.setattr(ablate, "fresh_processes", ThreadPoolExecutor)
+    monkeypatch.setattr(ablate, "training_set", lambda share, scratch: scratch)
+    monkeypatch.setattr(ablate, "base_hash", lambda: "now")
+
+    def run_all(names=("perl", "grpo"), seeds=(0, 1, 2), jobs=1):
+        started.clear()
+        ablate.run_all(names, seeds, jobs, path, tmp_path / "scratch")
+
+    return run_all, started, broken, path
+
+def test_a_finished_run_is_not_run_again_until_its_code_changes(ablation, tmp_path, monkeypatch):
+    run_all, started, _, path = ablation
+    run_all()
+    assert started == [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")], "in pairs"
+    assert not list(tmp_path.glob("scratch/*/*/checkpoint-*")), "their weights are not kept"
+    run_all()
+    assert started == []
+    run_all(seeds=(2, 3), jobs=2)
+    assert sorted(started) == [("grpo", 3), ("perl", 3)]
+    line = read_rows(path)[0]
+    assert line == dict(
+        arm="perl", seed=0, hash=ablate.arm_hash(ablate.ARMS["perl"], "now"),
+        flags=["--eval-every 5"], curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]],
+        places={"1": 1.0, "2": 0.5}, kept=0.25, training_seconds=6.0)
+    monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
+    text = ablate.summary(read_rows(path))
+    assert text == "0 runs; 8 lines of other code or data are left out"
+    run_all(seeds=(0,))
+    assert started == [("perl", 0), ("grpo", 0)]
+    assert ablate.summary(read_rows(path)).startswith("2 runs; 8 lines of other code or data")
+
+def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation, capsys):
+    run_all, started, broken, path = ablation
+    broken.add(("perl", 1))
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        run_all()
+    assert len(started) == 6 and len(read_rows(path)) == 5
+    assert "perl, seed 1: out of memory" in capsys.readouterr().out
+    broken.clear()
+    run_all()
+    assert started == [("perl", 1)]
+    assert ablate.summary(read_rows(path)).startswith("6 runs; 0 lines")
+
+def test_code_that_changes_during_a_run_makes_it_fail(ablation, monkeypatch, capsys):
+    run_all, _, _, path = ablation
+    changes = itertools.count()
+    monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        run_all(names=("perl",), seeds=(0,))
+    assert "code or data changed during the run" in capsys.readouterr().out and not path.exists()
+
+def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
+    """perl.py refuses a negative seed: the process starts, ends and says why without training."""
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        ablate.run_all(["clean"], [-1], 1, tmp_path / "a.jsonl", tmp_path / "scratch")
+    assert "clean, seed -1: --seed -1 must be" in capfd.readouterr().out
+    assert (tmp_path / "scratch" / "clean-seed-1.log").exists()
+    assert not (tmp_path / "a.jsonl").exists()
+    assert perl.set_advantages.__name__ == "set_advantages", "the fork is not in this process"
+
+def cells_of(text):
+    """The table of a summary: first cell -> the others."""
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.split("\n")
+            if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+def test_tables_by_hand(ablation):
+    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
+    paired difference is over two seeds and without spread."""
+    run_all, _, _, path = ablation
+    run_all(names=("perl", "grpo", "perl-0.5", "grpo-0.5"), seeds=(0, 1))
+    run_all(names=("perl",), seeds=(2,))
+    cells = cells_of(ablate.summary(read_rows(path)))
+    assert cells["PeRL (n_s = 1)"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0",
+                                       "**+10.0 ± 0.0**", "", "100 / 50", "25%", "6"]
+    assert cells["plain GRPO (n_s = 0)"][4:6] == ["", "**-10.0 ± 0.0**"]
+    assert cells["start model"][:4] == ["", "75.0", "25.0", "25.0"]
+    skewed = cells["PeRL, right image first: 0.5"]
+    assert skewed[4:6] == ["**+10.0 ± 0.0**", ""], "against plain GRPO on the same training set"
+    assert ablate.shown([9.0, -1.0, 4.0], "+") == "+4.0 ± 12.4", "not bold: it includes 0"
+
+def test_the_picture_is_drawn_and_small(ablation, tmp_path):
+    run_all, _, _, path = ablation
+    run_all(names=("perl", "grpo", "grpo-1", "perl-0.5"))
+    ablate.draw(ablate.present_runs(read_rows(path)), tmp_path / "ablation.png")
+    with Image.open(tmp_path / "ablation.png") as picture:
+        assert picture.width > 1500 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
+    assert (tmp_path / "ablation.png").stat().st_size < 200_000
+
+def test_the_curve_of_several_stages_is_one(tmp_path):
+    write_run(tmp_path, 0.5, 0.75)
+    (tmp_path / "stage0").mkdir()
+    found = ablate.read_run(tmp_path)
+    assert [point[0] for point in found["curve"]] == [0, 2, 4] and found["curve"][-1][2] == 0.75
+    assert (found["kept"], found["training_seconds"]) == (0.25, 12.0)
+
+def answered(text, order=(0, 1)):
+    """A rollout of the answer `text` to a question of two images, whose first one is right."""
+    asked = perl.permute(sample("index", "1", n=len(order)), order)
+    accuracy = float(text == asked.answer)
+    return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
+                   truncated=False, accuracy=accuracy, reward=accuracy)
+
+@table("text, order, given", [
+    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
+    ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
+def test_an_answer_moved_back_to_the_given_order(text, order, given):
+    assert ablate.answer_as_given(answered(text, order)) == given
+
+def group_of(*texts, orders=((0, 1), (1, 0))):
+    """Answers order by order, as many in each."""
+    n = len(texts) // len(orders)
+    return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
+
+ONE_ORDER = group_of("1", "1", "1", "1", orders=((0, 1), (0, 1)))
+
+@table("fork, group, rewards", [  # columns: the first answers of both orders, then the second ones
+    ("reward_agreement", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
+    ("reward_agreement", group_of("2", "9", "1", "9"), [0.9, 0, 0.9, 0]),
+    ("reward_agreement", ONE_ORDER, [1, 1, 1, 1]),
+    ("reward_agree_and_right", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
+    ("reward_agree_and_right", group_of("2", "1", "1", "2"), [0, 1.9, 0, 1.9]),
+    ("reward_agree_and_right", ONE_ORDER, [1, 1, 1, 1])])
+def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
+    """Agreement pays whether right or wrong; being right together pays on top; a question in one
+    order only has nothing to agree with."""
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    group = [dataclasses.replace(rollout) for rollout in group]
+    ablate.before_advantages(getattr(ablate, fork))
+    perl.set_advantages([group])
+    assert [rollout.reward for rollout in group] == pytest.approx(rewards)
+    assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
+
+def test_the_forks_of_baseline_and_condition(monkeypatch):
+    """Advantages of pooled rewards 1, 0, 0, 0, and of those of each order; then what is learned."""
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    group = group_of("1", "9", "9", "9")
+    perl.set_advantages([group])
+    assert [r.advantage for r in group] == pytest.approx([ROOT] + [-1 / ROOT] * 3)
+    ablate.baseline_per_order()
+    perl.set_advantages([group])
+    assert [r.advantage for r in group] == pytest.approx([1, -1, 0, 0])
+    assert [r.prompt.sample.answer for r in group] == ["1", "1", "2", "2"]
+    ablate.before_advantages(ablate.loss_on_clean_order)
+    perl.set_advantages([group])
+    assert [r.prompt.sample.answer for r in group] == ["1"] * 4
+
+def test_permuting_follows_a_questions_own_gap(monkeypatch):
+    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
+    groups, asked, rng = [], [], random.Random(0)
+    for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
+        group = group_of("1", "1", "1", "1")[:len(row)]
+        for rollout, accuracy in zip(group, row):
+            rollout.accuracy = float(accuracy)
+            rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
+        groups.append(group)
+    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
+    monkeypatch.setattr(perl, "sample_orders", lambda *args, n_orders, n: (
+        asked.append((n_orders, n)) or groups))
+    ablate.permute_by_gap()
+    for stage in (0, 1):
+        perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
+    assert asked == [(2, 2), (1, 4)]
+    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
+        asked_for = dataclasses.replace(sample("keep"), id=name)
+        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
+        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
+
+def test_accuracy_by_the_position_of_the_right_image():
+    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on."""
+    letter = sample("letter", "B", movable=(1, 2))
+    option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
+                                 accuracy=0.0)
+    rollouts = group_of("1", "1", "1", "2") + [option]
+    assert ablate.places_of(rollouts) == {"1": 1.0, "2": 0.5, "3": 0.0}
+
+def test_an_arm_runs_with_its_fork_and_notes_positions(tmp_path, monkeypatch, data):
+    for target in ("evaluate", "sample_orders", "set_advantages"):
+        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
+    short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
+    monkeypatch.setattr(ablate, "EVALUATION", short)
+    line = ablate.run("agree", 100, tmp_path)
+    assert [point[0] for point in line["curve"]] == [0, 1] and line["places"]
+    assert "step 1/1" in (tmp_path / "agree-seed100.log").read_text()
+
+def test_a_training_set_without_a_favoured_place(tmp_path):
+    pytest.importorskip("sklearn")
+    folder = ablate.training_set("balanced", tmp_path)
+    assert (folder / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
+    answers = [row["answer"] for row in read_rows(folder / "train.jsonl")
+               if row["source"] == "largest" and len(row["images"]) == 4]
+    assert Counter(answers) == dict.fromkeys("1234", 30)
+    assert ablate.training_set("balanced", tmp_path) == folder, "made once"
+
+# ---- data_samples/ablate.py --cost -----------------------------------------------------
+
+SMALL_STEP = [3, 6, 10]  # images, tokens of each, other tokens
+
+def step_flags(images, image_tokens, text_tokens, new_tokens):
+    return ["--cost", f"--images={images}", f"--max-new-tokens={new_tokens}",
+            f"--image-tokens={image_tokens}", f"--text-tokens={text_tokens}"]
+
+def step_config(**changes):
+    return dataclasses.replace(perl.parse_config([]), **dict(
+        beta=0.0, max_new_tokens=5, max_tokens_per_micro_batch=16384) | changes)
+
+@table("changes", [{}, PLAIN, dict(n_permutations=2, rollouts_per_order=2),
+                   dict(max_tokens_per_micro_batch=50)])
+def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
+    """The parts that --cost prints add up to what torch counts in sampling and an update."""
+    cfg, model = step_config(**changes), load_tiny()
+    endless = SimpleNamespace(**vars(PROCESSOR) | dict(
+        banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids))
+    rollouts = ablate.full_rollouts(cfg, SMALL_STEP, model.config.vision_config, 40,
+                                    PROCESSOR.image_id)
+    prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
+        update_at_lr_0(model, [rollouts], cfg)
+    flops, _ = ablate.count_flops(model.config, cfg, SMALL_STEP)
+    assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+def test_flops_at_the_size_of_the_7b():
+    def count(**changes):
+        return ablate.count_flops(ablate.QWEN_7B, step_config(max_new_tokens=256, **changes),
+                                  [4, 256, 64])
+    (shared, minimum), (plain, _) = count(), count(share=False)
+    total = sum(shared.values())
+    assert total <= 0.30 * sum(plain.values()) and total <= 1.15 * sum(minimum.values())
+    assert all(0.95 < minimum[part] / shared[part] < 1.001 for part in minimum)
+    fewer, permuted = count(rollouts_per_order=2)[0], count(n_permutations=3)[0]
+    assert fewer["prefill"] == shared["prefill"] and permuted["prefill"] == 2 * shared["prefill"]
+    assert fewer["vision"] == permuted["vision"] == shared["vision"]
+
+def test_the_last_line_of_cost_is_an_object(capsys):
+    """With a process for each of the two ways, whose peak memory is its own."""
+    ablate.main(step_flags(2, 4, 9, 4) + ["--n-permutations", "2"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = {f"{kind}_{way}" for kind in ("flops", "seconds", "peak_mb")
+             for way in ("shared", "plain")} | {"flops_minimum"}
+    parts = {f"flops_{way}_{part}" for way in ("shared", "plain", "minimum")
+             for part in ("vision", "prefill", "decode", "loss")}
+    assert set(row) == names | parts | {f"seconds_{way}_{part}" for way in ("shared", "plain")
+                                        for part in ("sample", "update")}
+    assert min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
+
+@table("flags, message", [
+    (step_flags(0, 4, 9, 4), "more text tokens than images"),
+    (step_flags(4, 4, 4, 4), "more text tokens than images"),
+    (step_flags(1, -4, 9, 4), "more text tokens than images"),
+    (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
+    (step_flags(1, 4, 9, 1), "--max-new-tokens"),
+    (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
+    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of perl")])
+def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        ablate.main(flags)
+    assert message in f"{end.value} {capsys.readouterr().err}"
+
+def test_ctrl_c_during_the_cost_is_one_sentence():
+    process = subprocess.Popen([sys.executable, str(HERE / "data_samples" / "ablate.py"),
+                                *step_flags(2, 4, 9, 4)], stderr=subprocess.PIPE, text=True)
+    signal.alarm(60)
+    assert "timing a step" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 1 and "interrupted; the same command continues" in err
+    assert "Traceback" not in err
+
+# ---- data_samples/curate.py ------------------------------------------------------------
+
+LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
+DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
+
+def label_of(row, question=None, n=None):
+    question, n = question or row["question"], n or row["question"].count("<image>")
+    gold = ev.gold_of(row["answer"], question, n)
+    return ev.infer_label(question, gold, n, row.get("style", "any"))
+
 def digit(k, kind="PNG", mode="RGB"):
     """The bytes of a real digit; kind JPEG is another encoding of the same picture."""
     with Image.open(DIGITS[k]) as image:
@@ -3501,13 +4335,12 @@ def copies(tmp_path_factory):
     root, contents, dream, icon = tmp_path_factory.mktemp("copies"), {}, [], []
     for k in range(6):
         paths = [f"nights/{k}/{j}.png" for j in range(3)]
-        contents |= {path: digit(3 * k + j) for j, path in enumerate(paths)}
         dream.append(mantis_row(k, paths, DREAM.format(2, 1, 3), "AB"[k % 2]))
-    write_mantis(root, "dreamsim", dream, contents)
-    for k in range(6):
+        contents |= {path: digit(3 * k + j) for j, path in enumerate(paths)}
         paths = [f"choose_img/{k}/{name}.png" for name in ("image", *"012")]
-        contents |= {path: digit(20 + 4 * k + j) for j, path in enumerate(paths)}
         icon.append(mantis_row(k, paths, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B"))
+        contents |= {path: digit(20 + 4 * k + j) for j, path in enumerate(paths)}
+    write_mantis(root, "dreamsim", dream, contents)
     write_mantis(root, "iconqa", icon, contents, ("part_0.zip", "part_1.zip"))
     k12 = [{"id": str(k), "question": f"As shown, AB = {k}. How long is CD?", "answer": f"$${k}$$",
             "subject": "math", "image": {"bytes": digit(50 + k, mode=mode), "path": None}}
@@ -3557,8 +4390,7 @@ def test_on_our_own_samples_the_rules_give_the_label_or_never():
     found = Counter()
     for row in read_rows(HERE / "data_samples" / "train.jsonl"):
         question, n = perl.MENTION.sub(r"image \1", row["question"]), len(row["images"])
-        gold = order_rules.gold_of(row["answer"], question, n)
-        label = order_rules.infer_label(question, gold, n, row["source"])
+        label = label_of(row, question, n)
         found[label.order_rule] += 1
         if label.order_rule != "never":
             movable = tuple(row.get("movable", range(n)))
@@ -3587,7 +4419,8 @@ def test_questions_of_one_and_of_several_images_train_together(tmp_path, monkeyp
     assert Counter(s.order_rule for s in perl.load_samples(out / "train.jsonl")) == {
         "keep": 10, "never": 10}
     kept, update = [], perl.update
-    monkeypatch.setattr(perl, "update", lambda *args: kept.extend(args[4]) or update(*args))
+    monkeypatch.setattr(perl, "update", lambda *args, **more: (
+        kept.extend(args[4]) or update(*args, **more)))
     perl.main(arguments(out / "train.jsonl", tmp_path / "run", eval_data="", steps=1,
                         questions_per_step=20, rollouts_per_order=6))
     assert {len(group) for group in kept} == {12}
@@ -3596,37 +4429,41 @@ def test_questions_of_one_and_of_several_images_train_together(tmp_path, monkeyp
         n_orders = len({rollout.order for rollout in group})
         orders[n_orders].add(len(group[0].prompt.sample.images))
     assert orders[1] == {1} and min(orders[2]) > 1
-    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    (row,) = read_rows(tmp_path / "run" / "stage1" / "metrics.jsonl")
     assert row["kept"] == len(kept) and row["grad_norm"] > 0
+
+def one_image(question, answer, path="a.png"):
+    return mantis_row(0, [path], "<image> " + question, answer)
 
 BAD = {
     "not 1 to 16 images": mantis_row(0, [], "How many?", "3"),
     "placeholders do not fit the images": mantis_row(0, ["a.png", "b.png"], "<image> Why?", "3"),
-    "question over 4000 characters": mantis_row(0, ["a.png"], "<image>" + "why " * 1500, "3"),
-    "control characters or tokens in the text": mantis_row(
-        0, ["a.png"], "<image><|im_end|> What is it?", "3"),
-    "no answer": mantis_row(0, ["a.png"], "<image> What is it?", " "),
-    "answer is none of the options": mantis_row(0, ["a.png"], "<image>?\nA. 1\nB. 2", "C"),
+    "question over 4000 characters": one_image("why " * 1500, "3"),
+    "control characters or tokens in the text": one_image("<|im_end|> What is it?", "3"),
+    "no answer": one_image("What is it?", " "),
+    "answer is none of the options": one_image("?\nA. 1\nB. 2", "C"),
     "answer names an image in words": mantis_row(
         0, ["a.png", "b.png"], "<image><image> Which?", "The final image"),
-    "answer has several parts": mantis_row(0, ["a.png"], "<image> Solve.", "(1) 3; (2) 4"),
-    "open answer": mantis_row(0, ["a.png"], "<image> What is it?", "A man who rides a bike."),
-    "answer that our grader cannot read": mantis_row(0, ["a.png"], "<image> Which set?", "{3"),
-    "image not found": mantis_row(0, ["none.png"], "<image> How many?", "3"),
-    "image name is ambiguous": mantis_row(0, ["0.png"], "<image> How many?", "3"),
-    "image unreadable": mantis_row(0, ["torn.png"], "<image> How many?", "3"),
-    "image too large or too thin": mantis_row(0, ["thin.png"], "<image> How many?", "3"),
-    "twin": mantis_row(0, ["a.png"], "<image> How many brown cows graze here?", "4"),
-    "near twin": mantis_row(0, ["a.jpg"], "<image> How many brown cows do graze here?", "4"),
-    "one question with several answers": mantis_row(0, ["b.png"], "<image> Is it odd?", "No")}
+    "answer has several parts": one_image("Solve.", "(1) 3; (2) 4"),
+    "answer is one of many": one_image("Which sides are equal?", "AB = CD (not unique)"),
+    "answer lists alternatives": one_image("Solve.", "x = 3 or x = -1"),
+    "answer in unknown LaTeX": one_image("Which?", r"\ding{172}"),
+    "open answer": one_image("What is it?", "A man who rides a bike."),
+    "answer that our grader cannot read": one_image("Which set?", "{3"),
+    "image not found": one_image("How many?", "3", "none.png"),
+    "image name is ambiguous": one_image("How many?", "3", "0.png"),
+    "image unreadable": one_image("How many?", "3", "torn.png"),
+    "image too large or too thin": one_image("How many?", "3", "thin.png"),
+    "duplicate": one_image("How many brown cows graze here?", "4"),
+    "near duplicate": one_image("How many brown cows do graze here?", "4", "a.jpg"),
+    "one question with several answers": one_image("Is it odd?", "No", "b.png")}
 
 @pytest.fixture
 def bad_copies(tmp_path):
     """Rows that each rule drops, after three that stay."""
-    good = [mantis_row(0, ["a.png"], "<image> How many brown cows graze here?", "4"),
-            mantis_row(0, ["a.png"], "<image> Is this a horse?", "No"),
-            mantis_row(0, ["c.png"], "<image> Is it odd?", "No"),
-            mantis_row(0, ["b.png"], "<image> Is it odd?", "Yes")]  # contradicted below
+    good = [one_image("How many brown cows graze here?", "4"), one_image("Is this a horse?", "No"),
+            one_image("Is it odd?", "No", "c.png"),
+            one_image("Is it odd?", "Yes", "b.png")]  # contradicted below
     thin = encoded(Image.new("RGB", (900, 3)), "PNG")["bytes"]
     contents = {"a.png": digit(0), "a.jpg": digit(0, "JPEG"), "b.png": digit(1),
                 "c.png": digit(2), "x/0.png": digit(3), "y/0.png": digit(4), "thin.png": thin,
@@ -3634,6 +4471,34 @@ def bad_copies(tmp_path):
     rows = good + list(BAD.values())
     write_mantis(tmp_path / "copies", "nlvr2", rows, contents)
     return tmp_path / "copies"
+
+CIRCLES = "Statements: ① a ② b ③ c ④ d. Which are right?"
+LABELS = "(1) a (2) b (3) c (4) d. Which are right?"
+
+@table("gold, question", [  # they stay
+    ("24 cm", ""), ("7 (mod 12)", ""), ("3.4", LABELS), ("③④", CIRCLES), ("12, 5", ""),
+    ("1,000", ""), ("(1, 2)", ""), (r"(-\infty, 3]", ""), (r"3\frac{1}{2}", ""), ("1 1/2", ""),
+    ("black and white", ""), ("1/2", ""), ("OR gate", ""), (r"6\sqrt{2}", ""), ("y=2x+1", "")])
+def test_golds_that_a_natural_answer_meets(gold, question):
+    assert curate.unwrap_gold(gold, question) == gold
+    curate.check_gold(gold)
+    assert perl.is_correct(rf"\boxed{{{gold}}}", gold)
+
+@table("answer, question, gold", [
+    (r"$\number{24}$", "", "24"), (r"\boxed{\text{24}}", "", "24"), ("24 (students)", "", "24"),
+    (r"24\mathrm{~cm}", "", "24 cm"), ("3.4.", CIRCLES, "③④"), ("3.4.", LABELS, "3, 4"),
+    ("1.3.4.", LABELS, "1, 3, 4"), ("3 and 4", "", "3, 4"), (r"{24}", "", "24")])
+def test_golds_are_unwrapped(answer, question, gold):
+    assert curate.unwrap_gold(ev.gold_of(answer, question, 1), question) == gold
+
+@table("gold, rule", [
+    *[(gold, "has several parts") for gold in (
+        "3.4.", "1.3.4.", "40 60 80", r"5 \quad 6", "x = 1, y = 2", "yes, 5", "(1, 2), (3, 4)")],
+    ("3 或 5", "lists alternatives"), ("dog/puppy", "lists alternatives"),
+    ("答案不唯一", "is one of many"), (r"\SI{24}{cm}", "in unknown LaTeX")])
+def test_golds_that_no_natural_answer_meets_are_dropped(gold, rule):
+    with pytest.raises(curate.Dropped, match=f"answer {rule}"):
+        curate.check_gold(curate.unwrap_gold(gold, "How long is AB?"))
 
 def test_what_a_rule_drops_is_counted_and_shown(bad_copies, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # ev.main sets it
@@ -3671,7 +4536,7 @@ def test_benchmarks_are_kept_out(copies, tmp_path):
     out = run_curate(sources, tmp_path / "out", "--against", str(against))
     dropped = {row["id"]: row["rule"] for row in read_rows(out / "dropped.jsonl")}
     assert dropped == {"mantis-dreamsim-0000002": "picture of a benchmark",
-                       "mantis-iconqa-0000001": "near twin of a benchmark's picture",
+                       "mantis-iconqa-0000001": "near duplicate of a benchmark's picture",
                        "mmk12-0000005": "13 words of a benchmark"}
 
 def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, monkeypatch):
@@ -3699,13 +4564,13 @@ def test_a_label_that_a_model_disputes_is_never(copies, curated, tmp_path, monke
     killed run does not ask again; the tiny model, which knows none of this, agrees with none."""
     asked = []
 
-    def says_yes(model, processor, samples, orders, n, cfg, greedy):
+    def says_yes(model, processor, samples, orders, cfg, *, n, greedy):
         asked.extend(samples)
         assert greedy and n == 1 and all(order == [tuple(range(len(s.images)))]
                                          for s, order in zip(samples, orders))
         return [[SimpleNamespace(accuracy=float(s.answer == "Yes"))] for s in samples]
 
-    monkeypatch.setattr(perl, "sample_groups", says_yes)
+    monkeypatch.setattr(ev, "sample_groups", says_yes)
     out = run_curate(copies, tmp_path / "out", "--label-with", "tiny")
     rules = Counter((s.source, s.order_rule) for s in perl.load_samples(out / "train.jsonl"))
     assert rules == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6,
@@ -3721,7 +4586,7 @@ def test_a_label_that_a_model_disputes_is_never(copies, curated, tmp_path, monke
 
 @table("sources, message", [
     (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
-    (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources of one name"),
+    (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources have the same name"),
     (["hiyouga/MMK12"], "row 1: not the columns of MMK12")])
 def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, sources, message):
     with pytest.raises(SystemExit, match=message):
@@ -3743,6 +4608,12 @@ def test_the_hub_is_asked_for_train_files_and_what_lacks_is_named(copies, tmp_pa
     with pytest.raises(SystemExit, match="pip install huggingface_hub"):
         curate.main(["mmk12", "--out", str(tmp_path / "hub")])
 
+def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(perl, "read_image", lambda file: pytest.fail("decoded"))
+    for size in ((8000, 6000), (900, 8)):
+        with pytest.raises(curate.Dropped, match="too large or too thin"):
+            curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
+
 def test_odd_images_come_out_plain():
     deep = Image.new("I;16", (40, 30), 40000)
     turned = Image.new("RGB", (40, 30), "red")
@@ -3750,8 +4621,8 @@ def test_odd_images_come_out_plain():
     turned.getexif()[0x0112] = 6  # what is on the left belongs at the top
     turned.save(file := io.BytesIO(), "PNG", exif=turned.getexif())
     clear = Image.new("RGBA", (40, 30), (255, 0, 0, 0))
-    assert pictures.decode(encoded(deep, "PNG")["bytes"]).getpixel((0, 0)) == (156, 156, 156)
-    upright = pictures.decode(file.getvalue())
+    assert curate.decode(encoded(deep, "PNG")["bytes"]).getpixel((0, 0)) == (156, 156, 156)
+    upright = curate.decode(file.getvalue())
     assert upright.size == (30, 40) and upright.getpixel((29, 0)) == (0, 0, 255)
-    assert pictures.decode(encoded(clear, "PNG")["bytes"]).getpixel((0, 0)) == (255, 255, 255)
-    assert pictures.near_hash(Image.new("RGB", (40, 40), "white")) is None
+    assert curate.decode(encoded(clear, "PNG")["bytes"]).getpixel((0, 0)) == (255, 255, 255)
+    assert curate.near_hash(Image.new("RGB", (40, 40), "white")) is None

@@ -1,137 +1,131 @@
 #!/usr/bin/env python3
-r"""Which part of the method does what: every arm trains the tiny model on the same seeds.
+"""Experiments with perl.py: which part of the method does what, and what a step costs.
 
     python data_samples/ablate.py --short     # PeRL and plain GRPO, 3 seeds
-    python data_samples/ablate.py --jobs 4    # all arms, 8 seeds: four runs at a time
+    python data_samples/ablate.py --jobs 4    # all arms, 8 seeds, four runs at a time
     python data_samples/ablate.py --arms perl,clean --seeds 0-3
-    python data_samples/ablate.py --tables    # tables and picture of what is there
+    python data_samples/ablate.py --tables    # table and picture of the finished runs
+    python data_samples/ablate.py --cost      # a training step with and without sharing
 
-A finished run is a line of ablation.jsonl, with the hash of all that it came from: the syntax tree
-of perl.py (without docstrings; comments are not in it), the samples, the start checkpoint, and the
-arm's own flags and code. A run that is there is not run again, so the file can be committed and
-gone on with elsewhere. Lines of another hash are counted, left out of the tables, and run again.
-
-An arm is a few flags of perl.py; or a fork, which replaces functions of perl.py as the README
-shows; or another training set. It is run by `--run ARM --seed S`, in a process of its own.
+Every arm trains the tiny model on the same seeds. A finished run is a line of ablation.jsonl,
+with a hash of what it depends on: the code of perl.py (without comments and docstrings), the
+samples, the start model, and the arm's flags and code. While the hash stays the same, the run
+is not repeated, so the file can be committed and continued on another machine.
 """
 import argparse
 import ast
-import contextlib
 import dataclasses
-import fcntl
+import functools
 import hashlib
 import inspect
+import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Callable, NamedTuple
 
+import torch
+import transformers
+from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
+
 HERE = Path(__file__).resolve().parent
+MAKER = HERE / "make_samples.py"
 sys.path.insert(0, str(HERE.parent))
-import perl  # noqa: E402  (found through the line above)
+import perl  # found through the line above
+from eval import table
 
-SEEDS = range(8)
-RUN_LIMIT = 1800  # seconds, after which a run counts as failed
+# ---- Forks: ideas of other papers, each in place of functions of perl.py ---------------
 
-# ---- Forks: ideas of later papers, each in place of functions of perl.py ---------------
+def before_advantages(change: Callable) -> None:
+    """Call change(rollouts by order) on each group before its advantages are computed."""
+    set_advantages = perl.set_advantages
+
+    def with_change(groups):
+        for group in groups:
+            change(orders_of(group))
+        set_advantages(groups)
+
+    perl.set_advantages = with_change
 
 def orders_of(group: list) -> list[list]:
-    """The rollouts of a group, order by order."""
+    """The rollouts of a group, one list per order; the given order first."""
     by_order = {}
     for rollout in group:
         by_order.setdefault(rollout.order, []).append(rollout)
     return list(by_order.values())
 
-def columns(groups: list) -> list[list]:
-    """The t-th rollouts of all orders, for each t; none of a question in one order only."""
-    found = []
-    for group in groups:
-        by_order = orders_of(group)
-        if len(by_order) > 1:
-            found += map(list, zip(*by_order))
-    return found
+def loss_on_clean_order(by_order: list[list]) -> None:
+    """As in NoisyRollout: sample in every order, but train on the given one."""
+    for rollout in perl.flatten(by_order):
+        rollout.prompt = by_order[0][0].prompt
 
-def baseline_per_order() -> None:
-    """The mean and the deviation of each order's own rollouts, in place of the pooled ones."""
-    pooled = perl.set_advantages
-    perl.set_advantages = lambda groups: pooled(sum(map(orders_of, groups), []))
+# The next two forks reward columns: a column has the t-th rollout of every order. A question
+# that is asked in one order only has none.
+def columns(by_order: list[list]) -> list[tuple]:
+    return list(zip(*by_order)) if len(by_order) > 1 else []
 
-def loss_on_clean_order() -> None:
-    """As NoisyRollout: answered in any order, learned in the one given, a group's first."""
-    set_advantages = perl.set_advantages
-
-    def condition(groups):
-        set_advantages(groups)
-        for group in groups:
-            for rollout in group:
-                rollout.prompt = group[0].prompt
-
-    perl.set_advantages = condition
+def reward_agreement(by_order: list[list]) -> None:
+    """PA-GRPO (arXiv 2603.21016): the answer that most of a column give earns as much as a
+    right answer, whether it is right or wrong (the paper's lambda = 1)."""
+    for column in columns(by_order):
+        answers = [answer_as_given(rollout) for rollout in column]
+        favourite, votes = Counter(answers).most_common(1)[0]
+        for rollout, answer in zip(column, answers):
+            if answer is not None and answer == favourite and votes > len(column) / 2:
+                rollout.reward += perl.Config.accuracy_weight
 
 def answer_as_given(rollout) -> str | None:
-    """What a rollout answers, moved back to the order given: "1" for the image that stood third
-    there. None if there is no answer, or none that names an image."""
-    answer = perl.extract_answer(rollout.text)
-    if answer is None:
+    """A rollout's answer in the given order of images: "1" -> "3" if the first image was the
+    third there. None if there is no answer, or it names no image of the question."""
+    answer, places = perl.extract_answer(rollout.text), range(len(rollout.order))
+    asked = dataclasses.replace(rollout.prompt.sample, answer=answer or "")
+    if answer is None or perl.named_positions(asked) is None:
         return None
-    asked = dataclasses.replace(rollout.prompt.sample, answer=answer)
-    back = tuple(rollout.order.index(place) for place in range(len(rollout.order)))
-    try:
-        return perl.permute(asked, back).answer
-    except KeyError:  # it names an image that is not there
-        return None
+    back = tuple(rollout.order.index(place) for place in places)
+    return perl.permute(asked, back).answer
 
-def reward_agreement() -> None:
-    """PA-GRPO (arXiv 2603.21016): who answers as most of a column do, right or wrong, earns as
-    much again as for a right answer (the paper's lambda = 1, which likewise weighs both alike)."""
+def reward_agree_and_right(by_order: list[list]) -> None:
+    """ConsistRoll (arXiv 2606.29812), after its abstract: columns that are right throughout
+    earn a joint reward. Its weight here is that of a right answer."""
+    for column in columns(by_order):
+        if all(rollout.accuracy for rollout in column):
+            for rollout in column:
+                rollout.reward += perl.Config.accuracy_weight
+
+def baseline_per_order() -> None:
+    """Advantages within each order, in place of the whole group."""
     set_advantages = perl.set_advantages
 
-    def with_agreement(groups):
-        for column in columns(groups):
-            answers = [answer_as_given(rollout) for rollout in column]
-            favourite, votes = Counter(answers).most_common(1)[0]
-            for rollout, answer in zip(column, answers):
-                if answer is not None and answer == favourite and votes > len(column) / 2:
-                    rollout.reward += perl.Config.accuracy_weight
-        set_advantages(groups)
+    def per_order(groups):
+        for group in groups:
+            set_advantages(orders_of(group))
 
-    perl.set_advantages = with_agreement
-
-def reward_agree_and_right() -> None:
-    """ConsistRoll (arXiv 2606.29812), after its abstract: a joint reward for a column of rollouts
-    that are all right, and so agree. Its weight here is that of a right answer."""
-    set_advantages = perl.set_advantages
-
-    def with_joint_reward(groups):
-        for column in columns(groups):
-            if all(rollout.accuracy for rollout in column):
-                for rollout in column:
-                    rollout.reward += perl.Config.accuracy_weight
-        set_advantages(groups)
-
-    perl.set_advantages = with_joint_reward
+    perl.set_advantages = per_order
 
 def permute_by_gap() -> None:
-    """Adaptive permutation: a question is permuted with the probability of its own gap between
-    two orders. Stage 0 measures it, half of its answers in each: training sees few questions
-    twice. For one process: `gaps` are those of its own questions."""
+    """Permute each question with the probability of its own gap in accuracy between two
+    orders, which stage 0 measures. For one process."""
     sample_orders, draw_orders, gaps = perl.sample_orders, perl.draw_orders, {}
 
-    def in_two_orders(model, processor, samples, n_orders, n, cfg, *more, **named):
+    def in_two_orders(model, processor, samples, cfg, *more, **named):
         if cfg.stage > 0:
-            return sample_orders(model, processor, samples, n_orders, n, cfg, *more, **named)
-        groups = sample_orders(model, processor, samples, 2, n // 2, cfg, *more, **named)
+            return sample_orders(model, processor, samples, cfg, *more, **named)
+        named |= {"n_orders": 2, "n": named["n"] // 2}
+        groups = sample_orders(model, processor, samples, cfg, *more, **named)
         for group in groups:
-            row = [rollout.accuracy for rollout in group]
-            given, permuted = row[:n // 2], row[n // 2:]
-            gap = abs(fmean(given) - fmean(permuted)) if permuted else 0.0
-            gaps[group[0].prompt.sample.id] = gap
+            means = [fmean(r.accuracy for r in rollouts) for rollouts in orders_of(group)]
+            gaps[group[0].prompt.sample.id] = max(means) - min(means)
         return groups
 
     def by_gap(sample, n_permutations, alpha, rng):
@@ -139,67 +133,49 @@ def permute_by_gap() -> None:
 
     perl.sample_orders, perl.draw_orders = in_two_orders, by_gap
 
-FORK_CODE = (orders_of, columns, baseline_per_order, loss_on_clean_order, answer_as_given,
-             reward_agreement, reward_agree_and_right, permute_by_gap)
+FORK_CODE = (before_advantages, orders_of, loss_on_clean_order, columns, reward_agreement,
+             answer_as_given, reward_agree_and_right, baseline_per_order, permute_by_gap)
 
 # ---- Arms ------------------------------------------------------------------------------
 
 class Arm(NamedTuple):
-    """One setting, run once a seed. `stages`: the flags of each run of perl.py, in turn."""
+    """One experiment, run once per seed."""
     title: str
-    stages: tuple[str, ...] = ("",)
-    share: str | None = None        # of right images in front, if another training set is made
-    scored: bool = False            # it starts from the seed's stage 0
-    fork: Callable | None = None
+    stages: tuple[str, ...] = ("",)  # flags of each run of perl.py, in turn
+    share: str = ""                  # right images first, in a training set made for it
+    change: Callable | None = None   # of each group, before its advantages
+    fork: Callable | None = None     # replaces functions of perl.py
 
-# Start, half and end; a fourth order of a question more or less changes little.
+# More orders and evaluations would take most of the time.
 EVALUATION = "--eval-orders 6 --eval-every 20"
-OFTEN = "--eval-every 5"  # for the curves of the picture
-GRPO = "--n-permutations 0"
-SHARES = {"balanced": 0.286, "0.5": 0.5, "0.8": 0.8, "0.95": 0.95, "1": 1.0}
-MADE_SHARES = ("balanced", "0.5", "0.8", "1")  # 0.95 is the committed training set
-
-ARMS = {
-    "perl": Arm("PeRL (n_s = 1)", (OFTEN,)),
-    "grpo": Arm("plain GRPO (n_s = 0)", (f"{GRPO} {OFTEN}",)),
-} | {
-    f"{method}-{share}": Arm(f"{title}, right image first: {share}", (flags,), share=share)
-    for share in MADE_SHARES for method, title, flags in (("perl", "PeRL", ""),
-                                                          ("grpo", "plain GRPO", GRPO))
-} | {
+OFTEN, GRPO = "--eval-every 5", "--n-permutations 0"
+SHARES = {"balanced": 28.6, "0.5": 50, "0.8": 80, "0.95": 95, "1": 100}  # in percent
+STAGES_1_2 = ("--steps 20", "--stage 2 --steps 20")
+ARMS = {"perl": Arm("PeRL (n_s = 1)", (OFTEN,)),
+        "grpo": Arm("plain GRPO (n_s = 0)", (f"{GRPO} {OFTEN}",))}
+# 0.95 is the share of data_samples/train.jsonl itself.
+for share in ("balanced", "0.5", "0.8", "1"):
+    ARMS[f"perl-{share}"] = Arm(f"PeRL, right image first: {share}", share=share)
+    ARMS[f"grpo-{share}"] = Arm(f"plain GRPO, right image first: {share}", (GRPO,), share)
+ARMS |= {
     "orders-3": Arm("n_s = 2", ("--n-permutations 2",)),
     "orders-4": Arm("n_s = 3", ("--n-permutations 3",)),
     "alpha-1": Arm("alpha stays 1", ("--alpha-end 1",)),
     "per-order": Arm("a baseline for each order", fork=baseline_per_order),
-    "clean": Arm("loss on the clean order", fork=loss_on_clean_order),
-    "offline": Arm("filter: offline (stage 0 first)", ("--filter offline",), scored=True),
+    "clean": Arm("loss on the clean order", change=loss_on_clean_order),
+    "offline": Arm("filter: offline", ("--stage 0", "--filter offline")),
     "online": Arm("filter: online", ("--filter online",)),
-    "agree": Arm("reward: agreement (PA-GRPO)", fork=reward_agreement),
-    "agree-right": Arm("reward: agree and right (ConsistRoll)", fork=reward_agree_and_right),
-    "adaptive": Arm("permuting by a question's gap", ("--stage 0", "--filter none"),
+    "agree": Arm("reward: agreement (PA-GRPO)", change=reward_agreement),
+    "agree-right": Arm("reward: agree, right (ConsistRoll)", change=reward_agree_and_right),
+    "adaptive": Arm("permuting by gap", ("--stage 0", "--filter none"),
                     fork=permute_by_gap),
-    "stages-1-2": Arm("stage 1, then 2: 20 steps each", ("--steps 20", "--stage 2 --steps 20")),
-    "stages-0-1-2": Arm("stages 0, 1, 2: 20 steps each",
-                        ("--steps 20", "--stage 2 --steps 20"), scored=True),
-}
+    "stages-1-2": Arm("stages 1, 2: 20 steps each", STAGES_1_2),
+    "stages-0-1-2": Arm("stages 0, 1, 2: 20 steps each", ("--stage 0", *STAGES_1_2))}
 
-def flags_of(arm: Arm) -> list[str]:
-    """The command lines of an arm's runs, without seed, folder and data."""
-    return [f"{EVALUATION} {flags}".strip() for flags in arm.stages]
-
-def queue_of(names: list[str], seeds: list[int]) -> list[tuple[str, int]]:
-    """Runs in the order of their worth: the two main arms, the training sets, the rest."""
-    def worth(name: str) -> int:
-        return 0 if name in ("perl", "grpo") else 1 if ARMS[name].share else 2
-
-    runs = [(name, seed) for seed in seeds for name in ARMS if name in names]
-    return sorted(runs, key=lambda run: worth(run[0]))
-
-# ---- What a run came from --------------------------------------------------------------
+# ---- What a run depends on -------------------------------------------------------------
 
 def syntax(node) -> str:
-    """A syntax tree as text, without docstrings and places, the same for all versions of Python
-    (which add empty fields)."""
+    """A syntax tree as text, without docstrings and line numbers."""
     if isinstance(node, list):
         return "[" + " ".join(map(syntax, node)) + "]"
     if not isinstance(node, ast.AST):
@@ -209,73 +185,61 @@ def syntax(node) -> str:
         if name == "body" and isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node, clean=False) is not None:
                 value = value[1:]
+        # Each version of Python adds fields that are empty in older code.
         if value is not None and value != []:
             text += f" {name}={syntax(value)}"
     return f"({text})"
 
 def code_hash(source: str) -> str:
-    """Of Python source; comments, blank lines and docstrings do not count."""
-    return hash_of(syntax(ast.parse(source)).encode())
+    """A hash of Python code that comments, blank lines and docstrings do not change."""
+    return hash_of(syntax(ast.parse(source)))
 
-def hash_of(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:16]
+def hash_of(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 def base_hash() -> str:
-    """Of what all arms share: perl.py, the samples, the start checkpoint."""
-    parts = [code_hash(Path(perl.__file__).read_text(encoding="utf-8")).encode()]
-    for path in [HERE / "train.jsonl", HERE / "test.jsonl",
-                 *sorted(HERE.glob("images/*")), *sorted(HERE.glob("tiny/*"))]:
-        parts += [path.name.encode(), path.read_bytes()]
+    """Of what all arms share: perl.py, the samples, the start model."""
+    parts = [code_hash(Path(perl.__file__).read_text(encoding="utf-8"))]
+    for pattern in ("train.jsonl", "test.jsonl", "images/*", "tiny/*"):
+        for path in sorted(HERE.glob(pattern)):
+            parts += [path.name, path.read_bytes()]
     return hash_of(*parts)
 
 def arm_hash(arm: Arm, base: str) -> str:
-    """Of all that an arm's runs come from; the seed is beside it."""
-    parts = [base, *flags_of(arm), str(arm.scored)]
+    """Of everything that an arm's runs depend on, except the seed."""
+    parts = [base, EVALUATION, *arm.stages]
     if arm.share:
-        parts += [arm.share, code_hash((HERE / "make_samples.py").read_text(encoding="utf-8"))]
-    if arm.fork:
-        parts += [arm.fork.__name__, *[code_hash(inspect.getsource(code)) for code in FORK_CODE]]
-    return hash_of(*[part.encode() for part in parts])
+        parts += [arm.share, code_hash(MAKER.read_text(encoding="utf-8"))]
+    if arm.change or arm.fork:
+        # All forks' code, because they call each other.
+        parts.append((arm.change or arm.fork).__name__)
+        for code in FORK_CODE:
+            parts.append(code_hash(inspect.getsource(code)))
+    return hash_of(*parts)
 
-def present_hashes() -> dict[str, str]:
-    base = base_hash()
-    return {name: arm_hash(arm, base) for name, arm in ARMS.items()}
+def present_runs(lines: list[dict]) -> dict[str, dict[int, dict]]:
+    """Arm -> seed -> the line of its run with the present code and data."""
+    base, runs = base_hash(), {}
+    for name, arm in ARMS.items():
+        present = arm_hash(arm, base)
+        for line in lines:
+            if line["arm"] == name and line["hash"] == present:
+                runs.setdefault(name, {})[line["seed"]] = line
+    return runs
 
 # ---- One run, in a process of its own --------------------------------------------------
 
-@contextlib.contextmanager
-def made_once(folder: Path):
-    """Yields a folder to fill, which becomes `folder` then; None if it is there already."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            yield None
-            return
-        filling = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(filling, ignore_errors=True)
-        yield filling
-        os.replace(filling, folder)
-
 def training_set(share: str, scratch: Path) -> Path:
-    """The folder of a training set with another share of right images in front."""
-    code = code_hash((HERE / "make_samples.py").read_text(encoding="utf-8"))
-    folder = scratch / f"data-{share}-{code}"
-    with made_once(folder) as filling:
-        if filling:
-            subprocess.run([sys.executable, HERE / "make_samples.py", "--only", "data",
-                            "--first-share", share, "--out", filling], check=True)
-    return folder
-
-def stage_0(seed: int, scratch: Path) -> Path:
-    """The folder of the seed's stage 0, which several arms start from."""
-    folder = scratch / f"stage0-seed{seed}-{base_hash()}"
-    with made_once(folder) as filling:
-        if filling:
-            perl.main(["--stage", "0", "--seed", str(seed), "--out", str(filling)])
+    """The folder of a training set with another share of right images first, made once."""
+    folder = scratch / f"data-{share}-{code_hash(MAKER.read_text(encoding='utf-8'))}"
+    if not folder.exists():
+        # It gets its name when it is complete, so a kill leaves no incomplete one.
+        half = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(half, ignore_errors=True)
+        command = [sys.executable, MAKER, "--only", "data", "--first-share", share, "--out", half]
+        if subprocess.run(command).returncode != 0:
+            raise SystemExit("make_samples.py failed; see above")
+        os.replace(half, folder)
     return folder
 
 def places_of(rollouts: list) -> dict[str, float]:
@@ -284,55 +248,61 @@ def places_of(rollouts: list) -> dict[str, float]:
     for rollout in rollouts:
         sample = rollout.prompt.sample
         if sample.order_rule in ("index", "letter"):
-            position = perl.ORDER_RULES[sample.order_rule].position_of(rollout.gold, sample)
-            found.setdefault(position + 1, []).append(rollout.accuracy)
-    return {str(place): fmean(found[place]) for place in sorted(found)}
+            place = perl.named_positions(sample)[0] + 1
+            found.setdefault(place, []).append(rollout.accuracy)
+    return {str(place): round(fmean(found[place]), 5) for place in sorted(found)}
 
 def note_places() -> None:
-    """Let every evaluation add its accuracy by position to the line of metrics."""
-    evaluate, sample_groups = perl.evaluate, perl.sample_groups
+    """Let every evaluation add its accuracy by position to the metrics."""
+    evaluate, sample_orders, answered = perl.evaluate, perl.sample_orders, []
+
+    def noted(*args, **named):
+        groups = sample_orders(*args, **named)
+        answered.extend(perl.flatten(groups))
+        return groups
 
     def with_places(*args, **named):
-        answered = []
-
-        def noted(*args, **named):
-            groups = sample_groups(*args, **named)
-            answered.extend(sum(groups, []))
-            return groups
-
-        perl.sample_groups = noted
+        answered.clear()
         metrics = evaluate(*args, **named)
-        perl.sample_groups = sample_groups
         return metrics | {"places": places_of(answered)}
 
-    perl.evaluate = with_places
+    perl.sample_orders, perl.evaluate = noted, with_places
 
-def run(name: str, seed: int, scratch: Path) -> None:
-    """Train one arm with one seed, in scratch/NAME-seedSEED."""
-    arm, out = ARMS[name], run_folder(name, seed, scratch)
-    data = ["--data", str(training_set(arm.share, scratch) / "train.jsonl")] if arm.share else []
-    if arm.scored:
-        shutil.copytree(stage_0(seed, scratch), out)
+# It needs a process of its own, because forks change perl.py's functions for good.
+def run(name: str, seed: int, scratch: Path) -> dict:
+    """Train one arm with one seed, in scratch/NAME-seedSEED -> its line of ablation.jsonl."""
+    arm, out, data = ARMS[name], scratch / f"{name}-seed{seed}", []
+    before = arm_hash(arm, base_hash())
+    if arm.share:
+        data = ["--data", str(training_set(arm.share, scratch) / "train.jsonl")]
     note_places()
+    if arm.change:
+        before_advantages(arm.change)
     if arm.fork:
         arm.fork()
-    for flags in flags_of(arm):
-        perl.main([*flags.split(), *data, "--seed", str(seed), "--out", str(out)])
-
-def run_folder(name: str, seed: int, scratch: Path) -> Path:
-    return scratch / f"{name}-seed{seed}"
+    shutil.rmtree(out, ignore_errors=True)
+    with open(f"{out}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        for flags in arm.stages:
+            perl.main([*EVALUATION.split(), *flags.split(), *data, "--seed", str(seed),
+                       "--out", str(out)])
+    if arm_hash(arm, base_hash()) != before:
+        raise RuntimeError("code or data changed during the run")
+    for checkpoint in out.glob("stage*/checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return {"arm": name, "seed": seed, "hash": before, "flags": arm.stages, **read_run(out)}
 
 def read_run(out: Path) -> dict:
-    """What a run's metrics say: the curve of evaluations [step, accuracy, worst, bias], accuracy
-    by position at the end, share of groups trained on, seconds of sampling and updates."""
+    """A run's results: its curve of evaluations [step, accuracy, worst, bias], accuracy by
+    position at the end, share of groups trained on, seconds of sampling and updates."""
     curve, places, kept, drawn, seconds, before = [], {}, 0, 0, 0.0, 0
-    for path in [*sorted(out.glob("stage?-*/metrics.jsonl")), out / "metrics.jsonl"]:
+    for path in sorted(out.glob("stage[12]/metrics.jsonl")):
         rows = perl.read_lines(path)
         for row in rows:
+            # Stage 2 begins with the evaluation that stage 1 ended with.
             if "eval_accuracy" in row and (row["step"] > 0 or not curve):
-                values = [row["eval_accuracy"], row["eval_worst"], row["eval_bias"]]
+                values = row["eval_accuracy"], row["eval_worst"], row["eval_bias"]
                 curve.append([before + row["step"], *[round(value, 5) for value in values]])
-                places = {place: round(value, 5) for place, value in row["places"].items()}
+                places = row["places"]
             if row["step"] > 0:
                 kept, drawn = kept + row["kept"], drawn + row["kept"] + row["dropped"]
                 seconds += row["seconds_sample"] + row["seconds_update"]
@@ -340,315 +310,281 @@ def read_run(out: Path) -> dict:
     return {"curve": curve, "places": places, "kept": round(kept / drawn, 4),
             "training_seconds": round(seconds, 1)}
 
-# ---- All runs: a queue, so many at a time ----------------------------------------------
+# ---- All runs, in a pool of processes --------------------------------------------------
 
-def finished(lines: list[dict], hashes: dict[str, str]) -> dict[tuple[str, int], dict]:
-    """(arm, seed) -> its last line of the present code and data; failed ones are among them."""
-    return {(line["arm"], line["seed"]): line for line in lines
-            if hashes.get(line["arm"]) == line["hash"]}
+# Fresh processes, one for each task, so that no task sees what another did to its process.
+fresh_processes = functools.partial(
+    ProcessPoolExecutor, mp_context=get_context("spawn"), max_tasks_per_child=1)
 
-def start(name: str, seed: int, scratch: Path) -> subprocess.Popen:
-    out = run_folder(name, seed, scratch)
-    shutil.rmtree(out, ignore_errors=True)
+def run_all(names: list[str], seeds: list[int], jobs: int, path: Path, scratch: Path) -> None:
+    """Run what is missing, `jobs` at a time. Exits at the end if some failed."""
+    runs, missing, failed, began = present_runs(perl.read_lines(path)), [], 0, time.time()
     scratch.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--run", name, "--seed", str(seed),
-               "--scratch", str(scratch)]
-    with open(f"{out}.log", "w") as log:  # a session of its own: Ctrl-C is for this process
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    # Seed by seed, so that an interrupted ablation leaves pairs to compare.
+    for seed in seeds:
+        for name in names:
+            if seed not in runs.get(name, ()):
+                missing.append((name, seed))
+                # Training sets come before the pool starts: several runs need the same.
+                if ARMS[name].share:
+                    training_set(ARMS[name].share, scratch)
+    print(f"{len(missing)} of {len(names) * len(seeds)} runs are missing", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: each has one core
+    with fresh_processes(jobs) as pool:
+        waiting = {pool.submit(run, *task, scratch): task for task in missing}
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                said = future.exception()
+                if said:
+                    failed += 1
+                else:
+                    perl.append_line(path, future.result())
+                    said = f"worst order {future.result()['curve'][-1][WORST]:.3f}"
+                name, seed = waiting[future]
+                left = (time.time() - began) / done * (len(missing) - done) / 60
+                print(f"[{done}/{len(missing)}] {name}, seed {seed}: {said}; about {left:.0f} "
+                      "minutes left", flush=True)
+        finally:  # after Ctrl-C, what runs or waits must not go on
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.kill()
+    if failed:
+        raise SystemExit(f"{failed} runs failed, see {scratch}; they are run again next time")
 
-def result_of(name: str, seed: int, scratch: Path, status: int | None, before: str) -> dict:
-    """The line of a run that ended with `status` (None: it took too long); `before`: the hash
-    when it began."""
-    out, line = run_folder(name, seed, scratch), {"arm": name, "seed": seed, "hash": before}
-    line["flags"] = flags_of(ARMS[name])
-    try:
-        if status is None:
-            raise RuntimeError(f"it ran longer than {RUN_LIMIT} s")
-        if status != 0:
-            said = Path(f"{out}.log").read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(f"status {status}: {said[-1] if said else 'it said nothing'}")
-        if arm_hash(ARMS[name], base_hash()) != before:
-            raise RuntimeError("code or data changed during the run")
-        line |= read_run(out)
-    except (RuntimeError, OSError, LookupError, ValueError) as error:
-        line["error"] = f"{error}".replace(str(HERE.parent), ".")[-300:]
-        return line
-    for checkpoint in out.glob("**/checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return line
-
-def run_all(queue: list[tuple[str, int]], jobs: int, path: Path, scratch: Path) -> int:
-    """Run what is missing, `jobs` at a time, a line each as it ends. Returns how many failed."""
-    there = finished(perl.read_lines(path), present_hashes())
-    waiting = [run for run in queue if "error" in there.get(run, {"error": "not run yet"})]
-    print(f"{len(queue)} runs, {len(queue) - len(waiting)} of them there; {jobs} at a time",
-          flush=True)
-    running, failed, total, began = {}, 0, len(waiting), time.time()
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name, seed = waiting.pop(0)
-                before = arm_hash(ARMS[name], base_hash())
-                running[start(name, seed, scratch)] = name, seed, before, time.time()
-            time.sleep(0.5)
-            for process, (name, seed, before, since) in list(running.items()):
-                seconds = time.time() - since
-                if process.poll() is None and seconds < RUN_LIMIT:
-                    continue
-                status = process.poll()
-                process.kill()  # it may have taken too long
-                del running[process]
-                line = result_of(name, seed, scratch, status, before)
-                line["seconds"] = round(seconds, 1)
-                perl.append_line(path, line)
-                failed += "error" in line
-                done = total - len(waiting) - len(running)
-                left = (time.time() - began) / done * (total - done) / 60
-                said = line.get("error") or f"worst order {line['curve'][-1][2]:.3f}"
-                print(f"[{done}/{total}] {name}, seed {seed}: {said}; {seconds:.0f} s; "
-                      f"about {left:.0f} minutes left", flush=True)
-    finally:  # Ctrl-C: what has not finished is run again next time
-        for process in running:
-            process.kill()
-    return failed
-
-# ---- Tables ----------------------------------------------------------------------------
+# ---- Table and picture -----------------------------------------------------------------
 
 # 97.5 % quantiles of Student's t with 1, 2, .. degrees of freedom; beyond them, the last.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
-               2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064,
-               2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
+ACCURACY, WORST, BIAS = 1, 2, 3  # columns of a curve
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % t-interval; of one value, infinite."""
+    """Mean, and half the width of its 95 % t-interval; infinite for one value."""
     if len(values) < 2:
         return fmean(values), math.inf
     quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
     return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
 
-ACCURACY, WORST, BIAS = 1, 2, 3  # columns of a curve
-Runs = dict[str, dict[int, dict]]  # arm -> seed -> the line of its run
-
-def by_arm(present: dict[tuple[str, int], dict]) -> Runs:
-    """The runs that did not fail, arms in their order."""
-    runs = {}
-    for name, seed in sorted(present, key=lambda run: (list(ARMS).index(run[0]), run[1])):
-        if "error" not in present[name, seed]:
-            runs.setdefault(name, {})[seed] = present[name, seed]
-    return runs
-
-def at_end(runs: Runs, name: str, column: int) -> dict[int, float]:
-    """Seed -> accuracy, worst order or bias at the end of an arm's runs, in percent."""
-    return {seed: 100 * line["curve"][-1][column] for seed, line in runs.get(name, {}).items()}
-
-def difference(runs: Runs, name: str, other: str) -> list[float]:
-    """An arm's worst order less another's, of each seed that both have."""
-    ours, theirs = at_end(runs, name, WORST), at_end(runs, other, WORST)
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-
-def average(runs: Runs, name: str, key: str) -> float:
-    return fmean(line[key] for line in runs[name].values())
-
-def start_model(runs: Runs) -> list[float]:
-    """Accuracy, worst order and bias of the start model in percent: every run begins with them."""
-    first = next(iter(runs.values()))
-    return [100 * value for value in next(iter(first.values()))["curve"][0][1:]]
-
-def shown(values: list[float]) -> str:
-    """93.1 ± 1.2"""
+def shown(values: list[float], sign: str = "") -> str:
+    """93.1 ± 1.2. With sign "+": +15.1 ± 3.1, in bold if the interval excludes 0."""
     if not values:
         return ""
     center, half = interval(values)
-    return f"{center:.1f}" if half == math.inf else f"{center:.1f} ± {half:.1f}"
+    text = f"{center:{sign}.1f}" + (f" ± {half:.1f}" if half < math.inf else "")
+    return f"**{text}**" if sign and abs(center) > half else text
 
-def shown_difference(values: list[float]) -> str:
-    """+15.1 (+12.0 to +18.2)"""
-    if not values:
-        return ""
-    center, half = interval(values)
-    if half == math.inf:
-        return f"{center:+.1f}"
-    return f"{center:+.1f} ({center - half:+.1f} to {center + half:+.1f})"
+def at_end(lines: dict[int, dict], column: int) -> list[float]:
+    """Accuracy, worst order or bias at the end of each seed's run, in percent."""
+    return [100 * line["curve"][-1][column] for line in lines.values()]
 
-def markdown(rows: list[list]) -> str:
-    """Rows, the first one the head -> a table."""
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+def difference(runs: dict, name: str, other: str) -> list[float]:
+    """An arm's worst order minus another's, for each seed that both have."""
+    pairs = runs[name].keys() & runs.get(other, {}).keys()
+    ours = at_end({seed: runs[name][seed] for seed in pairs}, WORST)
+    theirs = at_end({seed: runs[other][seed] for seed in pairs}, WORST)
+    return [a - b for a, b in zip(ours, theirs)]
 
-def main_table(runs: Runs, names: list[str]) -> str:
-    rows = [["arm", "seeds", "accuracy", "worst order", "bias", "worst order less plain GRPO's",
-             "less PeRL's", "groups trained on", "training, s"],
-            ["start model", "", *map("{:.1f}".format, start_model(runs)), "", "", "", ""]]
-    for name in names:
-        row = [ARMS[name].title, len(runs[name])]
-        for column in (ACCURACY, WORST, BIAS):
-            row.append(shown(list(at_end(runs, name, column).values())))
-        for other in ("grpo", "perl"):
-            itself = name == other
-            row.append("" if itself else shown_difference(difference(runs, name, other)))
-        row.append(f"{average(runs, name, 'kept'):.0%}")
-        row.append(f"{average(runs, name, 'training_seconds'):.0f}")
-        rows.append(row)
-    return markdown(rows)
-
-def places_table(runs: Runs, names: list[str]) -> str:
-    """Accuracy by the position of the right image, the mean over seeds."""
-    some = next(iter(runs[names[0]].values()))
-    rows = [["arm", *some["places"]]]
-    for name in names:
-        row = [ARMS[name].title]
-        for place in some["places"]:
-            accuracy = fmean(line["places"][place] for line in runs[name].values())
-            row.append(f"{100 * accuracy:.1f}")
-        rows.append(row)
-    return markdown(rows)
-
-def dose_arms(share: str) -> tuple[str, str]:
+def arms_at(share: str) -> tuple[str, str]:
     """The arms of PeRL and plain GRPO on the training set of a share."""
-    return (f"perl-{share}", f"grpo-{share}") if share in MADE_SHARES else ("perl", "grpo")
+    return (f"perl-{share}", f"grpo-{share}") if f"perl-{share}" in ARMS else ("perl", "grpo")
 
-def dose_table(runs: Runs) -> str:
-    rows = [["right image first", "seeds", "PeRL", "plain GRPO", "PeRL less plain GRPO"]]
-    for share in SHARES:
-        ours, theirs = dose_arms(share)
-        if ours in runs and theirs in runs:
-            rows.append([share, len(difference(runs, ours, theirs)),
-                         shown(list(at_end(runs, ours, WORST).values())),
-                         shown(list(at_end(runs, theirs, WORST).values())),
-                         shown_difference(difference(runs, ours, theirs))])
-    return markdown(rows)
+def arm_row(runs: dict, name: str) -> list:
+    """A row of the table: means over an arm's seeds, and differences from the main arms."""
+    lines, row = list(runs[name].values()), [ARMS[name].title, len(runs[name])]
+    for column in (ACCURACY, WORST, BIAS):
+        row.append(shown(at_end(runs[name], column)))
+    for other in arms_at(ARMS[name].share)[::-1]:
+        row.append(shown(difference(runs, name, other), "+") if name != other else "")
+    places = []
+    for place in lines[0]["places"]:
+        places.append(f"{100 * fmean(line['places'][place] for line in lines):.0f}")
+    kept = fmean(line["kept"] for line in lines)
+    seconds = fmean(line["training_seconds"] for line in lines)
+    return row + [" / ".join(places), f"{kept:.0%}", f"{seconds:.0f}"]
 
-def findings(runs: Runs, names: list[str]) -> str:
-    """Which arms differ from PeRL in the worst order, by the interval of the difference."""
-    above, below, neither = [], [], []
-    for name in names:
-        gains = difference(runs, name, "perl")
-        if name != "perl" and len(gains) > 1:
-            center, half = interval(gains)
-            verdict = above if center > half else below if center < -half else neither
-            verdict.append(ARMS[name].title)
-    return ("In the worst order, against PeRL (95 % intervals, not corrected for their number):\n"
-            f"- better: {'; '.join(above) or 'none'}\n- worse: {'; '.join(below) or 'none'}\n"
-            f"- no difference shown: {'; '.join(neither) or 'none'}")
-
-def tables(lines: list[dict], hashes: dict[str, str]) -> str:
-    """Everything that the lines of the present code and data say, in Markdown."""
-    present = finished(lines, hashes)
-    runs, n_lines = by_arm(present), sum(hashes.get(line["arm"]) == line["hash"] for line in lines)
-    failures = [line for line in present.values() if "error" in line]
-    text = (f"{len(present) - len(failures)} runs; {len(failures)} failed; "
-            f"{len(lines) - n_lines} lines of other code or data are left out.")
-    for line in failures:
-        text += f"\n- {line['arm']}, seed {line['seed']} failed: {line['error']}"
-    names = [name for name in runs if not ARMS[name].share]
-    if not names:
+def summary(lines: list[dict]) -> str:
+    """What the runs of the present code and data say, in Markdown."""
+    runs = present_runs(lines)
+    n_runs = sum(map(len, runs.values()))
+    text = f"{n_runs} runs; {len(lines) - n_runs} lines of other code or data are left out"
+    if not runs:
         return text
-    return "\n".join([
-        text, "\nMeans over seeds with 95 % t-intervals, in percent; differences are paired by "
-        "seed.\n", main_table(runs, names), "", findings(runs, names),
-        "\nAccuracy by the position of the right image:\n", places_table(runs, names),
-        "\nWorst order by how often the right image stands first in the training set:\n",
-        dose_table(runs)])
+    # Every run begins with the same evaluation, that of the start model.
+    first, *_ = next(iter(runs.values())).values()
+    start = [f"{100 * value:.1f}" for value in first["curve"][0][1:]]
+    rows = [["arm", "seeds", "accuracy", "worst order", "bias", "worst order minus GRPO's",
+             "minus PeRL's", "by position", "groups trained on", "training, s"],
+            ["start model", "", *start, "", "", "", "", ""]]
+    for name in runs:
+        rows.append(arm_row(runs, name))
+    return (f"{text}. Means over seeds with 95 % t-intervals, in percent. Differences are "
+            "paired by seed, on the same training set, and bold if their interval (not "
+            f"corrected for the number of arms) excludes 0.\n\n{table(rows)}")
 
-# ---- Picture ---------------------------------------------------------------------------
+COLORS = {"PeRL": "#1a66c9", "GRPO": "#d1610a"}
 
-COLORS = {"perl": "#1a66c9", "grpo": "#d1610a"}
-INK, FAINT = "#24292f", "#8a9199"
+def draw_line(axes, title: str, x: list[float], columns: list) -> None:
+    """Means over seeds, a column for each x, in their 95 % band; named at the end."""
+    means, halves = torch.tensor([interval(values) for values in columns]).T
+    halves = halves.nan_to_num(posinf=0.0)  # one seed has no band
+    axes.fill_between(x, means - halves, means + halves, color=COLORS[title], alpha=0.22)
+    axes.plot(x, means, color=COLORS[title], linewidth=2.4, marker="o", markersize=4)
+    axes.annotate(f"{title} {means[-1]:.0f} %", (x[-1], means[-1]), xytext=(8, 0), va="center",
+                  textcoords="offset points", color=COLORS[title], weight="bold")
 
-def band(columns) -> tuple[list[float], list[float], list[float]]:
-    """Values over seeds, a list for each place on the axis -> means, lower and upper bounds."""
-    means, lower, upper = [], [], []
-    for values in columns:
-        center, half = interval(values)
-        half = 0.0 if half == math.inf else half  # one seed has no band
-        means.append(center)
-        lower.append(center - half)
-        upper.append(center + half)
-    return means, lower, upper
-
-def label_end(axes, name: str, x: float, y: float) -> None:
-    """Write the arm's name and value beside the last point of its line."""
-    title = "PeRL" if name == "perl" else "GRPO"
-    axes.annotate(f"{title} {y:.0f} %", (x, y), xytext=(9, 0), textcoords="offset points",
-                  color=COLORS[name], fontsize=12, fontweight="bold", va="center",
-                  annotation_clip=False)
-
-def draw_curves(axes, runs: Runs) -> None:
-    """Worst order over steps: each seed, the mean and its interval, named at the line's end."""
-    for name in ("grpo", "perl"):
-        curves = []
-        for line in runs[name].values():
-            steps, _, worst, _ = zip(*line["curve"])
-            curves.append([100 * value for value in worst])
-            axes.plot(steps, curves[-1], color=COLORS[name], alpha=0.25, linewidth=0.8)
-        means, lower, upper = band(zip(*curves))
-        axes.fill_between(steps, lower, upper, color=COLORS[name], alpha=0.22, linewidth=0)
-        axes.plot(steps, means, color=COLORS[name], linewidth=2.4)
-        label_end(axes, name, steps[-1], means[-1])
-    axes.set_xlim(0, steps[-1])
-    axes.set_xlabel("training step")
-    axes.set_title("During training; right image first in 95 %", loc="left")
-
-def draw_doses(axes, runs: Runs) -> None:
-    """Worst order at the end over the share of right images in front: means and intervals."""
-    for k, name in ((1, "grpo"), (0, "perl")):
-        x, ends = [], []
-        for share in SHARES:
-            if dose_arms(share)[k] in runs:
-                x.append(100 * SHARES[share])
-                ends.append(list(at_end(runs, dose_arms(share)[k], WORST).values()))
-        means, lower, upper = band(ends)
-        axes.fill_between(x, lower, upper, color=COLORS[name], alpha=0.22, linewidth=0)
-        axes.plot(x, means, color=COLORS[name], linewidth=2.4, marker="o", markersize=5)
-        label_end(axes, name, x[-1], means[-1])
-    axes.set_xticks([100 * share for share in SHARES.values()],
-                    ["29\nbalanced", "50", "80", "95\ndefault", "100"])
-    *_, label_95, label_100 = axes.get_xticklabels()
-    label_95.set_horizontalalignment("right")  # they would touch
-    label_100.set_horizontalalignment("left")
-    axes.set_xlabel("training questions whose right image stands first, %")
-    axes.set_title("At the end, by skew of the training set", loc="left")
-
-def draw(runs: Runs, path: Path) -> None:
-    """Left: worst order over steps. Right: the same at the end, by skew of the training set. On a
-    white panel with round corners, for light and dark pages."""
+def draw(runs: dict, path: Path) -> None:
+    """Left: worst order over steps. Right: at the end, by skew of the training set."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.patches import FancyBboxPatch
-
-    pyplot.rcParams.update({
-        "font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
-        "ytick.color": INK, "axes.edgecolor": FAINT, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.titlesize": 12, "axes.titleweight": "bold"})
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10.4, 4.8), sharey=True, gridspec_kw={
-            "left": 0.08, "right": 0.87, "bottom": 0.215, "top": 0.79, "wspace": 0.42})
-    figure.patch.set_alpha(0)
-    figure.add_artist(FancyBboxPatch(
-        (0.012, 0.025), 0.976, 0.95, boxstyle="round,pad=0,rounding_size=0.03",
-        mutation_aspect=10.4 / 4.8, facecolor="white", edgecolor="#d0d7de", zorder=-10))
-    draw_curves(left, runs)
-    draw_doses(right, runs)
-    start = start_model(runs)[WORST - 1]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.4, 4.6), sharey=True,
+                                            layout="constrained")
+    for k, title in enumerate(COLORS):
+        curves = []
+        for line in runs[arms_at("0.95")[k]].values():
+            steps, _, worst, _ = zip(*line["curve"])
+            curves.append([100 * value for value in worst])
+            left.plot(steps, curves[-1], color=COLORS[title], alpha=0.25, linewidth=0.8)
+        draw_line(left, title, steps, list(zip(*curves)))
+        ends = {}
+        for share, percent in SHARES.items():
+            if arms_at(share)[k] in runs:
+                ends[percent] = at_end(runs[arms_at(share)[k]], WORST)
+        draw_line(right, title, list(ends), list(ends.values()))
     for axes in (left, right):
-        axes.set_facecolor("none")
-        axes.set_ylim(0, 100)
-        axes.grid(axis="y", color="#e4e8ec")
-        axes.axhline(start, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.text(axes.get_xlim()[1], start + 2, f"start model {start:.0f} %", color="#656d76",
-                  ha="right", fontsize=10)
-    left.set_ylabel("right in every order, %")
-    seeds = sorted({len(runs[name]) for name in runs if name.startswith(("perl", "grpo"))})
-    number = " to ".join(map(str, sorted({seeds[0], seeds[-1]})))
-    figure.text(0.035, 0.9, "Held-out questions answered right in every order of their images",
-                fontsize=14, fontweight="bold")
-    figure.text(0.97, 0.9, f"mean of {number} seeds, 95 % interval\nthin lines: single seeds",
-                fontsize=10, color="#656d76", ha="right")
+        axes.axhline(curves[0][0], color="gray", linestyle="--")
+        axes.grid(axis="y", alpha=0.3)
+    left.set(ylim=(0, 100), xlabel="training step (dashed: the start model)",
+             ylabel="right in every order, %", title="During training")
+    right.set(xlabel="training questions with the right image first, % (29: balanced)",
+              title="At the end, by skew of the training set")
+    right.set_xticks(list(SHARES.values()), ["29", "50", "80", "95", "100"])
+    figure.suptitle("Held-out questions answered right in every order of their images",
+                    weight="bold")
     figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
-    pyplot.close(figure)
-    print(f"drew {path} ({path.stat().st_size // 1000} kB)")
+
+# ---- Cost of a training step, with and without sharing ---------------------------------
+
+QWEN_7B = transformers.Qwen2_5_VLConfig(
+    text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+                     num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
+    vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584))
+
+def full_rollouts(cfg, shape: list[int], vision, text_id: int, image_id: int) -> list:
+    """Rollouts of full length. shape: images, tokens of each, other tokens of the prompt."""
+    n_images, tokens, text_tokens = shape
+    side = max(k for k in range(1, math.isqrt(tokens) + 1) if tokens % k == 0)
+    grid = torch.tensor([[1, 2 * side, 2 * tokens // side]])  # patches, nearest to a square
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    pixels = torch.randn(4 * tokens, width)
+    pictures = [perl.Picture(pixels, grid, tokens) for _ in range(n_images)]
+    ids = ([text_id] + [image_id] * tokens) * n_images + [text_id] * (text_tokens - n_images)
+    rollouts = []
+    for _ in range(cfg.n_permutations + 1):
+        prompt = perl.Prompt(None, ids, pictures)
+        for k in range(cfg.rollouts_per_order):
+            response = [text_id] * cfg.max_new_tokens
+            rollouts.append(perl.Rollout(prompt, (), "", response, "", truncated=True,
+                                         advantage=(-1.0) ** k))
+    return rollouts
+
+def count_flops(config, cfg, shape: list[int]) -> tuple[dict, dict]:
+    """FLOPs of a step by part, and the least possible: each image and prompt once, and only
+    pairs of tokens that see each other."""
+    with torch.device("meta"):  # shapes without numbers
+        model = perl.FAMILY_MODEL.from_config(config)
+    layers = model.model.language_model.layers
+    rollouts = full_rollouts(cfg, shape, config.vision_config, 0, 1)
+    prompt, P, B = rollouts[0].prompt, cfg.n_permutations + 1, len(rollouts)
+    L, T = len(prompt.ids), cfg.max_new_tokens
+    token = 2 * sum(weight.numel() for weight in layers.parameters() if weight.dim() == 2)
+    pair = 4 * config.text_config.hidden_size * len(layers)  # a token that sees another
+    head = 2 * model.lm_head.weight.numel()                  # the logits of a token
+
+    # The vision tower is counted by torch, the language model by arithmetic.
+    pixels = prompt.pictures[0].pixels.to("meta")
+    places = torch.empty(len(pixels), 2, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        features = model.model.visual(pixels, prompt.pictures[0].grid, position_ids=places)
+        forward = float(shape[0] * counter.get_total_flops())
+        features.pooler_output.sum().backward()
+        both = float(shape[0] * counter.get_total_flops())
+    batches, vision = perl.micro_batches(rollouts, cfg), B * (forward + both)
+    if cfg.share:
+        # Once in each call of generate, and in each micro-batch of the loss.
+        fit = min(4 * cfg.max_tokens_per_micro_batch // L, cfg.rollout_batch * P // B)
+        vision = math.ceil(P / max(fit, 1)) * forward + len(batches) * both
+
+    # Shared: each prompt once, its last token in the first step. Plain: once per rollout.
+    reads, seen, steps = (P, L - 1, T) if cfg.share else (B, L, T - 1)
+    prefill = float(reads * (token * seen + pair * seen ** 2))
+    decode = B * (steps * (token + pair * (seen + (steps + 1) / 2)) + T * head)
+    loss = 0.0
+    for batch in batches:
+        rows = perl.pack(batch, cfg)
+        longest = max(map(perl.row_length, rows))
+        pairs = len(rows) * longest ** 2
+        if len(batch) > len(rows):
+            # Packed: a prompt sees itself, a response the prompt and itself.
+            pairs = len(rows) * L ** 2 + len(batch) * T * (L + T)
+        # Backward takes twice the forward pass; the logits are also made a second time.
+        loss += 3 * (len(rows) * longest * token + pairs * pair)
+        loss += 4 * len(batch) * T * head
+    prompts = P * (token * L + pair * L * (L + 1) / 2)
+    responses = B * T * (token + pair * (L + (T + 1) / 2) + head)
+    return ({"vision": vision, "prefill": prefill, "decode": decode, "loss": loss},
+            {"vision": forward + both, "prefill": prompts, "decode": responses,
+             "loss": 3 * (prompts + responses)})
+
+def time_step(cfg, shape: list[int]) -> dict[str, float]:
+    """Seconds of sampling and update, and this process's peak memory in MB."""
+    transformers.logging.disable_progress_bar()
+    accelerator, processor = Accelerator(), perl.load_processor(cfg.model, cfg)
+    # Threads and dtype as in perl.main.
+    torch.set_num_threads(1 if cfg.model == "tiny" else torch.get_num_threads())
+    if cfg.dtype == "auto":
+        cfg.dtype = "bf16" if accelerator.device.type == "cuda" else "float32"
+    # Without end tokens, responses have full length.
+    processor.banned_ids += processor.eos_ids
+    model = perl.load_model(cfg.model, cfg, accelerator.device)
+    text_id, n = processor.tokenizer("a").input_ids[0], cfg.rollouts_per_order
+    rollouts = full_rollouts(cfg, shape, model.config.vision_config, text_id, processor.image_id)
+    optimizer, began = perl.SplitAdamW(model, cfg, accelerator), time.time()
+    prompts = [rollout.prompt for rollout in rollouts[::n]]
+    responses = perl.flatten(perl.generate(model, processor, prompts, n, cfg))
+    sampled = time.time()
+    for rollout, ids in zip(rollouts, responses):
+        rollout.ids = ids
+    perl.update(model, None, optimizer, processor, [rollouts], cfg=cfg)
+    updated, peak = time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    return {"sample": sampled - began, "update": updated - sampled, "peak_mb": peak}
+
+def cost(shape: list[int], perl_flags: list[str]) -> None:
+    """Print FLOPs at the model's size (tiny: the 7B's), and seconds and memory here."""
+    defaults = ("--max-new-tokens 256 --max-tokens-per-micro-batch 16384 --updates-per-step 1 "
+                "--beta 0 --no-gradient-checkpointing --optimizer-device host")
+    cfg = perl.parse_config([*defaults.split(), *perl_flags])
+    if min(shape) < 1 or shape[2] <= shape[0] or cfg.max_new_tokens < 3:
+        raise SystemExit("--cost: images and tokens from 1, more text tokens than images, "
+                         "--max-new-tokens from 3")
+    config = QWEN_7B
+    if cfg.model != "tiny":
+        config = perl.load_pretrained(transformers.AutoConfig, cfg.model)
+    parts, row = {}, {}  # parts: {"flops_shared": {"vision": .., ..}, ..}
+    for way in ("shared", "plain"):
+        its_cfg = dataclasses.replace(cfg, share=way == "shared")
+        print(f"timing a step, {way}", file=sys.stderr, flush=True)
+        # In a fresh process, nothing else has raised the peak memory.
+        with fresh_processes(1) as pool:
+            parts[f"seconds_{way}"] = pool.submit(time_step, its_cfg, shape).result()
+        row[f"peak_mb_{way}"] = parts[f"seconds_{way}"].pop("peak_mb")
+        parts[f"flops_{way}"], parts["flops_minimum"] = count_flops(config, its_cfg, shape)
+    for name, values in parts.items():
+        row[name] = sum(values.values())
+        for part, value in values.items():
+            row[f"{name}_{part}"] = value
+    print(json.dumps(row))
 
 # ---- Main ------------------------------------------------------------------------------
 
@@ -658,37 +594,39 @@ def seeds_of(text: str) -> list[int]:
     return list(range(int(first), int(last or first) + 1))
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Ablations of perl.py on the tiny model.")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each [2]")
-    parser.add_argument("--short", action="store_true", help="PeRL and plain GRPO, 3 seeds")
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"some of {', '.join(ARMS)}")
-    parser.add_argument("--seeds", type=seeds_of, default=list(SEEDS), help="A-B [0-7]")
-    parser.add_argument("--tables", action="store_true", help="run nothing")
-    parser.add_argument("--lines", type=Path, default=HERE / "ablation.jsonl",
-                        help="the file of finished runs; the picture lies beside it")
-    parser.add_argument("--scratch", type=Path, default=Path("runs/ablation"),
-                        help="folder of the runs [%(default)s]")
-    parser.add_argument("--run", choices=ARMS, help="run one arm here, with --seed")
-    parser.add_argument("--seed", type=int, default=0, help="of --run")
-    args = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--jobs", type=int, default=2, help="runs at a time, one core each [2]")
+    add("--short", action="store_true", help="PeRL and plain GRPO, 3 seeds")
+    add("--arms", default=",".join(ARMS), help="some of %(default)s")
+    add("--seeds", type=seeds_of, default=seeds_of("0-7"), help="A-B [0-7]")
+    add("--tables", action="store_true", help="run nothing, show what is there")
+    add("--lines", type=Path, default=HERE / "ablation.jsonl", help="file of finished runs")
+    add("--scratch", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    add("--cost", action="store_true", help="cost of a step; takes perl.py's flags too")
+    add("--images", type=int, default=4, help="--cost: images of the question")
+    add("--image-tokens", type=int, default=256, help="--cost: tokens of each image")
+    add("--text-tokens", type=int, default=64, help="--cost: other tokens of the prompt")
+    args, perl_flags = parser.parse_known_args(argv)
     scratch, names = args.scratch.resolve(), args.arms.split(",")
-    for name in names:
-        if name not in ARMS:
-            parser.error(f"--arms: {name} is none of {', '.join(ARMS)}")
-    if args.run:
-        return run(args.run, args.seed, scratch)
+    if not set(names) <= set(ARMS):
+        parser.error(f"--arms: some of {', '.join(ARMS)}")
+    if args.cost:
+        return cost([args.images, args.image_tokens, args.text_tokens], perl_flags)
+    if perl_flags:
+        parser.error(f"unknown: {' '.join(perl_flags)}")
     if args.short:
         names, args.seeds = ["perl", "grpo"], [0, 1, 2]
-    failed = 0
     if not args.tables:
-        failed = run_all(queue_of(names, args.seeds), args.jobs, args.lines, scratch)
-    hashes, lines = present_hashes(), perl.read_lines(args.lines)
-    print(tables(lines, hashes))
-    runs = by_arm(finished(lines, hashes))
+        run_all(names, args.seeds, args.jobs, args.lines, scratch)
+    lines = perl.read_lines(args.lines)
+    print(summary(lines))
+    runs = present_runs(lines)
     if "perl" in runs and "grpo" in runs:
         draw(runs, args.lines.with_suffix(".png"))
-    if failed:
-        raise SystemExit(f"{failed} runs failed; they are run again next time")
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command continues") from None

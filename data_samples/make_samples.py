@@ -35,13 +35,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import perl  # noqa: E402  (found through the line above)
+import perl  # found through the line above
 
 SEED = 7
 TEST_IMAGES, TRAIN_IMAGES = 280, 900
@@ -370,7 +374,7 @@ def print_table(model, processor, cfg: perl.Config) -> None:
           "where it could stop early; then: their acc; reads: digits read right; by place: acc")
     for greedy in (True, False):
         torch.manual_seed(SEED)
-        groups = perl.sample_groups(model, processor, samples, orders, 1, cfg, greedy)
+        groups = perl.sample_groups(model, processor, samples, orders, cfg, n=1, greedy=greedy)
         title = "greedy" if greedy else "sampled"
         print(f"\n{title:10}   acc worst format careful  then reads by place")
         for kind in (*KINDS, "all"):
