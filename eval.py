@@ -1000,7 +1000,7 @@ CHANGE_WORDS = pattern(
 # Phrases with such words that speak of the inside of a picture.
 INSIDE = pattern(
     rf"""\bin order to\b|\bnext to(?: each other| one another)?\b|\bon top of\b|\bsame time\b|
-    \b(?:the|of the) following (?!{IMAGE}\b)|\bbased on (?:the|these|all|both) {IMAGE}|
+    \b(?:the|of the) following (?!{IMAGE}\b)|\bbased on (?:the|these|both)(?: \w+)? {IMAGE}|
     \bhow many different\b|\bdifferent(?:ly)?[- ](?:colou?r|kind|type|breed|size|shape)\w*|
     \b(?:in|into) (?:a|one|two|three) rows?\b|\brows? of (?!(?:\w+ )?{IMAGE}|these|them)|
     \ba(?: \w+)? group of (?!{IMAGE}|\d)|\bcombined (?:number|total|{IMAGE}s)\b|\bcombined,|
@@ -1044,11 +1044,13 @@ FIXED_OPTION = pattern(r"(?:none|cannot|can't|no (?:correct|right|such|answer)|u
 SERIES = pattern(r"\b(?:sequence|series|order|previous|preced\w+|next|after|before|between|pattern)\b")
 # These speak of a reference that stays; a photo that "was taken" is no change.
 OF_REFERENCE = pattern(r"\b(?:next in|completes) the (?:pattern|sequence|row)\b|\bthis one\b")
-NO_CHANGE = pattern(rf"\bmost likely\b(?! to)|\b(?:was|were)(?: the {IMAGE}s?)? taken\b")
-# What someone does often shows only in what comes first.
+NO_CHANGE = pattern(rf"\bmost likely\b(?! to)|\b(?:{IMAGE}s|was|were)(?: the {IMAGE}s)? taken\b")
+# What someone does or what becomes of a thing often shows only in what comes first.
 ACTION = pattern(
-    r"""\b(?:doing|actions?|perform\w*|clos(?:es?|ing)|opens?|(?:get|tak|lift|lower)\w*|tries|
-    trying|plot|narrat\w+|mov(?:e|ing)|walk\w* (?:in|out|up|down)|direction)\b""")
+    r"""\b(?:doing|actions?|perform\w*|clos(?:es?|ing)|opens?|(?:get|tak|lift|lower|melt|heal)\w*|
+    tries|trying|plot|narrat\w+|mov(?:e|ing)|turn\w*|roll\w*|way|route|walk\w*|direction|how to|
+    about to|more|fewer|less|\w+er or (?:\w+er|not)|sun(?:rise|set)|shr[aiu]nk\w*|develop\w*|
+    (?:has|have) (?:(?:the|an?) )?\w+ (?:\w+ed|\w+wn|\w+en)|demonstrat\w+)\b""")
 WHICH_IMAGE = pattern(rf"\bwhich\b[^.?]*\b{IMAGE}s?\b")
 ASKS_IMAGE = pattern(
     rf"""\bwhich (?:of (?:the|these)(?: \w+)? {IMAGE}s|of the other (?:two )?{IMAGE}s|(?:one )?
@@ -1155,9 +1157,10 @@ def text_label(never: Label, options: list[str], n_images: int, source: str) -> 
         return unclear
     if numbers:
         return keep  # the names follow
+    rest = NO_CHANGE.sub("", rest)
     is_evidence = source in A_BENCHMARK and options and not ACTION.search(rest)
     is_about_all = source == "nlvr2" or SEVERAL.search(named) and SHOWN.search(named)
-    if (is_evidence or is_about_all) and not CHANGE_WORDS.search(NO_CHANGE.sub("", rest)):
+    if (is_evidence or is_about_all) and not CHANGE_WORDS.search(rest):
         return keep
     return never._replace(reason="perhaps not about all images, or about a change")
 

@@ -666,7 +666,9 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg, *,
             joining, waiting = waiting[:count], waiting[count:]
             if joining and cfg.share:
                 cache = prefill(model, processor, joining, cfg, cache)
-            live += [(prompt, row) for prompt, rows in joining for row in rows]
+            for prompt, rows in joining:
+                for row in rows:
+                    live.append((prompt, row))
             # Decode a stretch.
             inputs = next_inputs(model, processor, live, cache, cfg)
             output = model.generate(**inputs, generation_config=sampling)   # (B, .. + t)
@@ -705,11 +707,14 @@ def sample_groups(model, processor, samples: list[Sample], orders: list, cfg, *,
 
 def make_rollout(row: list[int], prompt: Prompt, order: Order, processor) -> Rollout:
     """A row of tokens from generate -> Rollout, not graded yet, its end token included."""
-    is_end = [token in processor.eos_ids for token in row]
-    ids = row[:is_end.index(True) + 1] if any(is_end) else row
+    ids = []
+    for token in row:
+        ids.append(token)
+        if token in processor.eos_ids:
+            break
     text = prompt.opening + processor.tokenizer.decode(ids, skip_special_tokens=True)
-    return Rollout(prompt, order, prompt.sample.answer, ids, text, not any(is_end),
-                   idle=len(row) - len(ids))
+    return Rollout(prompt, order, prompt.sample.answer, ids, text, idle=len(row) - len(ids),
+                   truncated=ids[-1] not in processor.eos_ids)
 
 def grade(rollout: Rollout, cfg) -> None:
     """The reward of a rollout, by rules on its text (A.3.2): see "Reading answers"."""
@@ -1071,7 +1076,9 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
                             reference=reference, accelerator=accelerator)
         if stop:
             raise SystemExit(f"SIGTERM; continue with --resume {folder}")
-    accelerator.print(f"done: {newest_checkpoint(folder)}")
+    final = newest_checkpoint(folder)
+    accelerator.print(f"done: {final}\nlook: python eval.py --page {folder}\n"
+                      f"measure: python eval.py --model {final}")
 
 def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     """Stage 0: each question's accuracy (scores.json), and a choice by it (kept.json)."""
@@ -1529,10 +1536,10 @@ def prefill(model, processor, joining: list[tuple], cfg, cache: Cache) -> Cache:
     """Read each prompt up to its last token, and add it to the cache with its empty rows."""
     prompts, responses = zip(*joining)
     inputs, _ = collate(prompts, [[]] * len(prompts), model, processor, cfg)
-    but_last = {name: inputs[name][:, :-1]
-                for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        inputs[name] = inputs[name][:, :-1]
     read = Cache(layer_class_to_replicate=DynamicLayer)
-    model.model(**inputs | but_last, past_key_values=read, use_cache=True)
+    model.model(**inputs, past_key_values=read, use_cache=True)
     for prompt, delta in zip(prompts, model.model.rope_deltas.flatten().tolist()):  # FAMILY
         prompt.delta = delta
     layers = [SharedPromptLayer(layer, n=len(responses[0])) for layer in read.layers]
@@ -1719,7 +1726,7 @@ def plan_memory(cfg, accelerator) -> str:
         if cfg.lora_rank:
             add_lora(model, cfg)
     size, text = 2 if cfg.dtype == "bf16" else 4, config.text_config  # bytes
-    trained = sum(w.numel() for w in model.parameters() if w.requires_grad) / 1e9
+    trained = model.num_parameters(only_trainable=True) / 1e9
     head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
     kv_width = 2 * text.num_key_value_heads * head_dim
     cached = cfg.rollout_batch * cfg.max_new_tokens + 4 * cfg.max_tokens_per_micro_batch
@@ -1769,8 +1776,10 @@ def was_terminated() -> bool:
 # ---- Main ------------------------------------------------------------------------------
 def print_start(cfg, accelerator) -> None:
     """Versions, device, run folder, settings that are not defaults, batch arithmetic."""
-    changed = [f"{flag_of(name)} {value}" for name, value in vars(cfg).items()
-               if value != getattr(Config, name)]
+    changed = []
+    for name, value in vars(cfg).items():
+        if value != getattr(Config, name):
+            changed.append(f"{flag_of(name)} {value}")
     orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
     accelerator.print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate "
@@ -1781,11 +1790,13 @@ def print_start(cfg, accelerator) -> None:
 
 def print_permutable(questions: list[Sample], accelerator) -> None:
     """How many questions can be permuted at all. With none of them, PeRL is plain GRPO."""
-    several = [question for question in questions if len(question.images) > 1]
-    rules = Counter(question.order_rule for question in several if count_orders(question) > 1)
-    accelerator.print(f"{rules.total()} of {len(several)} questions with several images can be "
-                      f"permuted {dict(rules)}")
-    if rules.total() < len(several) / 10 or not several:
+    n_several, rules = 0, Counter()
+    for question in questions:
+        n_several += len(question.images) > 1
+        rules[question.order_rule] += count_orders(question) > 1
+    accelerator.print(f"{rules.total()} of {n_several} questions with several images can be "
+                      f"permuted {dict(+rules)}")
+    if rules.total() <= n_several / 10:
         accelerator.print("WARNING: hardly any can, so this is plain GRPO; see `order_rule`")
 
 def show_orders(sample: Sample, processor, cfg) -> None:
