@@ -4,7 +4,7 @@
     python eval.py                                         # tiny, data_samples/, CPU
     python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU downloads 25 GB
     python eval.py --compare eval_runs/A eval_runs/B       # two models, paired
-    python eval.py --flip --data-dir COPIES                # flip rates next to published ones
+    python eval.py --flip --data-dir COPIES                # beside published flip rates
     python eval.py --page runs/tiny-seed0                  # a training run as HTML
 
 Decoding is greedy and uses the prompt of training. A question that cannot be asked, or an
@@ -57,7 +57,7 @@ BENCHMARKS = {
                              "10 of the paper's 12 scores are k/216", (70.80, 76.39)),
     "blink": Benchmark("BLINK-Benchmark/BLINK", "*/val-*.parquet", 1901, "letter", (55.23, 58.53)),
     "mmiu": Benchmark("FanqingM/MMIU-Benchmark", "all.parquet", 11698,
-                      "letter; no rows without a gold", (52.00, 54.23), "tasks", has_paths=True),
+                      "letter; rows with a gold", (52.00, 54.23), "tasks", has_paths=True),
     "mathvista": Benchmark("AI4Math/MathVista", "data/testmini-*.parquet", 1000, RULES,
                            (68.20, 73.00)),
     "mathverse": Benchmark("AI4Math/MathVerse", "testmini.parquet", 3940, RULES, (46.30, 49.56)),
@@ -154,8 +154,7 @@ def extract_choice(response: str, options=("",) * 26) -> str | None:
     return min(named) if len(named) == 1 else None
 
 def read_prose(text: str, options: dict[str, str]) -> set[str]:
-    """Letters that a text without a stated answer chooses: by a label in front ("B. Both"),
-    the only "(B)", the last claim, or the last sentence with an option, in this order."""
+    """Letters chosen by a label in front, the only "(B)", the last claim or sentence."""
     sentences = SENTENCE_END.split(without_list(text).strip())
     if re.match(LABEL, sentences[0]):
         sentences = sentences[:1]
@@ -235,9 +234,7 @@ def show_options(options: list[str]) -> str:
     return "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options))
 
 def option_spans(text: str) -> list[tuple[int, int]]:
-    """Where the options are that a text lists last, one per line: "A. 9,14", "(B) red",
-    "C:2" or a letter alone."""
-    # A page break may have left its number or a "##" after them.
+    """Where the options are that a text lists last, one per line: "A. 9", "(B) red"."""
     end = re.search(r"\s*(?:^(?:#|Page \d).*)?\Z", text, re.MULTILINE | re.DOTALL).start()
     labels = []
     for label in re.finditer(r"(?m)^\s*\(?([A-Z])(?:\s*[).:、．]|\s*$)\s*", text[:end]):
@@ -260,29 +257,30 @@ class Question(NamedTuple):
     options: tuple[str, ...] = ()  # texts of options A, B, ..; empty for images
     orders: tuple = ()             # of the images, to ask it in
     problem: str = ""              # why it cannot be asked
-    reason: str = ""               # why its images may not move
+    label: str = ""                # the order_rule; why, if a benchmark's is `never`
 
 def make_question(key, images, text, answer, rule, *, options=(), task="") -> Question:
-    """One <image> per image, missing ones in front. The order label is that of training."""
+    """One <image> per image, missing ones in front; order labels as in training."""
     text = re.sub(r"<\|\w+\|>", "", text).strip()
     surplus = text.count("<image>") - len(images)
     text = "<image>" * -surplus + text.replace("<image>", "", max(surplus, 0))
     if isinstance(answer, list):
         answer = ", ".join(map(str, answer))
     answer, is_listed = str(answer or "").strip(), listed_options(text) == list(options)
-    label = Label(text, answer, "never", reason="options that the text does not list")
+    found = "options that the text does not list"
     if len(images) < 2 or is_listed or not options:
-        label = infer_label(text, answer, len(images), "benchmark")
+        found = label_or_reason(text, answer, len(images), "benchmark")
+    label = Label(text, answer, "never") if isinstance(found, str) else found
     if label.order_rule == "keep" and options:
         options = listed_options(label.question)  # their "image 2" became "<image_2>"
     # An option that is an image has no text to look for in a response.
     texts = tuple("" if "<image>" in str(option) else str(option) for option in options)
-    sample = Sample(str(key), tuple(images), label.question, label.answer, label.order_rule,
-                    label.movable, str(task))
-    return Question(sample, rule, texts, reason=label.reason)
+    sample = Sample(str(key), tuple(images), *label, str(task))
+    shown = f"never: {found}" if isinstance(found, str) else label.order_rule
+    return Question(sample, rule, texts, label=shown)
 
 def options_in(question: Question, order) -> list[str]:
-    """The options' texts as the prompt shows them in an order: "<image_2>" -> "image 1"."""
+    """The options as the prompt shows them in an order: "<image_2>" -> "image 1"."""
     texts = []
     for option in question.options:
         moved = permute(dataclasses.replace(question.sample, question=option), order)
@@ -290,8 +288,7 @@ def options_in(question: Question, order) -> list[str]:
     return texts
 
 def place_tags(text: str, images: list[str]) -> tuple[str, list[str]]:
-    """Numbered tags (<image_2>, <image2>): an image's first becomes <image>, a later one
-    <image_k>. Images without a tag go in front. Returns the images in the tags' order."""
+    """An image's first tag (<image2>) becomes <image>, a later one <image_k>; and images."""
     for k in range(len(images), 0, -1):
         if not re.search(rf"<image_?{k}>", text):
             text = f"<image_{k}>{text}"
@@ -309,7 +306,6 @@ def numbered_images(row: dict, place) -> list[str]:
     """The images of columns image_1, image_2 .., which may be empty."""
     return [place(row[f"image_{k}"]) for k in range(1, 7) if row.get(f"image_{k}")]
 
-# All adapters have one signature, though few need the row's number.
 # ruff: noqa: ARG001
 def from_mantis(row: dict, number: int, place) -> Question:
     """Mantis-Eval: options with or without labels, not in the question's text."""
@@ -412,12 +408,9 @@ def load_benchmark(name: str, args) -> list[Question]:
         rows, cache = read_rows(folder, BENCHMARKS[name].files), Path(args.out, ".images")
         place = functools.partial(place_image, folder=folder, cache=cache)
     else:
-        try:
-            rows = perl.load_samples(perl.SAMPLES / "test.jsonl" if name == "digits" else name)
-        except (OSError, ValueError) as error:  # it names the line and the field
-            raise SystemExit(str(error)) from None
-    if name == "mmiu":  # its authors leave out rows without a gold, too
-        rows = [row for row in rows if row["output"]]
+        rows = perl.load_samples(perl.SAMPLES / "test.jsonl" if name == "digits" else name)
+    if name == "mmiu":
+        rows = [row for row in rows if row["output"]]  # as its authors do
     n, questions = min(args.limit or len(rows), len(rows)), {}
     for k in range(n):
         number = k * len(rows) // n
@@ -458,8 +451,7 @@ def read_rows(folder: Path, files: str) -> list[dict]:
             rows += json.loads(path.read_text())
         else:
             rows += parquet.read_table(path).to_pylist()
-    if not rows:
-        raise SystemExit(f"no {folder / files}; --data-dir takes the Hub's files")
+    perl.check(rows, f"no {folder / files}; --data-dir takes the Hub's files")
     return rows
 
 @functools.lru_cache(maxsize=4)
@@ -589,8 +581,9 @@ def picked(row: dict) -> tuple | None:
     if row["order_rule"] == "letter" or is_choice and row["order_rule"] == "keep":
         letter = extract_choice(answer, [""] * max(len(movable), len(row["options"])))
         k = LETTERS.index(letter) if letter else len(movable)
-        # Under `keep`, an option without text is a picture, too: the gold was a fixed text.
-        is_image = k < len(movable) and (row["order_rule"] == "letter" or not row["options"][k])
+        # Under `keep`, an option without text is a picture, too: a fixed text is right.
+        is_image = k < len(movable) and not (is_choice and row["options"][k])
+        is_image |= k < len(movable) and row["order_rule"] == "letter"
         return (order[movable[k]],) if is_image else (letter,) if letter else None
     if row["order_rule"] in ("index", "sequence"):
         positions = [int(number) - 1 for number in re.findall(r"\d+", answer)]
@@ -624,8 +617,7 @@ def summary(column: list[float]) -> dict:
     return {"value": average(values), "interval": bootstrap(values), "n": len(column)}
 
 def order_measures(groups: list[list[dict]]) -> dict:
-    """From graded rows, one per order, a missing one wrong: 3 of 4 right -> mean .75,
-    worst 0, best 1, bias 1. flip: the first 6 orders get different choices."""
+    """From graded rows, one per order. A missing one is wrong; flips are of the first 6."""
     columns, by_place = defaultdict(list), defaultdict(list)
     for rows in groups:
         n = rows[0]["orders"]
@@ -736,7 +728,8 @@ def answer_batch(model, processor, batch: list[Question], cfg) -> list[dict]:
             rows.append({
                 "id": sample.id, "k": k, "order": order, "error": question.problem,
                 "orders": n, "task": sample.source, "rule": question.rule,
-                "options": options_in(question, order), "gold": permute(sample, order).answer,
+                "options": options_in(question, order),
+                "gold": permute(sample, order).answer,
                 "order_rule": sample.order_rule, "movable": sample.movable,
                 "response": rollout.text if rollout else "",
                 "truncated": rollout is not None and rollout.truncated})
@@ -754,9 +747,8 @@ def open_folder(folder: Path, config: dict, accelerator) -> set[tuple]:
     accelerator.wait_for_everyone()
     saved = json.loads(path.read_text())
     for name, value in config.items():
-        if saved.get(name) != value:
-            raise SystemExit(f"{folder}: {name} was {saved.get(name)!r} and is {value!r} "
-                             "now; remove the folder or choose another --out")
+        perl.check(saved.get(name) == value, f"{folder}: {name} was {saved.get(name)!r} and "
+                   f"is {value!r} now; remove the folder or choose another --out")
     return {(row["id"], row["k"]) for row in perl.read_lines(samples)}
 
 def run_benchmark(name: str, model, processor, cfg, args, *, weights: str, folder: Path,
@@ -764,18 +756,14 @@ def run_benchmark(name: str, model, processor, cfg, args, *, weights: str, folde
     """Ask all questions of a benchmark that the folder has no answers to yet."""
     with accelerator.main_process_first():  # it downloads and unpacks
         questions = load_benchmark(name, args)
-    if args.flip:
-        questions = screened(questions, name, args.data_dir)
-    samples, labels = [question.sample for question in questions], Counter()
-    for question in questions:
-        reason = f": {question.reason}" if question.reason else ""
-        labels[question.sample.order_rule + reason] += 1
-    content = json.dumps([[s.id, s.question, s.answer, s.order_rule, s.movable] for s in samples])
+    questions = screened(questions, name, args.data_dir) if args.flip else questions
+    samples = [question.sample for question in questions]
+    content = json.dumps([dataclasses.astuple(s)[2:] for s in samples])
     cap = args.orders or (24 if name == "digits" else 1)
     config = {
         "model": args.model, "weights": weights, "benchmark": name, "n": len(samples),
         "limit": args.limit, "orders": cap, "tasks": Counter(s.source for s in samples),
-        "labels": labels,
+        "labels": Counter(q.label or q.sample.order_rule for q in questions),
         "questions": hashlib.sha1(content.encode()).hexdigest()}
     config |= {setting: getattr(cfg, setting) for setting in KEPT_SETTINGS[:4]}
     done, todo = open_folder(folder, config, accelerator), []
@@ -810,9 +798,9 @@ def table(rows: list[list]) -> str:
 def report(results: dict[str, dict], model: str) -> str:
     """A model's results in percent, one column per benchmark, and how each is scored."""
     measures = ["mean", "worst", "best", "bias", "same choice", "flip", "unread"]
-    columns, notes = [["", "accuracy [95 %]", "no answer read", "over questions", "over tasks", "paper: start",
-                       "paper: PeRL", "answered", "errors", "unparsed", "truncated",
-                       "orders of", *measures, "by position"]], ""
+    columns, notes = [["", "accuracy [95 %]", "no answer read", "over questions",
+                       "over tasks", "paper: start", "paper: PeRL", "answered", "errors",
+                       "unparsed", "truncated", "orders of", *measures, "by position"]], ""
     for name, r in results.items():
         benchmark, orders = BENCHMARKS.get(name, BENCHMARKS["digits"]), r["orders"]
         cells = [name, percent(r["score"], r["interval"]), percent(r.get("unread", 0)),
@@ -826,15 +814,14 @@ def report(results: dict[str, dict], model: str) -> str:
         cells.append(", ".join(f"{k}: {percent(places[k]['value'])}" for k in places))
         columns.append(cells)
         notes += f"{name}: mean over {benchmark.mean}; {benchmark.scoring}\n"
-        labels = r.get("config", {}).get("labels", {})
-        listed = [f"{label} {labels[label]}" for label in sorted(labels)]
-        notes += f"  order labels: {', '.join(listed)}\n" if listed else ""
+        for label, n in sorted(r.get("config", {}).get("labels", {}).items()):
+            notes += f"  order label {label}: {n}\n"
     return f"{model}\n\n{table([*zip(*columns)])}\n{notes}"
 
 def compare(folder_a: Path, folder_b: Path) -> str:
     """Paired differences B - A of each benchmark, over questions that both answered."""
-    lines = [["benchmark", "n", "A", "B", "B - A [95 %]", "mean over orders", "worst order",
-              "where both were read", "unread A", "unread B"]]
+    lines = [["benchmark", "n", "A", "B", "B - A [95 %]", "mean over orders",
+              "worst order", "where both were read", "unread A", "unread B"]]
     for path in sorted(folder_a.glob("*/samples.jsonl")):
         name = path.parent.name
         mean = BENCHMARKS.get(name, BENCHMARKS["digits"]).mean
@@ -845,27 +832,25 @@ def compare(folder_a: Path, folder_b: Path) -> str:
             if other:
                 a, b = ([row["right"] for row in rows] for rows in (group, other))
                 unread = group[0]["answer"] is None, other[0]["answer"] is None
+                gains = [b[0] - a[0], statistics.mean(b) - statistics.mean(a), min(b) - min(a)]
                 # Answers that could not be read flatter the gain of a model that boxes.
-                read_gain = None if any(unread) else b[0] - a[0]
-                mean_gain = statistics.mean(b) - statistics.mean(a)
-                values = (a[0], b[0], b[0] - a[0], mean_gain, min(b) - min(a), read_gain, *unread)
-                for column, value in zip(columns, values):
+                gains.append(None if any(unread) else b[0] - a[0])
+                for column, value in zip(columns, (a[0], b[0], *gains, *unread)):
                     if value is not None:
                         column[group[0]["task"]].append(value)
         if columns[0]:
             cells = [percent(average(column, mean)) for column in columns[:2]]
             for gain in columns[2:6]:
-                cells.append(percent(average(gain, mean), bootstrap(gain, mean)) if gain else "")
+                values = (average(gain, mean), bootstrap(gain, mean)) if gain else ()
+                cells.append(percent(*values) if values else "")
             cells += [percent(average(column)) for column in columns[6:]]
             lines.append([name, sum(map(len, columns[0].values())), *cells])
-    if len(lines) == 1:
-        raise SystemExit(f"{folder_a} and {folder_b} have no common answers")
+    perl.check(len(lines) > 1, f"{folder_a} and {folder_b} have no common answers")
     return f"A = {folder_a}\nB = {folder_b}\n\n{table(lines)}"
 
 # ---- --flip: the flip rate of Facet-Probe, next to its published rates -----------------
-# Facet-Probe (arXiv 2606.26079) screened 270 items by hand; its rates are over those where the
-# order does not matter ("keep") or hardly ("borderline"). Six orders, a gold that stays; an item
-# flips if its parsed answers are not all the same.
+# Facet-Probe (arXiv 2606.26079) screened 270 items by hand; its rates are over "keep" and
+# "borderline". Six orders, a gold that stays; a flip is more than one parsed answer.
 SCREEN = "artifacts/screens/imageset_position_reference_screen.csv"
 RATES = "artifacts/paper/image_set_screened_rates.csv"
 FLIP_SETS = {"mantis-eval": "mantis_eval", "medframeqa": "medframeqa"}  # our name, theirs
@@ -873,35 +858,34 @@ FLIP_SETS = {"mantis-eval": "mantis_eval", "medframeqa": "medframeqa"}  # our na
 def read_clone(data_dir: str, file: str) -> list[dict]:
     """The rows of a table in the clone of Facet-Probe below --data-dir."""
     path = Path(data_dir, "facet-probe", file)
-    if not path.exists():
-        raise SystemExit(f"--flip reads {path}: clone github.com/yahskapar/facet-probe into "
-                         "the folder of --data-dir")
+    perl.check(path.exists(), f"--flip reads {path}: clone github.com/yahskapar/"
+               "facet-probe into the folder of --data-dir")
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 def screened(questions: list[Question], name: str, data_dir: str) -> list[Question]:
-    """The questions of the published rates: all their images move and the gold stays."""
+    """The questions of the published rates: all images move, text and gold stay."""
     by_id, moving = {question.sample.id: question for question in questions}, []
     for row in read_clone(data_dir, SCREEN):
         key = row["hf_id"]
         if row["dataset"] == FLIP_SETS[name] and row["classification"] != "exclude":
-            if key not in by_id:
-                raise SystemExit(f"--flip: {name} has no question {key}, one of the published "
-                                 "rates'; --data-dir needs its whole test split")
-            sample = by_id[key].sample
-            everywhere = tuple(range(len(sample.images)))
-            sample = dataclasses.replace(sample, order_rule="keep", movable=everywhere)
-            moving.append(by_id[key]._replace(sample=sample, reason=""))
+            perl.check(key in by_id, f"--flip: {name} has no question {key}, one of the "
+                       "published rates'; --data-dir needs its whole test split")
+            texts = [by_id[key].sample.question, *by_id[key].options]
+            asked, *options = [perl.MENTION.sub(r"image \1", text) for text in texts]
+            sample = dataclasses.replace(by_id[key].sample, question=asked, order_rule="keep",
+                                         movable=None)
+            moving.append(by_id[key]._replace(sample=sample, options=options, label="keep"))
     return moving
 
 def wilson(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a share of n; unlike a bootstrap's, it is no point at 0 of 18."""
-    z = 1.96 / math.sqrt(n)
+    z, scale = 1.96 / math.sqrt(n), 1 + 1.96 * 1.96 / n
     half = z * math.sqrt(share * (1 - share) + z * z / 4)
-    return (share + z * z / 2 - half) / (1 + z * z), (share + z * z / 2 + half) / (1 + z * z)
+    return (share + z * z / 2 - half) / scale, (share + z * z / 2 + half) / scale
 
 def flip_table(results: dict[str, dict], model: str, data_dir: str) -> str:
     """Our flip rates and the published ones, each with its interval."""
-    cells, heading = defaultdict(list), ["flip rate [95 %]"]
+    cells, heading, unread = defaultdict(list), ["flip rate [95 %]"], ""
     for name, theirs in FLIP_SETS.items():
         flip = results[name]["orders"]["flip"]
         rates = [{"model": model, "k6_flip_rate": flip["value"], "n_screened": flip["n"]}]
@@ -909,12 +893,12 @@ def flip_table(results: dict[str, dict], model: str, data_dir: str) -> str:
         for row in rates:
             share, n = float(row["k6_flip_rate"]), int(row["n_screened"])
             cells[row["model"]].append(percent(share, wilson(share, n)))
-        widest = 100 * (wilson(0.5, flip["n"])[1] - 0.5)
-        heading.append(f"{name}: {flip['n']} items, up to +-{widest:.0f}")
+        heading.append(f"{name}, {flip['n']} items")
+        unread += f"  {name} {percent(results[name]['orders']['unread']['value'])}"
     rows = [heading] + [[key, *cells[key]] for key in cells]
-    unread = [f"{name} {percent(results[name]['orders']['unread']['value'])}" for name in results]
     return (f"{model}, and models of Facet-Probe (its prompts)\n\n{table(rows)}\n"
-            f"items of {model} with an unread answer in %: {', '.join(unread)}\n")
+            "Few items make wide intervals: only large differences mean anything.\n"
+            f"Items of {model} with an unread answer in %:{unread}\n")
 
 # ---- Order labels: what reordering does to an answer; skip it on a first reading -------
 # A wrong order_rule poisons training, a `never` only loses diversity. So a question gets
@@ -924,9 +908,8 @@ def flip_table(results: dict[str, dict], model: str, data_dir: str) -> str:
 #   sequence  the gold sorts all images by number       Sort the images ... -> 2,1,3
 #   keep      images are named by number                Is image 2 sharper than image 1?
 #   keep      all images are meant                      How many images show a red object?
-# "image 2" and "the second picture" become <image_2>, which follows the picture. A reference
-# with a place of its own stays there. In a benchmark, text options are about all images, and
-# options "the second image", "the third image", in this order, are images: its text stays.
+# "image 2" and "the second picture" become <image_2>, which follows the picture. Options
+# "the second image", "the third image" of a benchmark are images: its text stays as it is.
 
 def pattern(text: str) -> re.Pattern:
     """A regex that ignores case; it may be laid out in indented lines."""
@@ -941,13 +924,13 @@ SIDE = r"(?:left|right|top|bottom|upper|lower|middle|cent(?:er|re|ral))(?:most|-
 NAME = rf"(?:the )?(?:{IMAGE} #?(\d{{1,2}})|({PLACE}) {IMAGE})\b(?!-)"
 NAME_ALONE = pattern(rf"{NAME}\.?")
 NAMED_IMAGE = pattern(rf"\b{NAME}(?!\s*[:=]\s*<image>)")
-# "the second or the third image", "the left and right image" name two.
-TWO_PLACES = pattern(rf"\b({PLACE}|left|right) (or|and) (?=(?:the )?(?:{PLACE}|left|right) {IMAGE}s?\b)")
-# Of a pair side by side, the left image is the first.
+WHERE = rf"(?:{PLACE}|left|right)"
+TWO_PLACES = pattern(rf"\b({WHERE}) (or|and) (?=(?:the )?{WHERE} {IMAGE}s?\b)")
 LEFT_OR_RIGHT = pattern(
-    rf"""\b(?:the )?(left|right)(?:most)?(?:[- ]?hand)?(?:[- ]side)? {IMAGE}s?\b(?!['’-])|
-    \b(?:the )?{IMAGE} (?:on|to|at|in) (?:the )?(?:far )?(left|right)(?:[- ]?hand)?(?: side)?\b
-    (?! of|[- ]?\w*most| (?:hand|half|edge|corner|part))""")
+    rf"""\b(?:the )?(left|right)(?:most|[- ]?hand)? {IMAGE}s?\b(?!['’-])|
+    \b(?:the )?{IMAGE} (?:on|to|at) (?:the )?(?:far )?(left|right)\b
+    (?! of| ?-?(?:most|hand|half|edge|side))""")
+LETTER_SLOT = pattern(rf"\b(?:(?:candidate|option)(?: {IMAGE})? )?([A-J])[:.)] *<image>")
 SLOT_LABEL = pattern(rf"\b{NAME}\s*[:=]\s*<image>")  # "Image 1: <image>"
 BARE_NUMBERS = NUMBER_WORDS[1:] + "i ii iii iv v".split()
 BARE_NAMES = {*BARE_NUMBERS, *"abcdefghij", *map(str, range(100)), "and", "no", "number"}
@@ -965,8 +948,6 @@ ODD_NAME = pattern(
     candidate|option|item|plot|diagram|drawing|painting|shot) (?:#?\d|[b-j]\b)|
     (?-i:\b(?i:{IMAGE}|figure|panel|option|candidate)s? [A-Z]\b)|\b(?-i:II|III|IV|VI)\b|
     [\u0400-\u1fff\u2460-\u24ff\u2e80-\ufb06\uff00-\uffef]""")  # "①", "左图"
-# Words that may speak of the order, the time or the place of images. First position and time,
-# then series, then answers that depend on which image is taken first, then places.
 ORDER_WORDS = pattern(
     rf"""\b(?:{PLACE}|{SIDE}|eleventh|twelfth|penultimate|last|latter|former|final(?:ly)?|
     initial(?:ly)?|foremost|premiere?|lead|opening|secondary|tertiary|primary|original|next|
@@ -999,20 +980,18 @@ CHANGE_WORDS = pattern(
     com(?:e|es|ing)|go(?:es|ing)? (?:up|down)|ris(?:e|es|ing)|sink(?:s|ing)?|fall(?:s|ing)?)\b""")
 # Phrases with such words that speak of the inside of a picture.
 INSIDE = pattern(
-    rf"""\bin order to\b|\bnext to(?: each other| one another)?\b|\bon top of\b|\bsame time\b|
-    \b(?:the|of the) following (?!{IMAGE}\b)|\bbased on (?:the|these|both)(?: \w+)? {IMAGE}|
-    \bhow many different\b|\bdifferent(?:ly)?[- ](?:colou?r|kind|type|breed|size|shape)\w*|
-    \b(?:in|into) (?:a|one|two|three) rows?\b|\brows? of (?!(?:\w+ )?{IMAGE}|these|them)|
-    \ba(?: \w+)? group of (?!{IMAGE}|\d)|\bcombined (?:number|total|{IMAGE}s)\b|\bcombined,|
-    \bbetween (?:an?|two|three|its|his|her) (?!(?:\w+ )?(?:{IMAGE}|shot|scene|view|one)s?\b)|
-    \bfac(?:es?|ing) (?:straight )?(?:forwards?|ahead|(?:the |away from the )?camera)\b|
-    \b(?:left|right) of an? (?!{IMAGE}|pair|set)|\b(?:front|left|right|top|side) views?\b|
+    rf"""\bin order to\b|\bnext to(?: each other)?\b|\bon top of\b|\bsame time\b|
+    \bthe following (?!{IMAGE}\b)|\bbased on (?:the|these)(?: \w+)? {IMAGE}|
+    \bhow many different\b|\bdifferent (?:colou?r|kind|type|breed|size|shape)\w*|
+    \bin (?:a|two|three) rows?\b|\brows? of (?!(?:\w+ )?{IMAGE}|these|them)|
+    \ba(?: \w+)? group of (?!{IMAGE}|\d)|\bcombined(?:,| number| {IMAGE}s)|
+    \bbetween (?:an?|two|its|his|her) (?!(?:\w+ )?(?:{IMAGE}|shot|scene|one)s?\b)|
+    \bfac(?:es?|ing) (?:forwards?|straight ahead|(?:the |away from the )?camera)\b|
+    \b(?:left|right) of an? (?!{IMAGE}|pair|set)|\b(?:front|left|right|top) views?\b|
     \b(?:his|her|its|their) (?:left|right) (?:hand|arm|leg|foot|paw|eye|ear)\b|
-    \b(?:fac|look|point|turn)(?:es|s|ing|ed) (?:to the )?(?:left|right)\b(?![- ]{IMAGE}|[- ]one)|
-    \b(?:left|right|upper|lower|middle) (?:lung|lobe|kidney|ventricle|atrium|hemisphere|breast|
-    ovary|eye|knee|hip|shoulder|quadrant|abdomen|femur)\b|\bdifferential\b|
-    \b(?:weighted|flair|mri?) sequences?\b|\bincreased (?:signal|echo\w*|uptake|density)\b""")
-# A letter as a name would have to follow, too; "A" may be the article.
+    \b(?:fac|look|point|turn)(?:es|s|ing|ed) (?:to the )?(?:left|right)\b
+    (?![- ]{IMAGE}|[- ]one)|\bdifferential\b|\bweighted sequences?\b|
+    \b(?:left|right|upper|lower) (?:lung|lobe|kidney|hemisphere|breast|ovary|quadrant)\b""")
 LETTER_NAME = re.compile(r"\b(?:[B-HJ-Z]\b(?![-'.])|A\b(?! [a-z]))|(?<=[a-z] )(?<!letter )A\b")
 SORTS_IMAGES = pattern(
     rf"""\b(?:sort|order|arrange)(?: all)?(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
@@ -1025,52 +1004,46 @@ RETRIEVAL = pattern(rf"""\bgiven (?:a|this) detailed description\b|
 SIDE_OF_IMAGE = pattern(rf"""\b{SIDE}[- ](?:hand )?(?:{IMAGE}|one|option|frame)|
     \b(?:{IMAGE}|one|option|frame) (?:on|in|at|to) the (?:far )?{SIDE}\b""")
 IN_A_PICTURE = pattern(
-    rf"""\b(?:{SIDE}|frame|rows?|away|towards?|each other|one another|facing|apart|words?|group|
-    farthest|nearest|stretch\w*|different|between (?!\w+(?: \w+)? {IMAGE}s|{IMAGE}|these|them))\b""")
+    rf"""\b(?:{SIDE}|frame|rows?|away|towards?|each other|facing|words?|group|farthest|nearest|
+    stretch\w*|different|between (?!\w+(?: \w+)? {IMAGE}s|{IMAGE}|these|them))\b""")
 # One unnamed image: which one would depend on the order, unless its content says so.
 LONE_IMAGE = pattern(
     rf"""\b(?:the|this|that)(?: (?!other|same|target)\w+)? {IMAGE}\b
     (?! (?:with|that|which|of|showing|containing|where|in which|on which|numbers)\b)""")
-# All images alike are meant; "in the images" alone does not say so.
 SEVERAL = pattern(
     rf"""\b(?:both|all|each|every|any|either|neither|none|one|another|an|only|no|most|pair)
     (?: of)?(?: the| these| those)?(?: \w+)? {IMAGE}s?\b|<image_\d+>|
     \b(?:how many|number of|fraction of)(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
     \b(?:how many|fraction) of them\b|\b(?:same|total|sum|how many)\b[^.?]*\b{IMAGE}s\b|
     \b{IMAGE}s\b[^.?]*\b(?:same|total)\b""")
-# Fixed options: they stay where they are, whatever the images do.
-FIXED_OPTION = pattern(r"(?:none|cannot|can't|no (?:correct|right|such|answer)|unknown)\b.*")
-# An option "the second image" is that image unless these words tie it to its neighbours.
-SERIES = pattern(r"\b(?:sequence|series|order|previous|preced\w+|next|after|before|between|pattern)\b")
-# These speak of a reference that stays; a photo that "was taken" is no change.
+FIXED_OPTION = pattern(r"(?:none|cannot|can't|no (?:correct|right|such)|unknown)\b.*")
+SERIES = pattern(r"\b(?:sequence|series|order|previous|next|after|before|between)\b")
 OF_REFERENCE = pattern(r"\b(?:next in|completes) the (?:pattern|sequence|row)\b|\bthis one\b")
 NO_CHANGE = pattern(rf"\bmost likely\b(?! to)|\b(?:{IMAGE}s|was|were)(?: the {IMAGE}s)? taken\b")
 # What someone does or what becomes of a thing often shows only in what comes first.
 ACTION = pattern(
-    r"""\b(?:doing|actions?|perform\w*|clos(?:es?|ing)|opens?|(?:get|tak|lift|lower|melt|heal)\w*|
-    tries|trying|plot|narrat\w+|mov(?:e|ing)|turn\w*|roll\w*|way|route|walk\w*|direction|how to|
-    about to|more|fewer|less|\w+er or (?:\w+er|not)|sun(?:rise|set)|shr[aiu]nk\w*|develop\w*|
-    (?:has|have) (?:(?:the|an?) )?\w+ (?:\w+ed|\w+wn|\w+en)|demonstrat\w+)\b""")
+    r"""\b(?:doing|actions?|perform\w*|clos(?:es?|ing)|opens?|(?:get|tak|lift|lower|heal)\w*|
+    tries|trying|plot|narrat\w+|mov(?:e|ing)|turn\w*|roll\w*|way|route|walk\w*|direction|
+    how to|about to|more|fewer|less|\w+er or (?:\w+er|not)|sun(?:rise|set)|shr[aiu]nk\w*|
+    develop\w*|(?:has|have) (?:(?:the|an?) )?\w+ (?:\w+ed|\w+wn|\w+en)|demonstrat\w+)\b""")
+STATEMENT = pattern(rf"\btwo {IMAGE}s, is the (?:following )?statement (?:true|right)\b")
 WHICH_IMAGE = pattern(rf"\bwhich\b[^.?]*\b{IMAGE}s?\b")
 ASKS_IMAGE = pattern(
     rf"""\bwhich (?:of (?:the|these)(?: \w+)? {IMAGE}s|of the other (?:two )?{IMAGE}s|(?:one )?
     {IMAGE} (?:shows?|contains?|ha[sd]|holds|depicts?|features?|includes?|displays?|is|does|
     do you|(?:provided |best )*match(?:es)?|of the other))|\bin which {IMAGE}\b|
     \bretrieve the target {IMAGE}\b|\b(?:find|select|choose|identify) the {IMAGE}\b""")
-# A question about unnamed images must ask for what there is to see, not for what is done.
 SHOWN = pattern(
     rf"""\b(?:shows?|shown|contains?|depicts?|features?|includes?|displays?|appears?|occurs?|
     visible|in common|total number|sum|fraction of {IMAGE}s|are (?:both|all) {IMAGE}s)\b""")
 WHICH_IMAGES = pattern(
     rf"\bwhich (?:of (?:the|these) )?(?:\w+ )?{IMAGE}s\b|\b(?:all|those) {IMAGE}s that\b")
-# More than the number of an image is asked for, or something else.
 ASKS_MORE = pattern(
     r"""\b(?:what|how|when|where|who|tell|state|say|report|add|plus|multipl\w+|
     that (?:number|digit|value)|(?:its|their|the) (?:value|count)|target(?! image among)|
     template|example|sample|anchor)\b""")
 OF_WHICH = pattern(r"\b(?:one|either|another|each|an image|reference|query)\b|@|<image>")
-ASKS_NUMBER = pattern(
-    r"\bhow many\b|\bthe fraction of\b|\bwhat (?:fraction|is the (?:sum|number|total))")
+ASKS_NUMBER = pattern(r"\b(?:how many|fraction|what is the (?:sum|number|total))\b")
 NUMBER_OF_IMAGE = pattern(rf"\bnumber of (?:the|an?|that) {IMAGE}\b|\b{IMAGE} number\b")
 REFERENCE_SLOT = pattern(
     rf"""(?:\A|[.?!\n]\s*)(?:(?:reference|query)(?: {IMAGE})?\s*:\s*<image>|
@@ -1086,47 +1059,55 @@ class Label(NamedTuple):
     answer: str
     order_rule: str
     movable: tuple[int, ...] | None = None
-    reason: str = ""  # for `never`
 
 def infer_label(question: str, answer: str, n_images: int, source: str) -> Label:
-    """The order label of a question; in doubt `never`. `answer` is the gold: an option's
-    letter, an image's number or name, or a text."""
+    """The order label. `answer`: an option's letter, an image's number or name, text."""
+    found = label_or_reason(question, answer, n_images, source)
+    is_never = isinstance(found, str)
+    return Label(PREAMBLE.sub("", question), answer, "never") if is_never else found
+
+def label_or_reason(question: str, answer: str, n_images: int, source: str) -> Label | str:
+    """The order label, or the reason why it is `never`."""
     options, name = listed_options(question), NAME_ALONE.fullmatch(answer)
     names_image = not options and re.search(IMAGE, answer, re.IGNORECASE)
-    if name and names_image:
-        answer = str(image_number(name))  # "Image 3"
+    answer = str(image_number(name)) if name and names_image else answer  # "Image 3"
     never = Label(PREAMBLE.sub("", question), answer, "never")
     if n_images < 2 or question.count("<image>") != n_images or source in VIDEO:
-        return never._replace(reason="one image" if n_images < 2 else "frames of a video")
+        return "one image" if n_images < 2 else "frames of a video"
     if answer not in list(LETTERS[:len(options)]) and (options or not answer):
-        return never._replace(reason="no gold")
-    label = option_image_label(never, options, n_images, source)
+        return "no gold"
+    asked = question
+    if options:
+        asked = question[:option_spans(question)[0][0]].rpartition("\n")[0]
+    slots = LETTER_SLOT.findall(asked)
+    if not options and slots == list(LETTERS[:len(slots)]):  # "A: <image> B: <image>"
+        asked = LETTER_SLOT.sub("\0", asked)
+        is_last = "<image>" not in asked.partition("\0")[2]  # a reference comes before
+        options = ["<image>"] * len(slots) if is_last and answer in slots else []
+    label = option_image_label(never, options, asked, n_images, source)
     label = label or text_label(never, options, n_images, source)
     # A gold "Image 3 suggests ..." would have to follow that image.
-    if names_image and label.order_rule not in ("index", "never"):
-        return never._replace(reason="the answer names an image")
-    return label
+    follows = isinstance(label, str) or label.order_rule == "index"
+    return label if follows or not names_image else "the answer names an image"
 
-def text_label(never: Label, options: list[str], n_images: int, source: str) -> Label:
+def text_label(never: Label, options: list[str], n_images: int, source: str) -> Label | str:
     """The label of a question whose options, if any, are texts."""
     question, answer = never.question, never.answer
-    spoken = TWO_PLACES.sub(name_both, question)
+    spoken = TWO_PLACES.sub(r"\1 image \2 ", question)
     if source == "nlvr2" and n_images == 2:
         spoken = LEFT_OR_RIGHT.sub(name_side, spoken)
         spoken = re.sub(rf"(?i)\bthe {IMAGE} pair\b", "the pair of images", spoken)
     texts = [re.sub(r"(?<=\S)(?:\s*<image>)+$", "", option) for option in options]
-    if "<image>" in "".join(texts):
-        return never._replace(reason="images in some options")
+    is_odd = "<image>" in "".join(texts)
     for label in SLOT_LABEL.finditer(spoken):  # "Image 2: <image>" must be the second one
-        if image_number(label) != spoken.count("<image>", 0, label.end()):
-            return never._replace(reason="images with labels in another order")
+        is_odd |= image_number(label) != spoken.count("<image>", 0, label.end())
     # Where are the images, and which of them are named?
     unlabeled = SLOT_LABEL.sub("<image>", spoken)
     named = NAMED_IMAGE.sub(as_mention, spoken)
     movable = movable_slots(unlabeled, named, n_images)
     numbers = [int(number) for number in perl.MENTION.findall(named)]
-    if movable is None or max(numbers, default=1) > n_images or min(numbers, default=1) < 1:
-        return never._replace(reason="an image has its own place in the text")
+    if is_odd or movable is None or not set(numbers) <= set(range(1, n_images + 1)):
+        return "an image has its own place in the text"
     # Is a word left that may speak of their order?
     rest = perl.MENTION.sub("@", NAMED_IMAGE.sub(as_mention, unlabeled))
     is_list = re.fullmatch(r"\d+(\s*,\s*\d+)+", answer) is not None
@@ -1134,13 +1115,13 @@ def text_label(never: Label, options: list[str], n_images: int, source: str) -> 
     if is_list:
         rest = SORTING.sub("", rest)
     if speaks_of_order(f"{rest} {answer}", is_retrieval):
-        return never._replace(reason="words that may mean order, time or place")
+        return "words that may mean order, time or place"
     lone = LONE_IMAGE.search(re.sub("(?i)reference|query", "other", rest))
     is_named_caption = is_retrieval and numbers and not options
     if is_oddly_named(rest) or is_named_caption or lone and not is_retrieval:
-        return never._replace(reason="a name that would not follow its image")
+        return "a name that would not follow its image"
     # What kind of answer is it?
-    keep, unclear = Label(named, answer, "keep", movable), never._replace(reason="answer unclear")
+    unclear, keep = "answer unclear", Label(named, answer, "keep", movable)
     if is_list:
         complete = sorted(map(int, answer.split(","))) == list(range(1, n_images + 1))
         sorts = SORTS_IMAGES.search(question) and not re.search(r"(?i)\beach\b", question)
@@ -1151,46 +1132,45 @@ def text_label(never: Label, options: list[str], n_images: int, source: str) -> 
         return keep._replace(order_rule="index") if is_clear else unclear
     is_count = ASKS_NUMBER.search(question) and not NUMBER_OF_IMAGE.search(question)
     may_name = [is_bare_name(NAMED_IMAGE.sub("", text)) for text in texts or [answer]]
-    if any(may_name) and (WHICH_IMAGE.search(question) or not is_count):
-        return unclear
-    if not options and WHICH_IMAGES.search(question):
+    is_name = any(may_name) and (WHICH_IMAGE.search(question) or not is_count)
+    if is_name or not options and WHICH_IMAGES.search(question):
         return unclear
     if numbers:
         return keep  # the names follow
     rest = NO_CHANGE.sub("", rest)
     is_evidence = source in A_BENCHMARK and options and not ACTION.search(rest)
-    is_about_all = source == "nlvr2" or SEVERAL.search(named) and SHOWN.search(named)
+    is_about_pair = source == "nlvr2" or STATEMENT.search(question)
+    is_about_all = is_about_pair or SEVERAL.search(named) and SHOWN.search(named)
     if (is_evidence or is_about_all) and not CHANGE_WORDS.search(rest):
         return keep
-    return never._replace(reason="perhaps not about all images, or about a change")
+    return "perhaps not about all images, or about a change"
 
-def option_image_label(never: Label, options: list[str], n_images: int,
-                       source: str) -> Label | None:
-    """The label if the options are images, shown or named in their order, before fixed texts.
-    The letter follows them, every other image stays. None: text_label decides."""
+def option_image_label(never: Label, options: list[str], asked: str, n_images: int,
+                       source: str) -> Label | str | None:
+    """The label if options are images, shown or named in order, before fixed texts."""
     is_shown = options[:1] == ["<image>"]
     names = list(filter(None, map(NAME_ALONE.fullmatch, options)))
     n_options = options.count("<image>") if is_shown else len(names)
     if n_options < 2 or not all(map(FIXED_OPTION.fullmatch, options[n_options:])):
         return None
-    first, has_fixed_gold = n_images - n_options, never.answer in list(LETTERS[n_options:])
-    asked = never.question[:option_spans(never.question)[0][0]].rpartition("\n")[0]
-    mentioned = map(image_number, NAMED_IMAGE.finditer(TWO_PLACES.sub(name_both, asked)))
+    first, has_fixed_gold = n_images - n_options, never.answer in [*LETTERS[n_options:]]
     moving = list(range(first + 1, n_images + 1))
-    spoken_of = sorted({number for number in mentioned if number > first})
+    names_shown = NAMED_IMAGE.sub(as_mention, TWO_PLACES.sub(r"\1 image \2 ", asked))
+    spoken_of = sorted({*map(int, perl.MENTION.findall(names_shown))} - {*range(first + 1)})
     rule, movable = "keep" if has_fixed_gold else "letter", tuple(range(first, n_images))
     label = never._replace(order_rule=rule, movable=movable)
     if not is_shown:  # if not in order or not alike, the names become <image_k>
         in_order = [image_number(name) for name in names] == moving
-        is_alike = spoken_of in ([], moving) and not SERIES.search(asked) and not has_fixed_gold
-        return label if in_order and is_alike and source in A_BENCHMARK else None
+        is_alike = spoken_of in ([], moving) and not SERIES.search(asked)
+        is_letter = in_order and is_alike and not has_fixed_gold and source in A_BENCHMARK
+        return label if is_letter else None
     is_retrieval = RETRIEVAL.search(asked) is not None
-    if first and not is_retrieval:
+    if first:
         asked = OF_REFERENCE.sub("", asked)
-    if first < 0 or spoken_of or is_oddly_named(asked):
-        return never._replace(reason="a name that would not follow its image")
+    if first < 0 or spoken_of or is_oddly_named(perl.MENTION.sub("", asked)):
+        return "a name that would not follow its image"
     if speaks_of_order(NAMED_IMAGE.sub("", asked), is_retrieval):
-        return never._replace(reason="words that may mean order, time or place")
+        return "words that may mean order, time or place"
     return label
 
 def image_number(name: re.Match) -> int:
@@ -1201,15 +1181,11 @@ def image_number(name: re.Match) -> int:
 def as_mention(name: re.Match) -> str:
     return f"<image_{image_number(name)}>"
 
-def name_both(places: re.Match) -> str:
-    return f"{places[1]} image {places[2]} "
-
 def name_side(name: re.Match) -> str:
     return "image 1" if (name[1] or name[2]).lower() == "left" else "image 2"
 
 def movable_slots(text: str, named: str, n_images: int) -> tuple[int, ...] | None:
-    """Positions that may change places as only their number tells them apart; all but the
-    first if that is the reference. None: some have a text of their own."""
+    """Positions of images that only their number tells apart. None: some have texts."""
     pieces = text.split("<image>")
     first = 1 if REFERENCE_SLOT.search(text) else 0
     alike = [BETWEEN.fullmatch(piece) for piece in pieces[1 + first:-1]]
@@ -1251,17 +1227,12 @@ def speaks_of_order(text: str, is_retrieval: bool) -> bool:
 # ---- --page: a training run as one HTML file -------------------------------------------
 def write_page(run: Path) -> Path:
     """page.html in a stage's folder, or in OUT's newest: the template with its data."""
-    try:
-        folder = perl.stage_folder(run)
-    except ValueError as error:
-        raise SystemExit(f"--page: {error}") from None
-    rows = []
+    folder, rows = perl.stage_folder(run), []
     for name in ("rollouts", "held_out"):
         for row in perl.read_lines(folder / f"{name}.jsonl"):
             rows.append(row | {"held_out": name == "held_out"})
     metrics = perl.read_lines(folder / "metrics.jsonl")
-    if not metrics:
-        raise SystemExit(f"--page {folder}: no metrics.jsonl of a training run there")
+    perl.check(metrics, f"--page {folder}: no metrics.jsonl of a training run there")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     by_group, images = defaultdict(list), {}
     for row in rows:
@@ -1283,7 +1254,7 @@ def describe(rows: list[dict], cfg) -> dict:
     """A group as the page shows it: rollouts by order, statistics, the verdict."""
     rewards, orders = [row["reward"] for row in rows], defaultdict(list)
     for row in rows:
-        named = perl.named_positions(SimpleNamespace(**row, answer=row["gold"])) or []
+        named = perl.named_positions(SimpleNamespace(**row | {"answer": row["gold"]})) or []
         right_image = named[0] if len(named) == 1 else -1  # to be framed, if it is one
         orders[tuple(row["order"])].append(row | {"right_image": right_image})
     verdict = cfg.filter  # of a fork: only its own code knows its verdicts
@@ -1316,7 +1287,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="eval_runs", help="folder of the runs")
     add("--batch", type=int, default=0, help="sequences at a time [perl.py: rollout_batch]")
     add("--max-new-tokens", type=int, default=0, help="longest response [2048; tiny: 64]")
-    add("--flip", action="store_true", help="Facet-Probe's flip rates of Mantis-Eval, MedFrameQA")
+    add("--flip", action="store_true", help="flip rates of Facet-Probe's questions")
     add("--score-only", action="store_true", help="grade saved responses, load no model")
     add("--compare", nargs=2, metavar="RUN", help="two model folders: paired differences")
     add("--page", metavar="RUN", help="page.html of a training run: curves and groups")
@@ -1353,8 +1324,7 @@ def ask_and_report(args) -> None:
     if accelerator.is_main_process:
         folders = sorted(path.parent for path in out.glob("*/config.json"))
         results = {folder.name: score(folder) for folder in folders}
-        if not results:
-            raise SystemExit(f"{out} holds no responses; run without --score-only first")
+        perl.check(results, f"{out} holds no responses; run without --score-only first")
         text = report(results, model_name)
         if args.flip:
             text = flip_table(results, model_name, args.data_dir)

@@ -926,7 +926,7 @@ def collect_groups(model, processor, questions, progress, *, alpha, cfg, acceler
             groups[verdict(group, cfg)].append(group)
         missing = max(gather_object([wanted - len(groups["kept"])]))
         # The online filter replaces dropped questions until every process has its part.
-        if missing <= 0 or cfg.filter != "online":
+        if missing <= 0 or cfg.filter in ("none", "offline"):
             break
     # While others still sampled, this process may have found more than its part.
     groups["surplus"] = groups["kept"][wanted:]

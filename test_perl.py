@@ -6,6 +6,7 @@ import ast
 import base64
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import itertools
@@ -22,13 +23,11 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
 
-import eval as ev
 import hypothesis
-import perl
 import pyarrow
 import pytest
 import torch
@@ -36,13 +35,16 @@ import transformers
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from perl import Rollout, Sample, flatten
-from PIL import Image, ImageFile
+from PIL import Image, ImageDraw, ImageFile
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen2_5_VLProcessor
+
+import eval as ev
+import perl
+from perl import Rollout, Sample, flatten
 
 sys.path.insert(0, str(Path(perl.__file__).parent / "data_samples"))
 import ablate
@@ -55,7 +57,6 @@ table = pytest.mark.parametrize
 torch.set_num_threads(1)
 
 # ---- Helpers that all sections share ---------------------------------------------------
-
 @pytest.fixture(autouse=True)
 def signals():
     """signal.alarm(n) fails a test that hangs. A shell's background job ignores SIGINT: here it
@@ -68,6 +69,27 @@ def signals():
     perl.TERMINATED.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
+
+@contextlib.contextmanager
+def ends(message):
+    """The block ends the program with one sentence that has this regular expression."""
+    with pytest.raises(SystemExit, match=message) as end:
+        yield end
+    assert "\n" not in str(end.value)
+
+def refuses(message, call, *args, **named):
+    """The call ends the program with one sentence."""
+    with ends(message):
+        call(*args, **named)
+
+def record(monkeypatch, name):
+    """The positional arguments of each call of perl.`name`, which works as before."""
+    calls, real = [], getattr(perl, name)
+    def recorded(*args, **named):
+        calls.append(args)
+        return real(*args, **named)
+    monkeypatch.setattr(perl, name, recorded)
+    return calls
 
 def tiny_config(**changes):
     """Settings for a few short rollouts of the tiny model: no KL, no filter, one update."""
@@ -115,12 +137,14 @@ def read_rows(path):
     """Rows of a JSONL file, by strict JSON: NaN and Infinity are none."""
     def refuse(constant):
         raise ValueError(f"{path}: {constant} is not JSON")
-
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+def json_of(path):
+    return json.loads(path.read_text())
 
 def edit(path, **changes):
     """Change fields of a JSON file; None takes one out."""
-    row = json.loads(path.read_text()) | changes
+    row = json_of(path) | changes
     path.write_text(json.dumps({name: x for name, x in row.items() if x is not None}))
 
 @pytest.fixture
@@ -147,9 +171,10 @@ def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
     for asked in questions:
         pictures, group = perl.load_pictures(asked, PROCESSOR), []
         identity = tuple(range(len(asked.images)))
-        orders = [identity] * 2 + [identity[::-1]] * 2
-        for order, text, reward in zip(orders, texts, rewards):
-            prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
+        for k, (text, reward) in enumerate(zip(texts, rewards)):
+            order = identity if k < 2 else identity[::-1]
+            if k % 2 == 0:  # the next one shares it
+                prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
             group.append(Rollout(prompt, order, prompt.sample.answer, tokens_of(text), text,
                                  truncated=False, reward=reward))
         groups.append(group)
@@ -198,8 +223,20 @@ def answer_always(text, monkeypatch):
     monkeypatch.setattr(perl, "generate", generate)
     return greedy_calls
 
-# ---- Config ----------------------------------------------------------------------------
+def encoded_prompts(samples, processor=PROCESSOR):
+    return [perl.encode_prompt(one, processor) for one in samples]
 
+def all_asked(samples):
+    """A prompt for each of the first two orders of each sample."""
+    return encoded_prompts([perl.permute(one, order) for one in samples
+                            for order in perl.all_orders(one, 2)])
+
+def every_second_is_right(monkeypatch):
+    """So every group has rewards that differ, and reaches the loss."""
+    verdicts = itertools.cycle([True, False])
+    monkeypatch.setattr(perl, "is_correct", lambda text, gold: next(verdicts))
+
+# ---- Config ----------------------------------------------------------------------------
 def test_every_field_is_read_and_explained_and_there_are_not_too_many(capsys):
     read = set()
     for path in (HERE / "perl.py", HERE / "eval.py"):
@@ -281,11 +318,11 @@ def test_resume_may_change_memory_and_steps(tmp_path, typed, changed, schedule, 
     "--alpha-end 0.5", "--model x", "--freeze-vision", "--clip-high 0.3", "--out elsewhere"])
 def test_resume_refuses_to_change_the_method_by_name(tmp_path, typed):
     folder, flag = saved_run(tmp_path / "stage1"), typed.split()[0].replace("--no-", "--")
-    with pytest.raises(SystemExit, match=f"{flag} was .*new run"):
+    with ends(f"{flag} was .*new run"):
         perl.parse_config(["--resume", str(folder), "--steps", "4", *typed.split()])
 
 def test_the_folder_that_resume_takes(tmp_path):
-    """A run folder, or OUT for the stage written last."""
+    """A run folder, or OUT for the stage written last; no checkpoint, no damaged settings."""
     first, second = saved_run(tmp_path / "stage1"), saved_run(tmp_path / "stage2")
     os.utime(second / "config.json", (1, 1))
     assert perl.stage_folder(tmp_path) == perl.stage_folder(str(first)) == first
@@ -296,13 +333,12 @@ def test_the_folder_that_resume_takes(tmp_path):
     checkpoint.mkdir()
     shutil.copy(TINY / "config.json", checkpoint)  # the model's own lies there
     for path, message in ((checkpoint, "checkpoint.* run folder"),
+                          (checkpoint / ".", "checkpoint.* run folder"),
                           (tmp_path / "stage1-1", "is not a run folder")):
-        with pytest.raises(SystemExit, match=message):
-            perl.parse_config(["--resume", str(path)])
+        refuses(message, perl.parse_config, ["--resume", str(path)])
     for content in ('{"model": "ti', "[1]", '{"colour": "red"}', ""):
         (first / "config.json").write_text(content)
-        with pytest.raises(SystemExit, match="config.json is damaged"):
-            perl.parse_config(["--resume", str(first)])
+        refuses("config.json is damaged", perl.parse_config, ["--resume", str(first)])
 
 @table("expected, changes", [
     ([1, 0.75, 0.5, 0.25, 0], {}), ([1, 0.5, 0, 0, 0], dict(alpha_steps=3)), ([1], dict(steps=1)),
@@ -321,90 +357,6 @@ def test_alpha_falls_linearly_over_its_steps_and_stays(monkeypatch, tmp_path, ex
     assert alphas == pytest.approx(expected)
 
 # ---- Samples and permutation (Eq. 1) ---------------------------------------------------
-
-def test_load_samples(folder):
-    letter = dict(id="q2", order_rule="letter", movable=[2, 1], answer=" B ", source="toy")
-    path = write_rows(folder / "good.jsonl", GOOD, "", GOOD | letter, TEXT_ONLY)
-    first, second, text_only = perl.load_samples(str(path))
-    assert (first.id, first.answer, first.source) == ("q1", "3", "")
-    assert first.images == tuple(str(folder / name) for name in GOOD["images"])
-    assert first.movable == (0, 1, 2), "all may move unless said otherwise"
-    assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
-    assert (text_only.images, text_only.movable) == ((), ())
-
-BAD_FIELDS = {
-    "id": [MISSING, 7, " ", "a\0", "\udfff"], "ansver": ["3"],
-    "order_rule": [MISSING, "shuffle", ["keep"], "\0"],
-    "source": [5, "<|im_end|>", "\ud83d"],
-    "images": [MISSING, "a.png", {}, ["a.png", 1, "c.png"], ["a.png", "", "c.png"], *(
-        ["a.png", name, "c.png"] for name in
-        ("none.png", "text.png", "cut.jpg", "../outside.png", "link.png"))],
-    "question": [MISSING, [IMAGES], "<image><image> one too few", "no image", IMAGES + "<image>",
-                 *(IMAGES + text for text in ("<image_4>", "<image_0>", "<|im_end|>", "\0",
-                                              "<|image_pad|>", "A: <|video_pad|> B: x", "\ud83d",
-                                              "<image_" + "9" * 5000 + ">"))],
-    "answer": [MISSING, 3, "4", "0", "A", "", " ", "1,2", "<|im_end|>", "1\0", "\ud83d",
-               "7" * 10**6],
-    "movable": [[0, 3], [-1], [1, 1], "01", [True], [1.0], [10 ** 400]]}
-BAD_ROWS = [  # one field, and changes to the rest of the row
-    *(("answer", text, dict(order_rule="letter", movable=[1, 2]))
-      for text in ("C", "1", "AB", "b")),
-    *(("answer", text, dict(order_rule="sequence"))
-      for text in ("1,1,2", "1,4", "1,,2", "0,1", "a,b", "1;2")),
-    # A text-only question has no image that an answer could name, and no place for one.
-    ("answer", "1", TEXT_ONLY | dict(order_rule="index")), ("question", "<image>?", TEXT_ONLY),
-    ("answer", "A", TEXT_ONLY | dict(order_rule="letter")), ("movable", [0], TEXT_ONLY),
-    ("question", "What does <image_1> show?", TEXT_ONLY),
-    # What would not mean the same once the images have changed places.
-    *(("answer", text, dict(order_rule="keep")) for text in ("Image 2", "a, <image_3>",
-                                                             "x\nimages #1")),
-    *(("images", ["a.png", "b.png", "a.png"], others) for others in (
-        dict(answer="1"), dict(answer="C", order_rule="letter"),
-        dict(answer="2,3", order_rule="sequence"))),
-    ("answer", "A", dict(order_rule="letter", images=["a.png"] * 27, question="<image>" * 27))]
-BAD_ROWS += [(field, value, {}) for field, values in BAD_FIELDS.items() for value in values]
-
-@table("field, value, others", BAD_ROWS)
-def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, others):
-    row = GOOD | others | {"id": "q2"} | {field: value}
-    row = {name: value for name, value in row.items() if value is not MISSING}
-    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field {field}: ") as refusal:
-        perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
-    assert len(str(refusal.value)) < 500, "a line that a terminal can show"
-
-def test_an_image_may_come_twice_where_that_is_harmless(folder):
-    row = GOOD | dict(images=["a.png", "b.png", "a.png"])
-    rows = [row | dict(answer="2"), row | dict(answer="1", order_rule="never"),
-            row | dict(answer="Two of the images show it", order_rule="keep"),
-            row | dict(answer="B", order_rule="letter", movable=[1, 2])]  # the reference's copy
-    rows = [row | dict(id=f"q{k}") for k, row in enumerate(rows)]
-    assert len(perl.load_samples(write_rows(folder / "good.jsonl", *rows))) == 4
-
-@table("content, message", [
-    (b'{"id": ', "line 1: not valid JSON"), (b'\n{"id": "\xff"}', "line 2"),
-    (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)[:50]}".encode(), "line 2: not valid JSON"),  # torn
-    # A JSON array: what was found, and what is accepted.
-    (f"[{json.dumps(GOOD)}]".encode(), "line 1: a list, not a JSON object"),
-    (json.dumps([GOOD], indent=1).encode(), "line 1: not valid JSON, one object a line"),
-    (b'[["id", "x", 1], ["answer", "1"]]', "line 1: a list"), (b"1", "line 1: a"),
-    (b'{"id":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 1: not valid JSON"),
-    (b'{"id": ' + b"9" * 9000 + b"}", "line 1: not valid JSON"), (b'{"id": NaN}', "field"),
-    (json.dumps(GOOD).encode("utf-16") * 2, "line 1"), (b"\0\0\0\0", "line 1"),
-    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: "),
-    (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "is not a file")])
-def test_bad_files(folder, content, message):
-    if content is not MISSING:
-        (folder / "bad.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"bad\.jsonl.*{message}"):
-        perl.load_samples(folder / "bad.jsonl")
-
-@table("start, end", [
-    (b"", b"\n"), (b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"", b"\r\n \r\n")])
-def test_byte_order_mark_crlf_and_a_missing_last_newline_do_no_harm(folder, start, end):
-    lines = [json.dumps(GOOD | {"id": f"q{k}"}).encode() for k in range(3)]
-    (folder / "d.jsonl").write_bytes(start + end.join(lines))
-    assert [asked.id for asked in perl.load_samples(folder / "d.jsonl")] == ["q0", "q1", "q2"]
-
 LAST_FIRST = (25, *range(25))  # of 26 images
 
 @table("rule, answer, movable, order, images, expected", [
@@ -444,27 +396,6 @@ def test_permute_refuses(rule, movable, order):
     with pytest.raises(ValueError, match="s: "):
         perl.permute(sample(rule, "1", movable=movable), order)
 
-def pictures_meant(asked):
-    """The images that the answer names, and the first one that the question mentions."""
-    mentioned = int(perl.MENTION.search(asked.question)[1]) - 1
-    return [asked.images[k] for k in (*perl.named_positions(asked), mentioned)]
-
-def test_permute_round_trip():
-    rng = random.Random(0)
-    for _ in range(300):
-        n = rng.randint(1, 6)
-        movable = tuple(sorted(rng.sample(range(n), rng.randint(1, n))))
-        named = rng.sample(range(1, n + 1), rng.randint(1, n))
-        rule, answer = rng.choice([
-            ("keep", "x"), ("index", str(named[0])), ("sequence", ",".join(map(str, named))),
-            ("letter", perl.LETTERS[rng.randrange(len(movable))])])
-        before = sample(rule, answer, n, f"<image_{rng.randint(1, n)}>", movable)
-        order = perl.draw_orders(before, 1, 1.0, rng)[1]
-        after = perl.permute(before, order)
-        assert perl.permute(after, tuple(order.index(j) for j in range(n))) == before
-        assert pictures_meant(after) == pictures_meant(before)
-        assert len(pictures_meant(before)) == {"keep": 1, "sequence": len(named) + 1}.get(rule, 2)
-
 def test_drawn_orders_are_legal_distinct_and_from_one_generator():
     rng, asked = random.Random(0), sample(n=4, movable=(1, 2, 3))
     for _ in range(50):
@@ -501,8 +432,83 @@ def test_alpha_is_the_probability_that_a_question_is_permuted():
     counts = Counter(orders[1] for orders in drawn[1.0])
     assert len(counts) == 5 and min(counts.values()) > 140, "the 5 others are equally likely"
 
-# ---- Model, images and prompts ---------------------------------------------------------
+def test_load_samples(folder):
+    letter = dict(id="q2", order_rule="letter", movable=[2, 1], answer=" B ", source="toy")
+    path = write_rows(folder / "good.jsonl", GOOD, "", GOOD | letter, TEXT_ONLY)
+    first, second, text_only = perl.load_samples(str(path))
+    assert (first.id, first.answer, first.source) == ("q1", "3", "")
+    assert first.images == tuple(str(folder / name) for name in GOOD["images"])
+    assert first.movable == (0, 1, 2), "all may move unless said otherwise"
+    assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
+    assert (text_only.images, text_only.movable) == ((), ())
+    # An image may come twice where that is harmless.
+    row = GOOD | dict(images=["a.png", "b.png", "a.png"])
+    rows = [row | dict(answer="2"), row | dict(answer="1", order_rule="never"),
+            row | dict(answer="Two of the images show it", order_rule="keep"),
+            row | dict(answer="B", order_rule="letter", movable=[1, 2])]  # the reference's copy
+    lines = [json.dumps(row | dict(id=f"q{k}")).encode() for k, row in enumerate(rows)]
+    # So do a byte order mark, CRLF and a missing last newline no harm.
+    for start, end in ((b"", b"\n"), (b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n \r\n")):
+        path.write_bytes(start + end.join(lines))
+        assert [asked.id for asked in perl.load_samples(path)] == ["q0", "q1", "q2", "q3"]
 
+BAD_FIELDS = {
+    "id": [MISSING, 7, " ", "a\0", "\udfff"], "ansver": ["3"],
+    "order_rule": [MISSING, "shuffle", ["keep"], "\0"],
+    "source": [5, "<|im_end|>", "\ud83d"],
+    "images": [MISSING, "a.png", {}, ["a.png", 1, "c.png"], ["a.png", "", "c.png"]],
+    "question": [MISSING, [IMAGES], "<image><image> one too few", "no image", IMAGES + "<image>",
+                 *(IMAGES + text for text in ("<image_4>", "<image_0>", "<|im_end|>", "\0",
+                                              "<|image_pad|>", "A: <|video_pad|> B: x", "\ud83d",
+                                              "<image_" + "9" * 5000 + ">"))],
+    "answer": [MISSING, 3, "4", "0", "A", "", " ", "1,2", "<|im_end|>", "1\0", "\ud83d",
+               "7" * 10**6],
+    "movable": [[0, 3], [-1], [1, 1], "01", [True], [1.0], [10 ** 400]]}
+BAD_ROWS = [  # one field, and changes to the rest of the row
+    *(("answer", text, dict(order_rule="letter", movable=[1, 2]))
+      for text in ("C", "1", "AB", "b")),
+    *(("answer", text, dict(order_rule="sequence"))
+      for text in ("1,1,2", "1,4", "1,,2", "0,1", "a,b", "1;2")),
+    # A text-only question has no image that an answer could name, and no place for one.
+    ("answer", "1", TEXT_ONLY | dict(order_rule="index")), ("question", "<image>?", TEXT_ONLY),
+    ("answer", "A", TEXT_ONLY | dict(order_rule="letter")), ("movable", [0], TEXT_ONLY),
+    ("question", "What does <image_1> show?", TEXT_ONLY),
+    # What would not mean the same once the images have changed places.
+    *(("answer", text, dict(order_rule="keep")) for text in ("Image 2", "a, <image_3>",
+                                                             "x\nimages #1")),
+    *(("images", ["a.png", "b.png", "a.png"], others) for others in (
+        dict(answer="1"), dict(answer="C", order_rule="letter"),
+        dict(answer="2,3", order_rule="sequence"))),
+    ("answer", "A", dict(order_rule="letter", images=["a.png"] * 27, question="<image>" * 27))]
+BAD_ROWS += [(field, value, {}) for field, values in BAD_FIELDS.items() for value in values]
+
+@table("field, value, others", BAD_ROWS)
+def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, others):
+    row = GOOD | others | {"id": "q2"} | {field: value}
+    row = {name: value for name, value in row.items() if value is not MISSING}
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field {field}: ") as refusal:
+        perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
+    assert len(str(refusal.value)) < 500, "a line that a terminal can show"
+
+@table("content, message", [
+    (b'{"id": ', "line 1: not valid JSON"), (b'\n{"id": "\xff"}', "line 2"),
+    (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)[:50]}".encode(), "line 2: not valid JSON"),  # torn
+    # A JSON array: what was found, and what is accepted.
+    (f"[{json.dumps(GOOD)}]".encode(), "line 1: a list, not a JSON object"),
+    (json.dumps([GOOD], indent=1).encode(), "line 1: not valid JSON, one object a line"),
+    (b'[["id", "x", 1], ["answer", "1"]]', "line 1: a list"), (b"1", "line 1: a"),
+    (b'{"id":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 1: not valid JSON"),
+    (b'{"id": ' + b"9" * 9000 + b"}", "line 1: not valid JSON"), (b'{"id": NaN}', "field"),
+    (json.dumps(GOOD).encode("utf-16") * 2, "line 1"), (b"\0\0\0\0", "line 1"),
+    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: "),
+    (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "is not a file")])
+def test_bad_files(folder, content, message):
+    if content is not MISSING:
+        (folder / "bad.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl.*{message}"):
+        perl.load_samples(folder / "bad.jsonl")
+
+# ---- Model, images and prompts ---------------------------------------------------------
 def bytes_of(image, kind):
     file = io.BytesIO()
     image.save(file, kind)
@@ -547,8 +553,7 @@ def drawn(mode, *colours, **options):
     image = Image.new(mode, (len(colours), 1))
     if mode == "P":  # blue, number 1 of the palette, counts as transparent
         image.putpalette([255, 0, 0, 0, 0, 255])
-    for k, colour in enumerate(colours):
-        image.putpixel((k, 0), colour)
+    image.putdata(colours)
     return image, options
 
 def animation(first, *others, **options):
@@ -580,40 +585,35 @@ def test_pictures_of_all_kinds_are_read_as_they_look(folder, name, image, pixels
         assert read.mode == "RGB" and read.size == image.size
         for k, colour in enumerate(pixels):
             assert read.getpixel((k, 0)) == pytest.approx(colour, abs=2)
-    assert_reads(folder, name)
-
-def assert_reads(folder, name):
-    """The prompt has the pixels of the file as read_image shows them, and its length is known
-    before they are decoded. Returns the picture."""
-    row = dict(id="x", images=[name], question="<image>?", order_rule="index", answer="1")
-    path = str(write_rows(folder / "one.jsonl", row))
-    asked, = perl.load_questions(path, PROCESSOR, tiny_config(), ACCELERATOR)
-    prompt = perl.encode_prompt(asked, PROCESSOR)
-    assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
-    plain = PROCESSOR.image_processor([perl.read_image(folder / name)], return_tensors="pt")
-    assert torch.equal(prompt.pictures[0].pixels, plain["pixel_values"])
-    return prompt.pictures[0]
 
 @table("suffix", ["jpg", "png", "webp"])
 @table("orientation", range(1, 9))
 def test_exif_rotation_is_applied(folder, orientation, suffix):
+    """The prompt has the pixels as read_image shows them; its length is known before."""
     upright = Image.new("RGB", (112, 56), "white")
     upright.paste("black", (0, 0, 28, 28))  # a mark in the upper left corner
     undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Image.Transpose
     stored = upright if undo is None else upright.transpose(undo)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(folder / f"turned.{suffix}", exif=exif)
-    read = perl.read_image(folder / f"turned.{suffix}")
-    assert read.size == (112, 56)
+    path = folder / f"turned.{suffix}"
+    stored.save(path, exif=exif)
+    read = perl.read_image(path)
     corners = [read.getpixel(place)[0] < 128 for place in ((9, 9), (99, 9), (9, 47), (99, 47))]
-    assert corners == [True, False, False, False]
-    assert assert_reads(folder, f"turned.{suffix}").grid.tolist() == [[1, 4, 8]]
+    assert read.size == (112, 56) and corners == [True, False, False, False]
+    asked = Sample("x", (str(path),), "<image>?", "1", "index")
+    prompt, plain = perl.encode_prompt(asked, PROCESSOR), PROCESSOR.image_processor([read])
+    assert prompt.pictures[0].grid.tolist() == [[1, 4, 8]]
+    assert torch.equal(prompt.pictures[0].pixels, torch.as_tensor(plain["pixel_values"]))
+    assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
 
-def test_one_pixel_is_scaled_up_and_a_strip_below_200_to_1_has_its_tokens(folder):
-    for size, tokens in (((1, 1), 1), ((28, 5000), 179), ((5000, 28), 179)):
+def test_odd_sizes_have_the_tokens_that_were_foreseen(folder):
+    for size, tokens in (((1, 1), 1), ((28, 5000), 179), ((5000, 28), 179), ((90, 17), 3)):
         Image.new("RGB", size).save(folder / "odd.png")
-        assert assert_reads(folder, "odd.png").tokens == tokens
+        asked = Sample("x", (str(folder / "odd.png"),), "<image>?", "1", "index")
+        prompt = perl.encode_prompt(asked, PROCESSOR)
+        assert prompt.pictures[0].tokens == tokens
+        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
 
 @table("order, tokens, mention", [((0, 1, 2), [1, 6, 10], 2), ((2, 0, 1), [10, 1, 6], 3)])
 def test_prompt(questions, order, tokens, mention):
@@ -621,28 +621,15 @@ def test_prompt(questions, order, tokens, mention):
     prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
     assert [picture.tokens for picture in prompt.pictures] == tokens
     assert all(p is pictures[asked.images[k]] for p, k in zip(prompt.pictures, order))
-    start = PROCESSOR.tokenizer.convert_tokens_to_ids("<|vision_start|>")
-    begins = [k + 1 for k, token in enumerate(prompt.ids) if token == start]
-    runs = [prompt.ids[k:k + n + 1].count(PROCESSOR.image_id) for k, n in zip(begins, tokens)]
-    assert runs == tokens and prompt.ids.count(PROCESSOR.image_id) == 17
     text = PROCESSOR.tokenizer.decode(prompt.ids)
+    runs = [run.count("<|image_pad|>") for run in text.split("<|vision_start|>")]
+    assert runs == [0] + tokens and prompt.opening == ""
     assert f"what image {mention} shows" in text and tiny_config().instruction in text
-    assert prompt.opening == ""
-
-def test_collate(questions):
-    prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions]
-    model, responses = load_tiny(), [[[9, 8], [9]], [[7]], [[9, 9, 9]], [[5], []]]
-    inputs, lengths = perl.collate(prompts, responses, model, PROCESSOR, tiny_config())
-    assert inputs["mm_token_type_ids"].sum(1).tolist() == [17, 7, 10, 0]
-    for prompt, own, ids, parts in zip(prompts, responses, inputs["input_ids"], lengths):
-        row = [*prompt.ids, *flatten(own)]
-        assert ids.tolist()[-len(row):] == row and (ids[:-len(row)] == PROCESSOR.pad_id).all()
-        assert parts == [len(ids) - len(row), len(prompt.ids), *map(len, own)]
 
 @table("max_pixels, most_tokens", [(262144, 10), (4 * 28 * 28, 4)])
 def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pixels, most_tokens):
     processor = perl.load_processor("tiny", tiny_config(max_pixels=max_pixels))
-    prompts = [perl.encode_prompt(asked, processor) for asked in questions]
+    prompts = encoded_prompts(questions, processor)
     assert max(p.tokens for prompt in prompts for p in prompt.pictures) <= most_tokens
     lengths = [len(prompt.ids) for prompt in prompts]
     assert lengths == [perl.prompt_length(asked, processor) for asked in questions]
@@ -652,22 +639,7 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
     for limit, kept in ((max(lengths), 4), (max(lengths) - 1, 3), (min(lengths), 1)):
         assert load(limit) == [asked for asked, n in zip(questions, lengths) if n <= limit]
         assert f"{kept} questions, {4 - kept} dropped" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no question is left"):
-        load(5)
-
-def test_many_images_and_a_megabyte_of_text(folder, capsys):
-    """What is too long for the prompt is dropped and counted; 33 images are only many."""
-    many = dict(id="many", images=["a.png"] * 32 + ["b.png"], answer="33", order_rule="index",
-                question="<image>" * 33 + "<image_33>")
-    long = GOOD | dict(id="long", question=IMAGES + "word " * 200_000)
-    path = write_rows(folder / "d.jsonl", GOOD, many, long)
-    kept = perl.load_questions(str(path), PROCESSOR, tiny_config(), ACCELERATOR)
-    assert [asked.id for asked in kept] == ["q1", "many"]
-    assert "2 questions, 1 dropped" in capsys.readouterr().out
-    moved = perl.permute(kept[1], (32, *range(32)))
-    assert moved.answer == "1" and moved.question.endswith("<image_1>")
-    pictures = perl.encode_prompt(moved, PROCESSOR).pictures
-    assert [picture.tokens for picture in pictures] == [6] + [1] * 32
+    refuses("no question is left", load, 5)
 
 # All that the published tokenizer adds, but <tool_call> and </tool_call>: those are plain words.
 REAL_TOKENS = [f"<|{name}|>" for name in (
@@ -675,25 +647,12 @@ REAL_TOKENS = [f"<|{name}|>" for name in (
     "quad_end vision_start vision_end vision_pad image_pad video_pad fim_prefix fim_middle "
     "fim_suffix fim_pad repo_name file_sep").split()]
 
-def test_no_text_becomes_a_control_token(folder):
-    added = PROCESSOR.tokenizer.added_tokens_decoder
-    special = {number: token.content for number, token in added.items() if token.special}
-    assert special and all(map(perl.CONTROL.search, REAL_TOKENS + [*special.values()]))
-    texts = ["<tool_call>", "<think>", "< |im_end|>", "<|im_<image_1>end|>", "<|im", "_end|>",
-             "|>", "<|<image_2>|>", "{{ 1 + 1 }}", "{% raw %}", "<|image_\u200bpad|>",
-             "&lt;|im_end|&gt;", "\uff1c|im_end|\uff1e", "<s>", "[INST]", "<<image_1>>",
-             "<im<image_3>age>"]
-    seen = set()
-    for text in ["", *texts]:
-        row = GOOD | dict(question=text + IMAGES + text, answer=text + ".", order_rule="never")
-        asked, = perl.load_samples(write_rows(folder / "d.jsonl", row))
-        prompt = perl.encode_prompt(asked, PROCESSOR)
-        seen.add(tuple(token for token in prompt.ids if token in special))
-        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
-    assert len(seen) == 1, "always the control tokens of the question without a text"
+def test_no_text_becomes_a_control_token():
+    added = PROCESSOR.tokenizer.added_tokens_decoder.values()
+    special = [token.content for token in added if token.special]
+    assert special and all(map(perl.CONTROL.search, REAL_TOKENS + special))
 
 # Checkpoints laid out as the repositories of Qwen2.5-VL are.
-
 TEXT_TEMPLATE = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + "
                  "message.content + '<|im_end|>\\n' }}{%- endfor %}")
 
@@ -717,23 +676,17 @@ def load_real(folder, **changes):
 def real_processor(folder):
     return perl.load_processor(str(folder), tiny_config())
 
-def assert_refused(load, folder, message):
-    with pytest.raises(SystemExit, match=message) as end:
-        load(folder)
-    assert "\n" not in str(end.value), "one sentence"
-
 def test_the_template_for_images_is_found_beside_that_for_text(real_layout, questions):
+    """Checkpoints carry it on, to where AutoTokenizer and AutoProcessor look for it."""
     assert AutoTokenizer.from_pretrained(real_layout).chat_template == TEXT_TEMPLATE
-    real = real_processor(real_layout)
-    for asked in questions:
-        ids = [perl.encode_prompt(asked, processor).ids for processor in (PROCESSOR, real)]
-        text = PROCESSOR.tokenizer.decode(ids[0])
-        assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
-        assert ids[0] == ids[1]
+    real, saved = real_processor(real_layout), real_layout / "saved"
+    ours, theirs = encoded_prompts(questions), encoded_prompts(questions, real)
+    assert [prompt.ids for prompt in ours] == [prompt.ids for prompt in theirs]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert PROCESSOR.tokenizer.decode(ours[0].ids).startswith(system)
     assert real.image_processor.size == {
         "longest_edge": tiny_config().max_pixels, "shortest_edge": 784}
-    # Checkpoints carry it on, to where AutoTokenizer and AutoProcessor look for it.
-    template, saved = real.tokenizer.chat_template, real_layout / "saved"
+    template = real.tokenizer.chat_template
     real.tokenizer.save_pretrained(saved)
     real.image_processor.save_pretrained(saved)
     assert AutoTokenizer.from_pretrained(saved).chat_template == template
@@ -741,14 +694,14 @@ def test_the_template_for_images_is_found_beside_that_for_text(real_layout, ques
     for left in (TEXT_TEMPLATE, None):  # without the one for images
         (real_layout / "chat_template.json").unlink(missing_ok=True)
         edit(real_layout / "tokenizer_config.json", chat_template=left)
-        assert_refused(real_processor, real_layout, "has no chat template for images")
+        refuses("has no chat template for images", real_processor, real_layout)
 
-@table("ending", ["<think>", "<think>\n", "<think>\n\n"])
+@table("ending", ["<think>", "<think>\n\n"])
 def test_a_template_that_opens_think_itself(real_layout, questions, monkeypatch, ending):
     """The end of the prompt is part of the response: a good one gets its whole reward."""
     path = real_layout / "chat_template.json"
-    template = json.loads(path.read_text())["chat_template"]
-    edit(path, chat_template=template + "{% if add_generation_prompt %}" + ending + "{% endif %}")
+    ending = "{% if add_generation_prompt %}" + ending + "{% endif %}"
+    edit(path, chat_template=json_of(path)["chat_template"] + ending)
     processor = real_processor(real_layout)
     for text, reward in ((r"the last</think> so \boxed{3}", 1.0), (r"still \boxed{3}", 0.0),
                          (r"a</think>b</think>\boxed{3}", 0.9), (r"x</think>\boxed{2}", 0.1)):
@@ -759,19 +712,15 @@ def test_a_template_that_opens_think_itself(real_layout, questions, monkeypatch,
         assert rollout.ids == tokens_of(text), "the loss is on what was sampled"
         assert rollout.reward == pytest.approx(reward), text
 
-def test_without_generation_config_the_end_tokens_are_those_of_tokenizer_and_config(real_layout):
-    tokenizer, config = PROCESSOR.tokenizer, json.loads((real_layout / "config.json").read_text())
-    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    text_config = config["text_config"] | dict(eos_token_id=other)
-    edit(real_layout / "config.json", text_config=text_config)
-    path = real_layout / "generation_config.json"
-    for listed, ids in (("[1, 2]", {1, 2}), ("7", {7}), ("null", set())):
-        path.write_text(f'{{"eos_token_id": {listed}}}')
-        found = real_processor(real_layout).eos_ids
-        assert set(found) == ids | {end, other} and len(found) == len(set(found))
-    path.unlink()
-    processor = real_processor(real_layout)
-    assert end != other and sorted(processor.eos_ids) == sorted([end, other])
+def test_the_end_tokens_are_those_of_all_files(real_layout):
+    end, other = PROCESSOR.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    text_config = json_of(real_layout / "config.json")["text_config"]
+    edit(real_layout / "config.json", text_config=text_config | dict(eos_token_id=other))
+    for listed, ids in (([1, 2], {1, 2}), (7, {7}), (None, set()), ("no file", set())):
+        (real_layout / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        if listed == "no file":
+            (real_layout / "generation_config.json").unlink()
+        assert real_processor(real_layout).eos_ids == sorted(ids | {end, other})
 
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 
@@ -792,14 +741,14 @@ def rewrite_weights(folder, change):
     (lambda weights: {HEAD: weights[EMBEDDING] * 2}, "another lm_head.weight")])
 def test_a_weight_that_does_not_fit_is_refused_by_name(real_layout, change, message):
     rewrite_weights(real_layout, change)
-    assert_refused(load_real, real_layout, message)
+    refuses(message, load_real, real_layout)
 
 def test_heads_that_are_not_tied_and_a_tied_one_that_was_saved_twice(real_layout):
     """A 7B has a head of its own; a 3B's file may hold its embedding a second time as head."""
     rewrite_weights(real_layout, lambda weights: {HEAD: weights[EMBEDDING].clone()})
     assert torch.equal(flat_weights(load_real(real_layout)), flat_weights(load_tiny()))
     rewrite_weights(real_layout, lambda weights: {HEAD: weights[EMBEDDING] * 2})
-    text_config = json.loads((real_layout / "config.json").read_text())["text_config"]
+    text_config = json_of(real_layout / "config.json")["text_config"]
     edit(real_layout / "config.json", tie_word_embeddings=False,
          text_config=text_config | dict(tie_word_embeddings=False))
     model = load_real(real_layout)
@@ -809,52 +758,45 @@ class Hostile:
     """Unpickled, it makes a folder."""
     def __init__(self, flag):
         self.flag = flag
-
     def __reduce__(self):
         return os.mkdir, (str(self.flag),)
 
 def test_weights_cut_short_or_of_another_kind_and_no_pickle_is_run(real_layout, tmp_path):
-    flag, state = tmp_path / "executed", tmp_path / "optimizer-0.pt"
-    path = real_layout / "model.safetensors"
+    flag, path = tmp_path / "executed", real_layout / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    assert_refused(load_real, real_layout, "could not load .*real")
+    refuses("could not load .*real", load_real, real_layout)
     path.unlink()
     torch.save({NORM: Hostile(flag)}, real_layout / "pytorch_model.bin")
-    assert_refused(load_real, real_layout, "could not load .*real")
-    assert_refused(real_processor, "/no/such/model", "could not load '/no/such/model'")
-    torch.save({"model.norm.weight": Hostile(flag)}, state)
+    refuses("could not load .*real", load_real, real_layout)
+    torch.save({"model.norm.weight": Hostile(flag)}, tmp_path / "optimizer-0.pt")
     optimizer = perl.SplitAdamW(load_tiny(), tiny_config(), ACCELERATOR)
     with pytest.raises(SystemExit, match="optimizer-0.pt is missing or damaged"):
         optimizer.load(tmp_path)
     assert not flag.exists()
-    torch.load(state, weights_only=False)
+    torch.load(tmp_path / "optimizer-0.pt", weights_only=False)
     assert flag.exists(), "it would have been"
 
 def test_a_tokenizer_or_a_family_of_another_model_is_refused(real_layout):
-    tokenizer, path = AutoTokenizer.from_pretrained(real_layout), real_layout / "config.json"
-    config = json.loads(path.read_text())
-    edit(path, image_token_id=config["image_token_id"] + 1)
-    assert_refused(real_processor, real_layout, "its tokenizer belongs to another model")
-    edit(path, image_token_id=config["image_token_id"], model_type="llava")
-    assert_refused(real_processor, real_layout, "is a llava, none of")
-    edit(path, model_type=config["model_type"])
+    path, tokenizer = real_layout / "config.json", AutoTokenizer.from_pretrained(real_layout)
+    config = json_of(path)
     rows = config["text_config"]["vocab_size"]  # of the embedding
-    tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
-    tokenizer.save_pretrained(real_layout)
-    assert_refused(real_processor, real_layout, "its tokenizer belongs to another model")
     edit(path, text_config=config["text_config"] | {"vocab_size": rows + 64})
-    assert_refused(load_real, real_layout, "mismatched.keys .*embed_tokens")
+    refuses("mismatched.keys .*embed_tokens", load_real, real_layout)
+    for changes, message in ((dict(image_token_id=1), "its tokenizer belongs to another model"),
+                             (dict(model_type="llava"), "is a llava, none of"),
+                             ({}, "its tokenizer belongs to another model")):
+        edit(path, **config | changes)
+        if not changes:
+            tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
+            tokenizer.save_pretrained(real_layout)
+        refuses(message, real_processor, real_layout)
 
 # ---- Rollouts and rewards --------------------------------------------------------------
-
-def sample_and_record(model, questions, n, cfg, greedy=False):
-    """Rollouts of two orders; and of each, the scores and the logits (T, V) that generate had for
-    its tokens. They are put together from the stretches in which it is decoded."""
+def sample_and_record(model, prompts, n, cfg):
+    """Rollouts; and of each, the scores and the logits (T, V) that generate had for its tokens,
+    put together from the stretches in which it is decoded."""
     torch.manual_seed(0)
-    prompts, rollouts, now, seen = [], [], [], {}
-    for asked in questions:
-        for order in perl.all_orders(asked, 2):
-            prompts.append(perl.encode_prompt(perl.permute(asked, order), PROCESSOR))
+    rollouts, now, seen = [], [], {}
     next_inputs, generate = perl.next_inputs, model.generate
     def record_rows(model, processor, live, cache, cfg):
         now[:] = [row for _, row in live]
@@ -869,7 +811,7 @@ def sample_and_record(model, questions, n, cfg, greedy=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(perl, "next_inputs", record_rows)
         patch.setattr(model, "generate", record_scores)
-        responses = perl.generate(model, PROCESSOR, prompts, n, cfg, greedy=greedy)
+        responses = perl.generate(model, PROCESSOR, prompts, n, cfg)
     for prompt, rows in zip(prompts, responses):
         for row in rows:
             rollout = perl.make_rollout(row, prompt, (), PROCESSOR)
@@ -884,7 +826,7 @@ def test_logprobs_of_the_loss_are_those_of_sampling(questions, dtype, temperatur
     model, errors = load_tiny(dtype=dtype), []
     cfg = tiny_config(temperature=temperature, rollout_batch=rollout_batch, max_new_tokens=64)
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
-    recorded = sample_and_record(model, questions, 2, cfg)
+    recorded = sample_and_record(model, all_asked(questions), 2, cfg)
     rollouts = [rollout for rollout, _, _ in recorded]
     logprobs, mask = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
     assert len(rollouts) == 12 and len({len(r.prompt.ids) for r in rollouts}) == 4
@@ -902,42 +844,21 @@ def test_logprobs_of_the_loss_are_those_of_sampling(questions, dtype, temperatur
     dict(exponential_decay_length_penalty=[2, 2.0]), dict(encoder_no_repeat_ngram_size=2),
     dict(top_h=0.5), dict(guidance_scale=3.0)], ids=lambda settings: list(settings)[-1])
 def test_the_checkpoints_own_sampling_settings_do_not_leak_in(questions, tmp_path, hostile):
+    """It keeps them for its own use, whether sampling ends or fails."""
     shutil.copytree(TINY, tmp_path / "hostile")
     edit(tmp_path / "hostile" / "generation_config.json", **hostile)
-    cfg = tiny_config(temperature=0.7, max_new_tokens=12)
+    cfg, prompts = tiny_config(temperature=0.7, max_new_tokens=12), all_asked(questions)
     model = perl.load_model(str(tmp_path / "hostile"), cfg, CPU)
-    for _, scores, logits in sample_and_record(model, questions, 1, cfg):
+    own = model.generation_config
+    for _, scores, logits in sample_and_record(model, prompts, 1, cfg):
         expected = logits / 0.7
         expected[:, PROCESSOR.banned_ids] = -torch.inf
         assert torch.allclose(scores, expected, atol=1e-5)
-    for name, value in hostile.items():
-        assert getattr(model.generation_config, name) == value, "the checkpoint keeps its own"
-
-def test_image_tokens_are_never_sampled(questions):
-    names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-    banned = PROCESSOR.tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
-    model = load_tiny()
-    wish = torch.zeros(model.lm_head.out_features).index_fill(0, torch.tensor(banned), 1000.0)
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + wish)
-    group, = perl.sample_groups(model, PROCESSOR, questions[:1], [[(0, 1, 2)]], tiny_config(), n=8)
-    assert not set(banned) & {token for rollout in group for token in rollout.ids}
-    group[0].ids = banned[:1]
-    logprobs, _ = perl.response_logprobs(model, PROCESSOR, group[:1], tiny_config())
-    assert logprobs.tolist() == [[-math.inf]], "probability zero in the loss, too"
-
-def test_the_end_token_is_kept_and_trained_on(questions):
-    model = load_tiny()
-    recorded = sample_and_record(model, questions, 6, tiny_config(max_new_tokens=64))
-    for rollout, _, _ in recorded:
-        ends = [token in PROCESSOR.eos_ids for token in rollout.ids]
-        assert not any(ends[:-1]) and ends[-1] is not rollout.truncated
-        assert ends[-1] or len(rollout.ids) == 64
-    assert not all(rollout.truncated for rollout, _, _ in recorded)
-    only_end = written_groups(questions)[0][3]
-    assert only_end.ids == PROCESSOR.eos_ids[-1:]
-    logprobs, mask = perl.response_logprobs(model, PROCESSOR, [only_end], tiny_config())
-    logprobs.sum().backward()
-    assert mask.tolist() == [[True]] and model.model.language_model.norm.weight.grad.any()
+    model.generate = lambda **_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        perl.generate(model, PROCESSOR, prompts, 1, cfg)
+    assert model.generation_config is own
+    assert {name: getattr(own, name) for name in hostile} == hostile
 
 def test_a_rollout_is_graded_against_the_answer_of_its_order(questions, monkeypatch):
     answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
@@ -955,7 +876,6 @@ def test_a_rollout_is_graded_against_the_answer_of_its_order(questions, monkeypa
     assert [len(row) for row in perl.pack(group, cfg)] == [6]
 
 # ---- Advantages and filter (Eq. 4-5) ---------------------------------------------------
-
 ROOT = 3 ** 0.5  # rewards 1, 0, 0, 0: mean 1/4, population std ROOT / 4
 
 def test_group_advantages():
@@ -972,12 +892,9 @@ def test_group_advantages():
     assert torch.allclose(perl.group_advantages(rewards[:1].long()), expected[:1])
     for size in range(2, 40):  # rounding in the mean is no variance
         assert not perl.group_advantages(torch.full((1, size), 0.1)).any()
-
-def test_set_advantages():
     groups = [scored_group([1, 0, 0, 0]), scored_group([1] * 4)]
     perl.set_advantages(groups)
-    expected = [ROOT, -1 / ROOT, -1 / ROOT, -1 / ROOT]
-    assert [r.advantage for r in groups[0]] == pytest.approx(expected)
+    assert [r.advantage for r in groups[0]] == pytest.approx([ROOT] + third)
     assert [r.advantage for r in groups[1]] == [0] * 4
     assert [r.reward for r in groups[0]] == [1, 0, 0, 0], "the reward stays the reward"
 
@@ -1012,7 +929,6 @@ def test_resample_by_difficulty():
     assert [counts[k] for k in range(11)] == [120, 110, 110, 120, 150, 170, 60, 50, 40, 30, 30]
 
 # ---- Log-probabilities and loss (Eq. 6) ------------------------------------------------
-
 def test_logprobs_equal_a_plain_forward_pass_of_transformers(questions):
     """One sequence at a time, without padding or shared features: neither has an influence."""
     model, rollouts = load_tiny(), flatten(written_groups(questions))
@@ -1120,7 +1036,6 @@ def test_pack_and_micro_batches():
     assert perl.micro_batches([], nine) == perl.pack([], nine) == []
 
 # ---- Training (Algorithm 1) ------------------------------------------------------------
-
 def test_on_policy_gradient_is_minus_advantage_times_that_of_the_logprobs(questions):
     model, cfg, groups = load_tiny(), tiny_config(), written_groups(questions)
     gradient, sums = gradient_of_update(model, groups, cfg)
@@ -1144,8 +1059,7 @@ def test_nothing_to_learn_from_leaves_the_weights_bit_identical(questions):
 @table("updates, forward_passes", [(1, 1), (2, 3)])
 def test_old_logprobs_are_stored_and_used_only_for_several_updates(
         questions, monkeypatch, updates, forward_passes):
-    real, calls, groups = perl.response_logprobs, [], written_groups(questions[:2])
-    monkeypatch.setattr(perl, "response_logprobs", lambda *args: calls.append(0) or real(*args))
+    calls, groups = record(monkeypatch, "response_logprobs"), written_groups(questions[:2])
     (sums, norms), = adamw_updates(load_tiny(), [groups], tiny_config(updates_per_step=updates))
     assert len(calls) == forward_passes and len(norms) == updates
     assert all((r.old_logprobs is None) == (updates == 1) for r in flatten(groups))
@@ -1153,11 +1067,12 @@ def test_old_logprobs_are_stored_and_used_only_for_several_updates(
 
 @table("frozen", [True, False])
 def test_freeze_vision(questions, frozen):
-    model, before = load_tiny(freeze_vision=frozen), load_tiny()
+    same, before = [], load_tiny()
+    model = load_tiny(freeze_vision=frozen)
     adamw_updates(model, [written_groups(questions)], tiny_config(freeze_vision=frozen))
-    same = []
     for part in ("visual", "language_model"):
-        same.append(torch.equal(*(flat_weights(getattr(m.model, part)) for m in (model, before))))
+        ours, theirs = getattr(model.model, part), getattr(before.model, part)
+        same.append(torch.equal(flat_weights(ours), flat_weights(theirs)))
     assert same == [frozen, False]
 
 MIXED, RIGHT, WRONG, EASY = [1, 0, 0, 0], [1] * 4, [0] * 4, [1] * 11 + [0]
@@ -1214,7 +1129,6 @@ def test_every_epoch_is_a_fresh_shuffle_of_all_questions():
     assert drawn[:10] != drawn[10:]
 
 # ---- Evaluation over image orders ------------------------------------------------------
-
 def test_evaluate_by_hand(folder, monkeypatch):
     greedy_calls = answer_always(r"<think>x</think> \boxed{1}", monkeypatch)
     row = dict(images=["a.png", "b.png"], question="<image><image>?")
@@ -1239,829 +1153,7 @@ def test_evaluate_by_hand(folder, monkeypatch):
     assert few | {"seconds_eval": 0} == scores | {"seconds_eval": 0}
     assert greedy_calls == [True] * 4
 
-# ---- Shared compute: it changes the cost of a step and nothing else --------------------
-
-PLAIN = dict(share=False)
-
-def made_up_groups(questions, n_permutations, n=3):
-    """n rollouts of unequal length in each order, with advantages that do not cancel."""
-    generator, groups = torch.Generator().manual_seed(n_permutations), []
-    for asked in questions:
-        pictures, orders = perl.load_pictures(asked, PROCESSOR), perl.all_orders(asked, 24)
-        groups.append([])
-        for k in range(n_permutations + 1):
-            order = orders[k % len(orders)]
-            prompt = perl.encode_prompt(perl.permute(asked, order), PROCESSOR, pictures)
-            for _ in range(n):
-                length = int(torch.randint(1, 9, (), generator=generator))
-                ids = torch.randint(20, 500, (length,), generator=generator).tolist()
-                advantage = float(torch.randn((), generator=generator))
-                groups[-1].append(Rollout(prompt, order, "", ids, "", False, advantage=advantage))
-    return groups
-
-def pictures_encoded(model, monkeypatch):
-    """Counts of the vision tower's pictures, by their pixels; grows as the tower runs."""
-    real, seen = model.model.visual.forward, Counter()
-    def forward(pixels, grid_thw, **others):
-        sizes = grid_thw.prod(1).tolist()
-        seen.update(float(p.double().sum()) for p in pixels.split(sizes))
-        return real(pixels, grid_thw=grid_thw, **others)
-    monkeypatch.setattr(model.model.visual, "forward", forward)
-    return seen
-
-@table("greedy", [True, False])
-@table("n, rollout_batch", [(3, 96), (3, 6), (3, 1), (1, 96), (2, 5)])
-def test_the_prompts_keys_and_values_kept_once_give_the_same_tokens(
-        questions, greedy, n, rollout_batch):
-    """Prompts of four lengths, so rows are padded; 0 to 3 images of several sizes."""
-    model, answers = load_tiny(), []
-    for share in (True, False):
-        cfg = tiny_config(share=share, rollout_batch=rollout_batch, max_new_tokens=20)
-        orders = [perl.all_orders(asked, 2) for asked in questions]
-        torch.manual_seed(0)
-        groups = perl.sample_groups(model, PROCESSOR, questions, orders, cfg, n=n, greedy=greedy)
-        answers.append([[r.ids for r in group] for group in groups])
-    assert answers[0] == answers[1]
-    assert [len(group) for group in answers[0]] == [2 * n, 2 * n, n, n]
-    for group in answers[0]:
-        for k in range(0, len(group), n):
-            same = all(ids == group[k] for ids in group[k:k + n])
-            assert not greedy or same, "n greedy answers are equal"
-    assert greedy or n == 1 or not same, "samples of the last order are not"
-
-@table("first", [0, 3])  # 3: only the text-only question
-@table("rollout_batch", [96, 7])
-def test_logits_of_sampling_agree(questions, first, rollout_batch):
-    """Up to the last token, though rows leave and others join in between."""
-    model, runs = load_tiny(), []
-    for share in (True, False):
-        cfg = tiny_config(share=share, rollout_batch=rollout_batch, max_new_tokens=64)
-        runs.append(sample_and_record(model, questions[first:], 3, cfg, greedy=True))
-    assert len(runs[0]) == {0: 18, 3: 3}[first]
-    for (shared, _, ours), (plain, _, theirs) in zip(*runs):
-        assert shared.ids == plain.ids and torch.allclose(ours, theirs, atol=2e-5)
-
-@table("dtype, changes", [
-    ("float32", {}), ("bf16", dict(rollout_batch=8)), ("float32", dict(rollout_batch=1)),
-    ("float32", dict(max_tokens_per_micro_batch=40)), ("float32", dict(max_new_tokens=1))])
-def test_the_cache_holds_each_live_prompt_once_and_keeps_to_its_limits(
-        questions, monkeypatch, dtype, changes):
-    model, cfg = load_tiny(dtype=dtype), tiny_config(**dict(max_new_tokens=64) | changes)
-    real, ages = perl.next_inputs, []
-    def next_inputs(model, processor, live, cache, cfg):
-        prompts, age = {id(prompt) for prompt, _ in live}, max(len(row) for _, row in live)
-        longest = max(len(prompt.ids) for prompt, _ in live)
-        for layer in cache.layers:
-            # A prompt's last token is read anew by each of its rows.
-            assert layer.prompts.shape[1] == len(prompts) and layer.prompts.shape[3] == longest - 1
-            assert layer.rows.shape[1] == len(live) and layer.get_seq_length() == longest - 1 + age
-            assert age <= layer.rows.shape[3] <= age + 32
-            assert {layer.prompts.dtype, layer.rows.dtype} == {model.dtype}
-        assert len(live) <= max(cfg.rollout_batch, 4)
-        assert len(prompts) == 1 or len(prompts) * longest <= 4 * cfg.max_tokens_per_micro_batch
-        ages.append({len(row) for _, row in live})
-        return real(model, processor, live, cache, cfg)
-    monkeypatch.setattr(perl, "next_inputs", next_inputs)
-    prompts = [perl.encode_prompt(asked, PROCESSOR) for asked in questions * 2]
-    responses = perl.generate(model, PROCESSOR, prompts, 4, cfg)
-    assert [len(rows) for rows in responses] == [4] * 8
-    assert max(len(row) for row in flatten(responses)) <= cfg.max_new_tokens
-    if cfg.rollout_batch == 8:
-        assert any(len(some) > 1 for some in ages), "prompts join while others are at work"
-
-@table("changes, sampling, training", [
-    ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 2, 4),
-    (dict(gradient_checkpointing=True), 1, 1), (dict(freeze_vision=True), 1, 1),
-    (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
-def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
-    model, cfg, orders = load_tiny(**changes), tiny_config(**changes), [(0, 1, 2), (2, 1, 0)]
-    seen = pictures_encoded(model, monkeypatch)
-    groups = perl.sample_groups(model, PROCESSOR, questions[:1], [orders], cfg, n=2)
-    assert list(seen.values()) == [sampling] * 3
-    seen.clear()
-    for rollout, advantage in zip(groups[0], (1.0, 0.5, -0.5, -1.0)):
-        rollout.advantage = advantage
-    adamw_updates(model, [groups], cfg, lr=0.0)
-    assert list(seen.values()) == [training] * 3
-
-def test_tree_attention_is_attention_under_the_mask_of_the_tree():
-    """Rows of 1 token of padding, a prompt of 3, responses of 2 and 2; and of 4, 1 and 3; and
-    one with fewer responses than the others."""
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(3, heads, 8, 16) for heads in (4, 2, 2))
-    lengths = [[1, 3, 2, 2], [0, 4, 1, 3], [2, 3, 3, 0]]
-    out = perl.tree_attention(query, key, value, lengths, scaling=0.3)
-    owners = torch.tensor([[-1, 0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 2, 2, 2],
-                           [-1, -1, 0, 0, 0, 1, 1, 1]])
-    sees = (owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])
-    assert sees[0].tril()[7].tolist() == [False] + [True] * 3 + [False] * 2 + [True] * 2
-    mask = sees.tril()[:, None] | (owners < 0)[:, None, :, None]  # padding sees anything
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), mask, scale=0.3)
-    kept = owners >= 0
-    assert torch.allclose(out[kept], expected.transpose(1, 2)[kept], atol=1e-6)
-
-@table("n_permutations, first, base", [
-    (0, 0, {}), (1, 0, dict(updates_per_step=2)), (1, 0, dict(freeze_vision=True)), (2, 0, {}),
-    (3, 0, {}), (1, 3, {})])  # from question 3 on: text only
-def test_no_memory_setting_changes_logprobs_or_gradients(
-        questions, monkeypatch, n_permutations, first, base):
-    groups, reference, results = made_up_groups(questions[first:], n_permutations), load_tiny(), []
-    with torch.no_grad():
-        reference.model.language_model.norm.weight.mul_(1.1)  # so that the KL term counts
-    for chunk, changes in ((1024, PLAIN), (1024, {}), (3, dict(max_tokens_per_micro_batch=90)),
-                           (1024, dict(max_tokens_per_micro_batch=1)),
-                           (1024, dict(max_tokens_per_micro_batch=150,
-                                       gradient_checkpointing=True))):
-        monkeypatch.setattr(perl, "LOGIT_CHUNK", chunk)
-        model, cfg = load_tiny(**base | changes), tiny_config(beta=0.1, **base | changes)
-        logprobs = perl.response_logprobs(model, PROCESSOR, flatten(groups), cfg)[0]
-        gradient, sums = gradient_of_update(model, groups, cfg, reference, lr=0.001)
-        results.append((logprobs, gradient, sums))
-        assert sums["kl"] > 0 and sums == pytest.approx(results[0][2], abs=1e-3)
-        assert torch.allclose(logprobs, results[0][0], atol=1e-5)
-        # A step between two updates lets rounding grow.
-        atol = 1e-6 if cfg.updates_per_step == 1 else 1e-5
-        assert torch.allclose(gradient, results[0][1], atol=atol, rtol=1e-4)
-    names = [name for name, w in load_tiny().named_parameters() for _ in range(w.numel())]
-    vision = torch.tensor(["visual" in name for name in names]).repeat(cfg.updates_per_step)
-    is_trained = first == 0 and not cfg.freeze_vision
-    assert (gradient[vision].abs().max() > 1e-4) == is_trained
-
-# ---- Memory and machines ---------------------------------------------------------------
-
-def trained(model):
-    return [weight for weight in model.parameters() if weight.requires_grad]
-
-def backward(model, seed):
-    """Some gradient in every weight of the language model, the same for the same seed; the
-    vision tower has seen no image, and has none."""
-    ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(seed))
-    logits = model(input_ids=ids).logits.float()
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-
-def split_run(steps, accelerator=ACCELERATOR, **changes):
-    cfg = tiny_config(**dict(lr=1e-3) | changes)
-    model = perl.load_model("tiny", cfg, CPU)
-    optimizer, norms = perl.SplitAdamW(model, cfg, accelerator), []
-    for seed in range(steps):
-        backward(model, seed)
-        norms.append(optimizer.step())
-    return model, optimizer, norms
-
-@table("dtype", ["float32", "bf16"])
-@table("max_grad_norm", [0.05, 1e9])
-def test_on_one_process_it_is_adamw_bit_for_bit(monkeypatch, dtype, max_grad_norm):
-    """In bfloat16, the weights are roundings of what AdamW makes of float32 copies. A weight
-    without a gradient has one of zeros."""
-    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
-    monkeypatch.setattr(perl, "WEIGHT_DECAY", 0.1)
-    model, optimizer, norms = split_run(3, dtype=dtype)
-    plain, expected = load_tiny(dtype=dtype), []
-    masters = [weight.detach().float() for weight in trained(plain)]
-    adamw = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1, fused=dtype == "bf16")
-    for weight in trained(plain):
-        weight.grad_dtype = torch.float32
-    for seed in range(3):
-        backward(plain, seed)
-        for weight in plain.model.visual.parameters():
-            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-        expected.append(float(torch.nn.utils.clip_grad_norm_(trained(plain), max_grad_norm)))
-        for weight, master in zip(trained(plain), masters):
-            master.grad, weight.grad = weight.grad, None
-        adamw.step()
-        for weight, master in zip(trained(plain), masters):
-            weight.data.copy_(master)
-    assert norms == expected and min(norms) > 0.05
-    assert {weight.dtype for weight in model.parameters()} == {plain.dtype}
-    assert torch.equal(flat_weights(model), flat_weights(plain))
-    for (name, _), copied in zip(plain.named_parameters(), masters):
-        master = optimizer.masters[name]
-        assert torch.equal(master, copied)
-        is_copy = master.data_ptr() != optimizer.weights[name].data_ptr()
-        assert is_copy == (dtype == "bf16"), "a float32 weight needs no copy"
-    assert all(weight.grad is None for weight in model.parameters())
-
-def test_gradients_are_summed_in_float32():
-    weight = split_run(0, dtype="bf16")[0].model.language_model.norm.weight
-    for scale in [1.0] + [2.0 ** -9] * 64:  # in bfloat16, 1 + 2 ** -9 is 1
-        (weight * scale).sum().backward()
-    assert weight.grad.dtype == torch.float32 and torch.all(weight.grad == 1 + 64 / 512)
-
-@table("bad", [math.nan, math.inf, -math.inf])
-@table("dtype", ["float32", "bf16"])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
-    model, optimizer, _ = split_run(1, dtype=dtype)
-    plain, other, _ = split_run(1, dtype=dtype)
-    backward(model, 1)
-    model.model.language_model.norm.weight.grad[7] = bad  # one number of all
-    before = flat_weights(model)
-    assert not math.isfinite(optimizer.step())
-    assert torch.equal(flat_weights(model), before) and before.isfinite().all()
-    for seed in range(2, 4):  # it goes on as if there had been no such step
-        for each, its in ((model, optimizer), (plain, other)):
-            backward(each, seed)
-            assert math.isfinite(its.step())
-    assert torch.equal(flat_weights(model), flat_weights(plain))
-    for ours, theirs in zip(optimizer.state_dict().values(), other.state_dict().values()):
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-def test_three_such_steps_in_a_row_end_the_run():
-    model, optimizer, _ = split_run(0)
-    def step(is_bad):
-        backward(model, 0)
-        model.lm_head.weight.grad[3, 3] *= math.nan if is_bad else 1.0
-        return math.isfinite(optimizer.step())
-    outcomes = [step(is_bad) for is_bad in (True, True, False, True, True)]
-    assert outcomes == [False, False, True, False, False], "two in a row may happen"
-    with pytest.raises(SystemExit, match="3 updates in a row had a gradient that is not finite"):
-        step(True)
-    assert flat_weights(model).isfinite().all()
-
-def test_owners_share_the_tensors_evenly():
-    for world in (2, 3, 8):
-        parts = [split_run(0, process(world, rank))[1] for rank in range(world)]
-        sizes = [sum(master.numel() for master in part.masters.values()) for part in parts]
-        assert sum(sizes) == sum(weight.numel() for weight in trained(load_tiny()))
-        assert max(sizes) <= 1.15 * sum(sizes) / world
-        assert all(part.owners == parts[0].owners for part in parts)
-
-@table("dtype", ["float32", "bf16"])
-def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, dtype):
-    model, optimizer, _ = split_run(2, dtype=dtype)
-    states, loaded = optimizer.state_dict(), {}
-    for rank in range(3):  # saved by three, read by two
-        owned = split_run(0, process(3, rank))[1].masters
-        torch.save({name: states[name] for name in owned}, tmp_path / f"optimizer-{rank}.pt")
-    for rank in range(2):
-        part = split_run(0, process(2, rank), dtype=dtype)[1]
-        part.load(tmp_path)
-        loaded |= part.state_dict()
-    assert loaded.keys() == states.keys()
-    for name, state in states.items():
-        assert loaded[name].keys() == state.keys() >= {"master", "exp_avg", "exp_avg_sq", "step"}
-        assert all(torch.equal(loaded[name][key], state[key]) for key in state)
-    resumed, again, _ = split_run(0, dtype=dtype)
-    again.load(tmp_path)
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"")  # nothing of them is mapped still
-    for each, its in ((model, optimizer), (resumed, again)):
-        backward(each, 5)
-        its.step()
-    assert torch.equal(flat_weights(model), flat_weights(resumed))
-    with pytest.raises(SystemExit, match="optimizer-0.pt is missing or damaged"):
-        again.load(tmp_path)
-    for path in tmp_path.iterdir():
-        torch.save({}, path)
-    with pytest.raises(SystemExit, match="lacks the optimizer's state"):
-        again.load(tmp_path)
-
-@table("share", [True, False])
-def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, share):
-    gradients = []
-    for dtype in ("float32", "bf16"):
-        cfg = tiny_config(dtype=dtype, share=share)
-        model = perl.load_model("tiny", cfg, CPU)
-        perl.SplitAdamW(model, cfg, ACCELERATOR)  # sets how gradients are summed
-        gradients.append(gradient_of_update(model, written_groups(questions), cfg)[0])
-    assert all(gradient.dtype == torch.float32 for gradient in gradients)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.998
-
-def test_processes_join_on_a_cpu_too(monkeypatch):
-    asked = []
-    def accelerator(**options):
-        asked.append(options)
-        return SimpleNamespace(log_with=None)
-    monkeypatch.setattr(perl.accelerate, "Accelerator", accelerator)
-    perl.start_processes(perl.parse_config([]))
-    assert asked[0]["cpu"] is not torch.accelerator.is_available()
-
-@table("dtype, rank", [("float32", 4), ("bf16", 16)])
-def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, dtype, rank):
-    cfg = tiny_config(lora_rank=rank, beta=0.1, dtype=dtype, lr=1e-2)
-    model, start = perl.load_model("tiny", cfg, CPU), load_tiny(dtype=dtype)
-    adapters = perl.add_lora(model, cfg)
-    assert {weight.dtype for weight in trained(model)} == {torch.float32}
-    projections = [name for name, _ in model.named_parameters() if "lora_A" in name]
-    assert len(projections) == 7 * model.config.text_config.num_hidden_layers
-    assert not any("visual" in name for name in projections)
-    scaled = [module for module in model.modules() if hasattr(module, "lora_A")]
-    assert {module.scaling["default"] for module in scaled} == {2.0}, "whatever the rank"
-    optimizer, groups = perl.SplitAdamW(model, cfg, ACCELERATOR), written_groups(questions)
-    sums, (norm,) = run_update(model, optimizer, groups, cfg, adapters)
-    assert sums["kl"] == 0 and norm > 0, "before training it is the start model, to the bit"
-    assert run_update(model, optimizer, groups, cfg, adapters)[0]["kl"] > 0
-    for rollout, logprobs in perl.frozen_logprobs(start, PROCESSOR, flatten(groups), cfg):
-        assert torch.equal(rollout.ref_logprobs, logprobs), "the reference is the start model"
-    base = {}
-    for name, weight in model.state_dict().items():
-        assert "lora_B" not in name or weight.abs().max() > 0
-        if ".lora_" not in name:
-            base[name.replace(".base_layer", "")] = weight
-    assert base.keys() == start.state_dict().keys()
-    assert all(torch.equal(weight, base[name]) for name, weight in start.state_dict().items())
-
-def test_lora_exports_a_plain_folder(questions, tmp_path):
-    cfg = tiny_config(lora_rank=4, out=str(tmp_path))
-    model = perl.load_model("tiny", cfg, CPU)
-    adapters = perl.add_lora(model, cfg)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:  # so that the adapters do something
-            weight.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    cfg.folder.mkdir()
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
-    perl.save_checkpoint(cfg, perl.Progress(1, [], random.Random(0)), questions, PROCESSOR,
-                         optimizer, model=model, reference=adapters, accelerator=ACCELERATOR)
-    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items()), "a copy"
-    names = {path.name for path in (cfg.folder / "checkpoint-1").iterdir()}
-    assert "model.safetensors" in names and not any("adapter" in name for name in names)
-    plain = perl.load_model(str(cfg.folder / "checkpoint-1"), cfg, CPU)
-    rollouts = flatten(written_groups(questions))
-    expected, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
-    logprobs, _ = perl.response_logprobs(plain, PROCESSOR, rollouts, cfg)
-    adapters.disable_adapter_layers()
-    without, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
-    assert torch.allclose(logprobs, expected, atol=1e-5)
-    assert (without - expected).abs().max() > 0.1
-    assert plain.lm_head.weight is plain.get_input_embeddings().weight, "tied, as before"
-
-def planned(model, capsys, accelerator=ACCELERATOR, **changes):
-    """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
-    cfg = perl.parse_config(["--model", model, "--dry-run"])
-    perl.plan_memory(dataclasses.replace(cfg, **dict(dtype="bf16") | changes), accelerator)
-    text = capsys.readouterr().out
-    parts = {name: float(gb) for gb, name in re.findall(r"(?m)^ *([\d.]+)  (.+)$", text)}
-    return parts, float(re.search(r"([\d.]+) billion parameters", text)[1])
-
-SIZES_7B = dict(
-    text_config=dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
-                     vocab_size=152064, num_hidden_layers=28, intermediate_size=18944,
-                     tie_word_embeddings=False, layer_types=None,
-                     rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24])),
-    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                       out_hidden_size=3584))
-
-@pytest.fixture
-def model_7b(tmp_path):
-    """The 7B's config.json alone: its plan needs no weights."""
-    config = json.loads((TINY / "config.json").read_text()) | dict(tie_word_embeddings=False)
-    for part, sizes in SIZES_7B.items():
-        config[part] |= sizes
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return str(tmp_path)
-
-def test_the_plan_of_the_7b(model_7b, capsys):
-    parts, trained = planned(model_7b, capsys)
-    assert trained == 8.292
-    # A token's keys and values: 2 of them, 28 layers, 4 heads of 128 numbers of 2 bytes.
-    cache = 2 * 28 * 4 * 128 * 2 * (384 * 2048 + 4 * 16384) / 1e9
-    assert parts == pytest.approx({
-        "weights": 16.58, "float32 gradients": 33.17, "keys and values of sampling": cache,
-        "AdamW's state": 99.51}, abs=0.01)
-    for changes, part, factor in (
-            (dict(dtype="float32"), "weights", 2), (dict(dtype="float32"), "AdamW's state", 1),
-            (dict(dtype="float32"), "keys and values of sampling", 2),
-            (dict(accelerator=process(4)), "AdamW's state", 1 / 4),
-            (dict(accelerator=process(4)), "float32 gradients", 1)):
-        other, _ = planned(model_7b, capsys, **changes)
-        assert other[part] == pytest.approx(parts[part] * factor, abs=0.02)
-    # 7.616 is the language model; an adapter adds 64 * (inputs + outputs) numbers.
-    for changes, expected in ((dict(freeze_vision=True), 7.616), (dict(lora_rank=64), 0.161)):
-        other, fewer = planned(model_7b, capsys, **changes)
-        assert fewer == expected
-        assert other["AdamW's state"] == pytest.approx(12 * fewer, abs=0.01)
-        assert other["float32 gradients"] == pytest.approx(4 * fewer, abs=0.01)
-
-# The parts are 16.6 + max(33.2, 48.9) + 99.5 GB; 92 % of the free memory are for them.
-FEW = dict(rollout_batch=96)  # a cache of 15.4 GB: the gradients are larger
-
-@table("free, world, typed, place", [
-    (180, 1, {}, "gpu"), (179, 1, {}, "host"), (179, 1, dict(optimizer_device="gpu"), None),
-    (200, 1, dict(optimizer_device="host"), "host"), (120, 4, {}, "gpu"),
-    (72, 1, {}, "host"), (71, 1, {}, None), (71, 1, dict(optimizer_device="host"), None),
-    (55, 1, FEW, "host"), (54, 1, FEW, None), (40, 1, FEW | dict(lora_rank=64), "gpu")])
-def test_where_the_state_lies_and_what_does_not_fit(
-        monkeypatch, model_7b, free, world, typed, place):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 1e12))
-    cfg = perl.parse_config(["--model", model_7b])
-    cfg = dataclasses.replace(cfg, dtype="bf16", **typed)
-    planned = dataclasses.replace(cfg, gpu_gb=free)  # without a GPU at hand
-    for its, device in ((cfg, torch.device("cuda")), (planned, CPU)):
-        if place:
-            assert perl.plan_memory(its, process(world, device=device)) == place
-            continue
-        with pytest.raises(SystemExit, match="GB.* --rollout-batch .*--lora-rank") as end:
-            perl.plan_memory(its, process(world, device=device))
-        assert "\n" not in str(end.value)
-    if not typed:
-        assert perl.plan_memory(cfg, process(1)) == "gpu", "on a CPU, beside the weights"
-
-# ---- Refilled slots, cache, frozen tower ----------------------------------------------------------
-
-@pytest.fixture
-def asked(questions):
-    """Five questions of unequal length: with 3, 2 and 1 images, and two with none."""
-    texts = [perl.Sample("t1", (), "Hello?", "7", "keep"),
-             perl.Sample("t2", (), "What is 3 + 4? Think, then say it.", "7", "keep")]
-    return questions + texts
-
-def prompts_of(samples):
-    return [perl.encode_prompt(one, PROCESSOR) for one in samples]
-
-def ends_cut(responses):
-    """Rows up to their end token."""
-    ends = set(PROCESSOR.eos_ids)
-    return [[row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
-             for row in rows] for rows in responses]
-
-@contextlib.contextmanager
-def keyed_noise(model, monkeypatch):
-    """Each row's logits get noise that depends on its prompt, number and length only, and all
-    rows end somewhere else. Yields the numbers of live rows and of held prompts, by stretch."""
-    real_inputs, real_generate, rows, seen, stretches = perl.next_inputs, model.generate, [], {}, []
-
-    def next_inputs(model, processor, live, cache, cfg):
-        rows.clear()
-        fresh = Counter()
-        for prompt, row in live:
-            if id(row) not in seen:
-                seen[id(row)] = (len(prompt.ids), fresh[id(prompt)])
-                fresh[id(prompt)] += 1
-            rows.append((*seen[id(row)], len(row)))
-        if cache.layers:
-            stretches.append((len(live), *cache.layers[0].prompts.shape[1::2][:2]))
-        return real_inputs(model, processor, live, cache, cfg)
-
-    def generate(**inputs):
-        start = inputs["input_ids"].shape[1]
-
-        def noise(ids, scores):
-            for logits, (prompt, number, age) in zip(scores, rows):
-                position = age + ids.shape[1] - start
-                seed = 7919 * prompt + 104729 * number + position
-                random_numbers = torch.Generator().manual_seed(seed)
-                logits += 2 * torch.randn(len(logits), generator=random_numbers)
-                logits[PROCESSOR.eos_ids[-1]] += 9.0 * (seed % 11 == 0)
-            return scores
-        return real_generate(**inputs, logits_processor=[noise])
-    monkeypatch.setattr(perl, "next_inputs", next_inputs)
-    monkeypatch.setattr(model, "generate", generate)
-    yield stretches
-    monkeypatch.undo()
-
-@table("n, rollout_batch, tokens", [(1, 96, 4096), (3, 96, 4096), (3, 6, 4096), (3, 4, 4096),
-                                    (3, 1, 4096), (1, 2, 4096), (3, 9, 30), (2, 5, 1)])
-@table("chosen", [slice(0, 5), slice(0, 3), slice(3, 5)], ids=["mixed", "images", "text"])
-def test_refilled_slots_give_the_rows_of_plain_decoding(
-        asked, chosen, n, rollout_batch, tokens):
-    model, prompts, rows = load_tiny(), prompts_of(asked[chosen]), []
-    for share in (True, False):
-        cfg = tiny_config(share=share, rollout_batch=rollout_batch, max_new_tokens=21,
-                          max_tokens_per_micro_batch=tokens)
-        rows.append(ends_cut(perl.generate(model, PROCESSOR, prompts, n, cfg, greedy=True)))
-    assert rows[0] == rows[1] and [len(own) for own in rows[0]] == [n] * len(prompts)
-    assert max(len(row) for own in rows[0] for row in own) <= 21
-
-def test_a_row_does_not_depend_on_its_neighbours(asked, monkeypatch):
-    model, prompts, rows = load_tiny(), prompts_of(asked), []
-    for rollout_batch in (96, 12, 7, 3):
-        cfg = tiny_config(rollout_batch=rollout_batch, max_new_tokens=40)
-        with keyed_noise(model, monkeypatch) as stretches:
-            rows.append(ends_cut(perl.generate(model, PROCESSOR, prompts, 3, cfg, greedy=True)))
-        assert max(live for live, *_ in stretches) <= rollout_batch
-    lengths = {len(row) for own in rows[0] for row in own}
-    assert rows[1:] == rows[:1] * 3 and len(lengths) > 3
-
-@table("limit", [40, 100, 200])
-def test_held_prompts_fit_the_memory(asked, monkeypatch, limit):
-    cfg = tiny_config(max_tokens_per_micro_batch=limit // 4, rollout_batch=12)
-    model, prompts = load_tiny(), prompts_of(asked * 3)
-    with keyed_noise(model, monkeypatch) as stretches:
-        perl.generate(model, PROCESSOR, prompts, 2, cfg, greedy=True)
-    for live, held, longest in stretches:
-        assert live <= 12 and (held == 1 or held * (longest + 1) <= limit)
-    assert any(held > 1 for _, held, _ in stretches) is (limit >= 100)
-
-def test_an_exception_restores_the_models_own_config(asked, monkeypatch):
-    model = load_tiny()
-    own = model.generation_config
-    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        perl.generate(model, PROCESSOR, prompts_of(asked), 1, tiny_config())
-    assert model.generation_config is own
-
-def random_layer(lengths, n):
-    """A cache layer as after reading prompts of these lengths; left padding is zero."""
-    read = perl.DynamicLayer()
-    read.keys = torch.stack([torch.randn(2, max(lengths), 4) for _ in lengths])
-    for keys, length in zip(read.keys, lengths):
-        keys[:, :max(lengths) - length] = 0
-    read.values = -read.keys
-    return perl.SharedPromptLayer(read, n)
-
-def test_the_cache_keeps_and_adds():
-    layer, other = random_layer([5, 3, 4], 2), random_layer([3, 2], 2)
-    first, second = layer.prompts, other.prompts
-    for token in range(3):
-        layer.update(torch.full((6, 2, 1, 4), token + 1.0), torch.zeros(6, 2, 1, 4))
-    assert layer.get_seq_length() == 8 and layer.of.tolist() == [0, 0, 1, 1, 2, 2]
-    live = [(SimpleNamespace(ids=[0] * (length + 1)), [0, 0]) for length in (3, 4, 4)]
-    layer.keep([2, 4, 5], live)  # the longest prompt has left, and the longest rows
-    assert layer.get_seq_length() == 6 and layer.nth.tolist() == [0, 0, 1]
-    assert torch.equal(layer.prompts, first[:, 1:, :, 1:])
-    assert layer.rows[0, :, 0, :2, 0].tolist() == [[2, 3]] * 3
-    layer.add(other)
-    assert (layer.of.tolist(), layer.nth.tolist()) == ([0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 0, 1, 0, 1])
-    assert torch.equal(layer.prompts[:, 2:, :, 1:], second) and not layer.prompts[:, 2:, :, 0].any()
-    assert layer.rows.shape[:2] == (2, 7) and not layer.rows[:, 3:].any()
-
-def test_attention_in_bfloat16_is_as_exact_as_float32_scores_allow():
-    torch.manual_seed(0)
-    read = perl.DynamicLayer()
-    read.keys, read.values = torch.randn(2, 3, 2, 50, 16).bfloat16()
-    layer = perl.SharedPromptLayer(read, 4)
-    for _ in range(20):
-        layer.update(*torch.randn(2, 12, 2, 1, 16).bfloat16())
-    query = (3 * torch.randn(12, 6, 1, 16)).bfloat16()
-    ours = perl.decode_attention(query, layer, None, 0.25)[:, 0]                    # (B, H, d)
-    prompts, rows = layer.prompts[:, layer.of], layer.rows[:, :, :, :layer.length]
-    keys, values = torch.cat([prompts, rows], dim=3).double().repeat_interleave(3, dim=2)
-    exact = ((query.double() @ keys.mT) * 0.25).softmax(-1) @ values                # (B, H, 1, d)
-    assert (ours.double() - exact[:, :, 0]).abs().max() < 0.012
-    assert (ours.double() - exact[:, :, 0]).abs().mean() < 0.001
-
-@table("changes", [dict(freeze_vision=True), dict(lora_rank=2)], ids=str)
-def test_a_frozen_tower_is_not_differentiated(asked, changes, monkeypatch):
-    """Two blocks run once each; with gradients they would run again in the backward pass."""
-    calls, gradients = [], []
-    for disabled in (True, False):
-        with monkeypatch.context() as patch:
-            if not disabled:
-                patch.setattr(transformers.PreTrainedModel, "disable_input_require_grads",
-                              lambda self: None)
-            cfg = tiny_config(gradient_checkpointing=True, **changes)
-            model = load_tiny(gradient_checkpointing=True, **changes)
-            if cfg.lora_rank:
-                perl.add_lora(model, cfg)
-        calls.append(0)
-        for block in model.model.visual.blocks:
-            def counted(*args, real=block.attn.forward, **kwargs):
-                calls[-1] += 1
-                return real(*args, **kwargs)
-            block.attn.forward = counted
-        model.train()  # else nothing is recomputed
-        groups = written_groups(asked[:3])
-        logprobs, _ = perl.response_logprobs(model, PROCESSOR, sum(groups, []), cfg)
-        logprobs.sum().backward()
-        gradients.append({name: w.grad for name, w in model.named_parameters() if w.requires_grad})
-    assert calls == [2, 4] and gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(gradients[0][name], grad) for name, grad in gradients[1].items())
-
-# ---- Model families --------------------------------------------------------------------
-
-TOKENS = dict(image_token_id=6, video_token_id=7, vision_start_token_id=3,
-              vision_end_token_id=4, tie_word_embeddings=True)
-TEXT = dict(vocab_size=532, hidden_size=96, intermediate_size=256, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, eos_token_id=2, pad_token_id=0,
-            bos_token_id=0)
-ROPE = {"mrope_section": [4, 4, 4], "rope_theta": 10000.0, "rope_type": "default"}
-
-def random_family(kind, folder):
-    """A small random model of a family, with the tiny model's tokenizer and template."""
-    if kind == "qwen3_vl":  # with features of three inner layers
-        vision = dict(depth=3, hidden_size=48, intermediate_size=128, num_heads=4, patch_size=14,
-                      out_hidden_size=96, num_position_embeddings=64,
-                      deepstack_visual_indexes=[0, 1, 2])
-        text = TEXT | dict(head_dim=24, rope_parameters=ROPE | {"mrope_interleaved": True})
-        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
-    else:
-        vision = dict(depth=2, embed_dim=48, hidden_size=96, num_heads=4, patch_size=14)
-        config = transformers.Qwen2VLConfig(text_config=TEXT | dict(rope_parameters=ROPE),
-                                            vision_config=vision, **TOKENS)
-    shutil.copytree(TINY, folder)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():  # large enough for images and order to matter
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(std=0.15)
-    model.save_pretrained(folder)
-    shutil.copy(TINY / "generation_config.json", folder)
-    return str(folder)
-
-def shared_and_plain(path, questions, **changes):
-    """Greedy rows, log-probabilities and gradient of the same rollouts, in both ways."""
-    results = []
-    for share in (True, False):
-        cfg = dataclasses.replace(tiny_config(max_new_tokens=12, **changes), share=share)
-        model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
-        orders = [perl.all_orders(question, 2) for question in questions]
-        rollouts = flatten(perl.sample_groups(model, processor, questions, orders, cfg, n=2,
-                                              greedy=True))
-        for k, rollout in enumerate(rollouts):
-            rollout.advantage = (1.0, 0.3, -0.7, 0.2, -1.2)[k % 5]
-        logprobs = {id(r): row for r, row in perl.frozen_logprobs(model, processor, rollouts, cfg)}
-        perl.add_gradients(model, processor, rollouts, 100, cfg)
-        gradient = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
-        results.append(([r.ids for r in rollouts],
-                        torch.cat([logprobs[id(r)] for r in rollouts]), gradient))
-    return results
-
-@table("kind", ["qwen2_vl", "qwen3_vl"])
-def test_another_family_shared_equals_plain(kind, questions, tmp_path):
-    path = random_family(kind, tmp_path / kind)
-    (rows, logprobs, gradient), (plain, expected, plain_gradient) = shared_and_plain(
-        path, questions)
-    assert rows == plain
-    assert torch.allclose(logprobs, expected, atol=1e-5)
-    assert (gradient - plain_gradient).abs().max() < 1e-5 * plain_gradient.abs().max()
-
-def test_inner_features_in_another_order_would_show(questions, tmp_path, monkeypatch):
-    path = random_family("qwen3_vl", tmp_path / "qwen3_vl")
-    encode_images = perl.encode_images
-
-    def reversed_levels(*args):
-        output = encode_images(*args)
-        output.deepstack_features = output.deepstack_features[::-1]
-        return output
-    monkeypatch.setattr(perl, "encode_images", reversed_levels)
-    (_, logprobs, _), (_, expected, _) = shared_and_plain(path, questions)
-    assert logprobs.shape != expected.shape or not torch.allclose(logprobs, expected, atol=1e-3)
-
-def test_three_updates_of_qwen3_with_kl_and_checkpointing(questions, tmp_path):
-    path, norms = random_family("qwen3_vl", tmp_path / "qwen3_vl"), []
-    for share in (True, False):
-        cfg = dataclasses.replace(tiny_config(max_new_tokens=8, beta=0.01, updates_per_step=3,
-                                              gradient_checkpointing=True), share=share)
-        model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
-        orders = [perl.all_orders(question, 2) for question in questions]
-        groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
-        for k, rollout in enumerate(flatten(groups)):
-            rollout.advantage = (1.0, 0.3, -0.7, 0.2, -1.2)[k % 5]
-        sums, its_norms = perl.update(
-            model, perl.load_model(path, cfg, CPU), perl.SplitAdamW(model, cfg, ACCELERATOR),
-            processor, groups, cfg=cfg)
-        assert sums["kl"] > 0
-        norms.append(torch.tensor(its_norms))
-    assert len(norms[0]) == 3 and torch.allclose(norms[0], norms[1], rtol=1e-5)
-
-def test_a_qwen3_folder_trains_and_its_checkpoint_reloads(folder, tmp_path, monkeypatch):
-    path = random_family("qwen3_vl", tmp_path / "qwen3_vl")
-    monkeypatch.setattr(perl, "is_correct", lambda text, gold: len(text) % 2 == 0)
-    rows = [dict(GOOD, id=f"q{k}", answer=str(1 + k % 3)) for k in range(4)]
-    perl.main(["--model", path, "--data", str(write_rows(folder / "four.jsonl", *rows)),
-               "--eval-data", "", "--steps", "1", "--questions-per-step", "4", "--lr", "1e-3",
-               "--max-new-tokens", "6", "--out", str(tmp_path / "run")])
-    metrics, = read_rows(tmp_path / "run" / "stage1" / "metrics.jsonl")
-    assert metrics["kept"] > 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
-    before = perl.load_model(path, tiny_config(), CPU)
-    after = perl.load_model(str(tmp_path / "run" / "stage1" / "checkpoint-1"), tiny_config(), CPU)
-    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
-
-def test_a_model_of_an_unknown_family_is_refused(tmp_path):
-    shutil.copytree(TINY, tmp_path / "other")
-    edit(tmp_path / "other" / "config.json", model_type="llava")
-    with pytest.raises(SystemExit, match="llava"):
-        perl.load_processor(str(tmp_path / "other"), tiny_config())
-
-# ---- Reading answers --------------------------------------------------------------------
-
-# gold ‖ right answers, divided by ¦ ‖ wrong answers that look right
-ANSWERS = r"""
-B ‖ B ¦ b ¦ (B) ¦ {B} ¦ [B] ¦ \text{B} ¦ \textit{B} ¦ \mathbf{(B)} ¦ **B** ¦ "B" ¦ B. ¦ Ｂ ¦ （B）
-B ‖ $B$ ¦ \{B\} ¦ B. dogs ¦ B. a cat and a dog ¦ B: both ¦ B) dogs ¦ (B) A dog, I think
-B ‖ B (dog) ¦ \text{B. dogs} ¦ Option B ¦ option (b) ¦ the answer is B
-B ‖ The correct answer is (B). ¦ Answer: B ¦ B is correct ¦ B is the right answer
-B ‖ B because image 2 shows it ¦ B, since A is not red ¦ 选B ¦ 答案是B ¦ 选项B ¦ 答案：B ¦ 应选B。 ¦ B选项正确 ‖
-B ‖ ‖ C ¦ A or B ¦ B or A ¦ B. cats or C. dogs ¦ Both ¦ B and C ¦ (A) and (B) ¦ not B ¦ A, B
-B ‖ ‖ AB ¦ Bob ¦ B or not B
-A,C ‖ A,C ¦ A, C ¦ AC ¦ C, A ¦ C and A ¦ A and C ¦ (A), (C) ¦ (A)(C) ¦ \{A, C\} ‖ A ¦ C ¦ A,B
-A,C ‖ ‖ A,B,C ¦ ABC ¦ A or C ¦ A,A,C
-yes ‖ Yes ¦ yes. ¦ YES ‖ no ¦ not yes ¦ yes/no ¦ yes or no
-2 ‖ 2 ¦ Picture 2 ¦ image 2 ¦ Image #2 ¦ the second image ¦ the 2nd picture ¦ Second photo
-2 ‖ image_2 ¦ <image_2> ¦ Figure 2 ¦ 图2 ¦ 图片2 ¦ 第2张 ¦ 第2张图片 ¦ 第2张图 ¦ two ¦ Two ‖ 3 ¦ -2 ¦ 12
-2 ‖ ‖ 22 ¦ 2,2 ¦ 2,1 ¦ 1,2 ¦ image 1 ¦ the third image ¦ 第3张 ¦ 图3 ¦ image 12 ¦ images 1 and 2
-3,1,2 ‖ 3,1,2 ¦ 3, 1, 2 ¦ [3, 1, 2] ¦ (3,1,2) ¦ \{3,1,2\} ¦ 3 -> 1 -> 2 ¦ 3 \to 1 \to 2 ¦ 3→1→2
-3,1,2 ‖ 3、1、2 ¦ 3，1，2 ¦ 3; 1; 2 ¦ 3 1 2 ¦ image 3, image 1, image 2
-3,1,2 ‖ the third image, the first image, the second image ¦ 图3、图1、图2 ¦ 3, 1 and 2 ‖ 1,2,3 ¦ 3,1
-3,1,2 ‖ ‖ 312 ¦ 3 ¦ 3,2,1 ¦ \{1,2,3\} ¦ 1.0,2,3 ¦ x=1,2,3 ¦ {1,2,3} ¦ 1→2→3 ¦ 3,1,2,4 ¦ 3,1,2,2
-3,1,2 ‖ ‖ -3,1,2 ¦ 1、2、3
-100,200 ‖ 100,200 ¦ 100, 200 ¦ 100，200 ‖ 200,100 ¦ 200, 100 ¦ 100 ¦ 300
-1234 ‖ 1,234 ¦ 1234 ¦ 1{,}234 ¦ 1\,234 ¦ 1 234 ¦ 1234.0 ‖ 1,2,3,4 ¦ 1,235 ¦ 1.234
-1,234 ‖ 1234 ¦ 1,234 ‖ 234 ¦ 1 ¦ 1.234 ¦ 2341
-1000000 ‖ 1,000,000 ¦ 10^6 ¦ 1e6 ‖ 1,000,001 ¦ 100,000 ¦ 10^5 ¦ 1e7
-2e-7 ‖ 2e-7 ¦ 2\times 10^{-7} ¦ 0.0000002 ‖ 1e-7 ¦ 0 ¦ 2e-8 ¦ 2e7
-1.6\times10^{-19} ‖ 1.6e-19 ¦ 1.6 \times 10^{-19} ¦ 1.6·10⁻¹⁹ ‖ 9.1\times10^{-31}
-1.6\times10^{-19} ‖ ‖ 1.6\times10^{19} ¦ 1.6 ¦ 1.6\times10^{-18}
-6 ‖ 6 ¦ x=6 ¦ six ‖ 5=6 ¦ 5 \to 6 ¦ 6 \to 5 ¦ 6=5 ¦ 5→6 ¦ 5 or 6 ¦ 6 or 5 ¦ 5, 6 ¦ 5-6 ¦ 5~6
-6 ‖ ‖ 5 \quad 6 ¦ 6\pm1 ¦ 6 \neq 5 ¦ x>6 ¦ 56 ¦ 65 ¦ 6?5
-6:20 ‖ 6:20 ‖ 3:10 ¦ 6:21 ¦ 6:02 ¦ 20:6
-2024-06-02 ‖ 2024-06-02 ¦ 2024–06–02 ‖ 2023-05-02 ¦ 2016 ¦ 2024-02-06 ¦ 2024-06-20
-1:2 ‖ 1:2 ¦ 1 : 2 ‖ 2:1 ¦ 1:3 ¦ 2 ¦ 1,2
-5 km ‖ 5 km ¦ 5km ¦ 5 kilometers ¦ 5 kilometres ¦ 5 \mathrm{~km} ¦ 5\,\text{km} ¦ 5 ‖ 5 m ¦ 5 cm
-5 km ‖ ‖ 5000 m ¦ 5 km^2
-9 \pi \mathrm{cm}^{2} ‖ 9\pi ¦ 9π cm² ¦ 9\pi\text{ cm}^2 ‖ 9 ¦ 9\pi cm ¦ 9\pi cm^3 ¦ 9\pi m^2
-60^{\circ} ‖ 60 ¦ 60° ¦ 60^\circ ‖ 60 cm ¦ 61 ¦ 60% ¦ 60°C
-50\% ‖ 50% ¦ 50 percent ¦ 50 ‖ 5% ¦ 500% ¦ 0.05 ¦ 50 cm
-\frac{1}{2} ‖ 0.5 ¦ 2/4 ¦ \frac{3}{6} ¦ $\sqrt{0.25}$ ¦ ½ ¦ 1/2 ¦ \dfrac12 ‖ 0.33 ¦ 2 ¦ 1,2
-\frac{1}{2} ‖ ‖ -\frac12
-\frac{1}{3} ‖ 0.333333 ¦ 0.33333333 ¦ 1/3 ‖ 0.33 ¦ 0.333 ¦ 0.3 ¦ 0.334
-\frac{1}{3000} ‖ ‖ 0.000333 ¦ 0.0003 ¦ 0
-\frac{3}{2} ‖ 1\frac{1}{2} ¦ 1 1/2 ¦ 1½ ‖ 11/2 ¦ 5.5 ¦ 1 ¦ \frac12
-2\sqrt{3} ‖ 2√3 ¦ 2 \sqrt 3 ¦ \sqrt{12} ‖ \sqrt{3} ¦ 3\sqrt{2} ¦ 2\sqrt[3]{3} ¦ 2√33
-x^2+2x+1 ‖ (x+1)^2 ¦ x²+2x+1 ¦ 1+2x+x^2 ‖ (x-1)^2 ¦ x2+2x+1 ¦ (y+1)^2 ¦ x^2+2x
-a+b ‖ b+a ¦ a + b ¦ (b+a) ‖ a-b ¦ ab ¦ a+c ¦ a+B
-a^2-b^2 ‖ (a-b)(a+b) ¦ a²-b² ¦ -b^2+a^2 ‖ (a-b)^2 ¦ b^2-a^2 ¦ a2-b2 ¦ a^2+b^2
-\pi R^2-\pi r^2 ‖ \pi R^2 - \pi r^2 ¦ πR²-πr² ‖ 0 ¦ \pi r^2-\pi R^2 ¦ \pi r^2 ¦ \pi R^2
-y=-3x+2 ‖ y=2-3x ¦ -3x+2 ¦ 2-3x ‖ y=3x+2 ¦ x=-3y+2 ¦ z=2-3x ¦ 3x-2
-x>3 ‖ x > 3 ¦ 3<x ¦ x>\frac{6}{2} ‖ x<3 ¦ x\ge 3 ¦ x=3 ¦ 3
-(1,2) ‖ (1, 2) ¦ \left(1,2\right) ¦ （1，2） ‖ (2,1) ¦ [1,2] ¦ (1,2] ¦ (1,3)
-\{1,2\} ‖ {2,1} ¦ \{2, 1\} ¦ \{1,2\} ‖ \{1,3\} ¦ \{1,1\} ¦ (1,2) ¦ [1,2]
-2 or 8 ‖ 8 or 2 ¦ 2 or 8 ¦ 2, 8 ‖ 2 ¦ 8 ¦ 2 or 9 ¦ 28
-(-\infty,1)\cup(3,4) ‖ (−∞,1)∪(3,4) ¦ (3,4)\cup(-\infty,1) ‖ (-\infty,1) ¦ (-\infty,1]\cup(3,4)
-(-\infty,1)\cup(3,4) ‖ ‖ (-\infty,1)\cap(3,4) ¦ (-\infty,1),(3,4)
-cat ‖ Cat ¦ a cat ¦ the cat ‖ dog ¦ cats ¦ a cat and a dog ¦ cat or dog"""
-
-def graded_answers():
-    """(answer, gold, verdict) of each answer of the table."""
-    for line in ANSWERS.strip().splitlines():
-        gold, *columns = line.split("‖")
-        for verdict, column in zip((True, False), columns, strict=False):
-            for answer in filter(str.strip, column.split("¦")):
-                yield answer.strip(), gold.strip(), verdict
-
-def test_every_answer_of_the_table():
-    rows = list(graded_answers())
-    assert len(rows) >= 260 and sum(not right for *_, right in rows) > len(rows) / 3
-    boxed = [(f"<think>t</think> \\boxed{{{answer}}}", *row) for answer, *row in rows]
-    assert [row for row in boxed if perl.is_correct(*row[:2]) is not row[2]] == []
-
-WRAPS = [r"\boxed{%s}", r"\boxed{[%s]}", r"\boxed{(%s)}", r"\boxed{\{%s\}}", r"\boxed{{%s}}",
-         r"\boxed{$%s$}", r"\boxed{\text{%s}}", r"\boxed{x=%s}", r"\boxed{%s.}", r"\boxed{**%s**}",
-         r"\boxed{\mathrm{%s}}", r"\boxed{\left(%s\right)}", r"\boxed{\text{Order} = %s}",
-         r"\boxed{\left\{%s\right\}}", r"\boxed{\textbf{(%s)}}", r"\boxed{ %s }",
-         r"\boxed{\mathbf{%s}}", "<answer>%s</answer>", "<answer>[%s]", r"\boxed{1,2,3} \boxed{%s}"]
-JOINTS = [",", ", ", " -> ", r" \to ", "→", "、", "，", "; ", " and ", ", then ", ", image ", ".0, "]
-
-@settings(max_examples=400, deadline=None)
-@given(st.permutations(range(1, 6)), st.integers(2, 5), st.sampled_from(WRAPS),
-       st.sampled_from(JOINTS), st.data())
-def test_no_order_of_a_sequence_but_the_right_one_is_right(images, n, wrap, joint, data):
-    gold, order = images[:n], data.draw(st.permutations(images[:n]))
-    response = "<think>t</think>" + wrap % joint.join(map(str, order))
-    assert perl.is_correct(response, ",".join(map(str, gold))) == (order == gold), response
-
-@table("response, answer, well_formed", [
-    (r"<think>a</think> \boxed{3}", "3", True), (r"<think> </think>\boxed{3}", "3", False),
-    ("<think>\na\n</think>\n\nso \\boxed{\\{1, 2\\}} it is", r"\{1, 2\}", True),
-    (r"<think>\boxed{1}</think> \boxed{2}", "2", True), (r"\boxed{3}", "3", False),
-    (r"<think>\boxed{1}</think> so it is 2", None, False), (r"a</think>\boxed{3}", "3", False),
-    (r"<think>\boxed{1} is it", None, False), (r"<think>a</think><think> \boxed{1}", None, False),
-    (r"<think>a</think><think>b</think>\boxed{3}", "3", False), ("<answer> B", "B", False),
-    (r"<think>a</think>\boxed{}", None, False), (r"\boxed{1} and \boxed{2", "1", False),
-    ("<answer></answer>", None, False), ("<answer>1</answer><answer>B</answer>", "B", False),
-    (r"<answer>1</answer> \boxed{2}", "2", False), ("The answer is (B).", None, False)])
-def test_extract_answer_and_has_format(response, answer, well_formed):
-    assert (perl.extract_answer(response), perl.has_format(response)) == (answer, well_formed)
-
-def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
-    monkeypatch.setattr(perl.MathJudge, "SECONDS", 1.0)
-    signal.alarm(40)
-    for hostile in ("9^{9^{9^9}}", "99999999!", "((((((9^9)^9)^9)^9)^9)^9)^9", "9e99999999"):
-        assert not perl.is_correct(rf"\boxed{{{hostile}}}", "17")
-    assert perl.MATH_JUDGE.timeouts, "at least one was stopped by the time bound"
-    monkeypatch.undo()
-    assert perl.is_correct(r"\boxed{\frac{4}{6}}", r"\frac{2}{3}")
-
-@table("hostile", [
-    r"\boxed{" * 20_000, "the answer is 1" + " " * 100_000 + "2", "answer is" + "\n" * 100_000,
-    r"\boxed{3" + " " * 5_000 + "x}", r"\boxed{" + r"\text " * 20_000 + "}", "<think>" * 20_000,
-    "<answer>" * 20_000, r"\boxed{" + "(" * 20_000 + "}", *(rf"\boxed{{{unit * 120}}}" for unit in (
-        "(", "1", " ", "the ", "answer ", "1,", "=", "x=", "and ", "²", "½", "第1张", "1 m", "\ud800"))],
-    ids=ascii)
-def test_hostile_text_ends(hostile):
-    signal.alarm(5)
-    for gold in ("3,1,2", "7/2", "B", "A,C", "yes", "5 km", r"\{1,2\}", "x=3", "cat"):
-        assert not perl.is_correct(hostile, gold) and not perl.has_format(hostile)
-
-def test_the_judge_is_out_of_reach_of_a_terminals_ctrl_c():
-    assert perl.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
-    assert os.getsid(perl.MATH_JUDGE.process.pid) != os.getsid(0)
-
-def test_a_response_is_never_run_as_code(tmp_path):
-    flag = tmp_path / "executed"
-    for code in (f"__import__('os').system('touch {flag}')", f"open('{flag}', 'w')"):
-        for text in (code, f"1+{code}", f"$ {code} $", f"= {code}", f"1.0*{code}", f"1 if {code}"):
-            perl.is_correct(rf"\boxed{{{text}}}", r"\frac{1}{2}")
-            perl.is_correct(r"\boxed{1}", text + "0")
-    assert not flag.exists()
-
-# ---- Whole runs: folder, metrics, checkpoint ---------------------------------------------
-
-def json_of(path):
-    return json.loads(path.read_text())
-
+# ---- Run folder: a run, its metrics and checkpoint -------------------------------------
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Eight real questions with four or more images, answered now right, now wrong, and three
@@ -2116,6 +1208,12 @@ def assert_equal_runs(one, other, step=4):
         assert all(torch.equal(value, others[name][key]) for key, value in state.items())
     progress, other_progress = (torch.load(path / "training_state.pt") for path in (one, other))
     assert progress == other_progress
+
+def newest(run):
+    """The one checkpoint of a run, by name; None if there is none."""
+    names = [path.name for path in run.glob("checkpoint-*")]
+    assert len(names) < 2
+    return names[0] if names else None
 
 class Killed(Exception):
     pass
@@ -2178,14 +1276,11 @@ def test_metrics(straight):
         assert 0 <= row["eval_worst"] <= row["eval_accuracy"] <= 1 and 0 <= row["eval_bias"] <= 1
     assert [row["alpha"] for row in rows[1:]] == pytest.approx([1, 2 / 3, 1 / 3, 0])
     for row in rows[1:]:
-        assert row.keys() >= {
-            "step", "accuracy", "format", "reward", "kept", "dropped", "length", "truncated",
-            "idle", "kl", "entropy", "clip_fraction", "grad_norm", "skipped", "alpha", "lr"}
         assert row["kept"] + row["dropped"] == 3 and row["lr"] == 5e-4 and row["skipped"] == 0
         assert row["reward"] == pytest.approx(0.9 * row["accuracy"] + 0.1 * row["format"])
-        shares = ("accuracy", "format", "truncated", "idle", "clip_fraction")
-        assert all(0 <= row[name] <= 1 for name in shares) and 1 <= row["length"] <= 48
-        assert row["kl"] >= 0 and row["grad_norm"] >= 0
+        for name in ("accuracy", "format", "truncated", "idle", "clip_fraction"):
+            assert 0 <= row[name] <= 1
+        assert 1 <= row["length"] <= 48 and row["kl"] >= 0 and row["grad_norm"] >= 0
         assert 0 < row["entropy"] < math.log(PROCESSOR.tokenizer.vocab_size) or not row["kept"]
     assert any(row["kept"] and row["kl"] > 0 for row in rows[1:]), "something was learned"
 
@@ -2199,14 +1294,7 @@ def test_checkpoint_is_a_whole_hugging_face_folder(straight):
     new, old = (GenerationConfig.from_pretrained(path) for path in (checkpoint, TINY))
     assert new.eos_token_id == old.eos_token_id
 
-def newest(run):
-    """The one checkpoint of a run, by name; None if there is none."""
-    names = [path.name for path in run.glob("checkpoint-*")]
-    assert len(names) < 2
-    return names[0] if names else None
-
-# ---- Whole runs: killed and resumed ------------------------------------------------------
-
+# ---- Run folder: killed and resumed ----------------------------------------------------
 def in_a_child(monkeypatch, name, call, event, argv):
     """run_with in a child process, which may die or stop in the middle. Returns its id and wait
     status. What it printed is in OUT.log; the sentence that ended it in OUT.end."""
@@ -2260,21 +1348,6 @@ def test_resume_of_a_lora_run_equals_no_kill(data, tmp_path, monkeypatch):
     start, trained = weights_of(TINY), weights_of(whole / "stage1" / "checkpoint-4")
     assert start.shape == trained.shape and not torch.equal(start, trained), "adapters merged"
 
-def test_stage_0_resumes_after_kill_9(data, tmp_path, monkeypatch):
-    whole, killed = tmp_path / "whole" / "stage0", tmp_path / "killed" / "stage0"
-    monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 5)  # eight questions have a histogram
-    flags = dict(stage=0, questions_per_step=3)
-    perl.main(arguments(data, whole.parent, **flags))
-    kill_9(monkeypatch, "sample_groups", 2, arguments(data, killed.parent, **flags))
-    assert len(json_of(killed / "scores.json")) == 3
-    batches, real = [], perl.sample_groups
-    monkeypatch.setattr(perl, "sample_groups", lambda *args, **kwargs: (
-        batches.append(args[2]) or real(*args, **kwargs)))
-    perl.main(["--resume", str(killed.parent)])
-    assert [len(batch) for batch in batches] == [3, 2], "the first three have their scores"
-    for name in ("scores.json", "kept.json"):
-        assert (killed / name).read_text() == (whole / name).read_text()
-
 # Where a step may be when the signal comes: a function, and which of its calls in steps 3 and 4.
 PHASES = dict(draw_questions=1, draw_orders=5, load_pictures=5, encode_prompt=8, generate=2,
               grade=20, set_advantages=2, verdict=5, frozen_logprobs=3, policy_loss=2,
@@ -2284,15 +1357,12 @@ PHASES |= {"SplitAdamW.step": 2, "shutil.rmtree": 1, "torch.save": 2, "os.replac
 
 @table("part", range(4))
 def test_ctrl_c_in_any_phase_of_a_step(straight, halted, monkeypatch, part):
-    """It ends the run at once, which goes on from the last checkpoint, time after time. In a
-    background job SIGINT is ignored, so the test sets Python's own handler."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """It ends the run at once, which goes on from the last checkpoint, time after time."""
     for phase in [*PHASES][part::4]:
-        with pytest.raises(SystemExit, match="KeyboardInterrupt.*; continue with --resume"):
+        with ends("KeyboardInterrupt.*; continue with --resume"):
             run_with(monkeypatch, phase, PHASES[phase], send_me("SIGINT"),
                      ["--resume", str(halted)])
         assert newest(halted) == "checkpoint-2", phase
-    signal.signal(signal.SIGINT, before)
     perl.main(["--resume", str(halted)])
     assert_equal_runs(halted, straight)
 
@@ -2300,99 +1370,49 @@ def test_ctrl_c_in_any_phase_of_a_step(straight, halted, monkeypatch, part):
 def test_sigterm_ends_the_step_and_loses_nothing(
         data, straight, tmp_path, monkeypatch, stage, name, call):
     """A preempted job: what was under way is finished and saved; the exit names the folder."""
+    monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 5)  # eight questions have a histogram
     run, argv = tmp_path / f"stage{stage}", arguments(data, tmp_path, stage=stage)
     _, status = in_a_child(monkeypatch, name, call, send_me("SIGTERM"), argv)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 1
-    end = Path(f"{tmp_path}.end").read_text()
-    assert "SIGTERM" in end and f"--resume {run}" in end and "\n" not in end
+    assert Path(f"{tmp_path}.end").read_text() == f"SIGTERM; continue with --resume {run}"
     if stage == 0:
         assert len(json_of(run / "scores.json")) == 3, "a batch"
     else:
         assert newest(run) == "checkpoint-3" and metrics_of(run)[-1]["step"] == 3
+    batches = record(monkeypatch, "sample_groups")
     perl.main(["--resume", str(run)])
-    if stage == 0:
-        assert len(json_of(run / "scores.json")) == 8
-    else:
-        assert_equal_runs(run, straight)
+    if stage == 1:
+        return assert_equal_runs(run, straight)
+    assert [len(args[2]) for args in batches] == [3, 2], "the first three have their scores"
+    perl.main(arguments(data, tmp_path / "whole", stage=0))
+    for name in ("scores.json", "kept.json"):
+        assert (run / name).read_text() == (tmp_path / "whole" / "stage0" / name).read_text()
 
-@contextlib.contextmanager
-def full_disk(out, room, kind):
-    """Little room is left where `out` is: on a small disk, or under a limit of a file's size."""
-    filler, limits = out.parent / "filler", resource.getrlimit(resource.RLIMIT_FSIZE)
-    if kind == "disk":
-        filler.write_bytes(b"x" * (shutil.disk_usage(out.parent).free - room))
-    else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+@table("name, call, fault, message", [
+    ("write_atomic", 1, "EROFS", "cannot run in .*halted: .*failed"),
+    ("append_line", 1, "EBADF", None), ("append_line", 1, "EDQUOT", "failed.*--resume"),
+    ("torch.save", 2, "ENOSPC", "failed.*--resume"), ("log_group", 1, "EACCES", "failed"),
+    # No file may become larger than this: weights (2 MB), optimizer's state (6 MB), a log.
+    *[(name, 1, room, "File too large.*--resume") for name, room in (
+        ("save_checkpoint", 10 ** 6), ("save_checkpoint", 4 * 10 ** 6), ("append_line", 0))]])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+        straight, halted, monkeypatch, name, call, fault, message):
+    """One sentence; but an error that no disk makes keeps its traceback."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def fail():
+        if isinstance(fault, str):
+            raise OSError(getattr(errno, fault), "failed")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault, limits[1]))
     try:
-        yield
+        with ends(message) if message else pytest.raises(OSError, match="failed"):
+            run_with(monkeypatch, name, call, fail, ["--resume", str(halted)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        filler.unlink(missing_ok=True)
-
-def mounted(*argv):
-    """Whether it worked: it does not everywhere, and for root only."""
-    return subprocess.run(["mount", *map(str, argv)], capture_output=True).returncode == 0
-
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if not mounted("-t", "tmpfs", "-o", "size=64m", "tmpfs", disk):
-        pytest.skip("no right to mount a small disk")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-@table("kind, room, place", [
-    ("disk", 10 ** 6, "save_checkpoint"), ("disk", 4 * 10 ** 6, "save_checkpoint"),
-    ("disk", 0, "append_line"), ("disk", 0, "log_group"), ("limit", 10 ** 6, "save_checkpoint"),
-    ("limit", 0, "append_line"), ("limit", 0, "log_group")])
-def test_a_full_disk_leaves_the_last_checkpoint_whole(
-        straight, half, tmp_path, monkeypatch, request, kind, room, place):
-    """In the weights (2 MB), in the optimizer's state (6 MB), in a line of a log."""
-    folder = request.getfixturevalue("small_disk") if kind == "disk" else tmp_path
-    run = shutil.copytree(half, folder / "run" / "stage1")
-    with contextlib.ExitStack() as stack:
-        with pytest.raises(SystemExit, match=f"(No space left|File too large).*--resume {run}"):
-            run_with(monkeypatch, place, 1, lambda: stack.enter_context(
-                full_disk(run.parent, room, kind)), ["--resume", str(run)])
-    assert newest(run) == "checkpoint-2"
-    perl.main(["--resume", str(run)])
-    assert_equal_runs(run, straight)
-    assert not (run / "checkpoint.tmp").exists()
-
-@pytest.fixture
-def read_only():
-    """Makes a folder read-only, for root too."""
-    changed, as_root = [], os.geteuid() == 0
-
-    def make(folder):
-        if not as_root:
-            for path in (folder, *folder.rglob("*")):
-                changed.append((path, path.stat().st_mode))
-                path.chmod(0o555 if path.is_dir() else 0o444)
-        elif (mounted("--bind", folder, folder)
-              and mounted("-o", "remount,ro,bind", folder, folder)):
-            changed.append((folder, 0))
-        else:
-            pytest.skip("root writes everywhere, and may not mount here")
-    yield make
-    for path, mode in changed:
-        subprocess.run(["umount", "-l", path], check=True) if as_root else path.chmod(mode)
-
-def test_a_read_only_run_folder(data, half, tmp_path, read_only):
-    old, run, empty = tmp_path / "old", tmp_path / "run", tmp_path / "empty"
-    empty.mkdir()
-    for folder in (old, run):
-        shutil.copytree(half, folder / "stage1")
-    for folder in (old, run, empty):
-        read_only(folder)
-    before = files_of(tmp_path)
-    for argv, place in ((["--resume", str(old)], old), (arguments(data, run), run),
-                        (arguments(data, empty), empty), (arguments(data, empty / "new"), empty)):
-        with pytest.raises(SystemExit, match=f"{place}.*(Read-only|Permission)") as end:
-            perl.main(argv)
-        assert "\n" not in str(end.value)
-    assert files_of(tmp_path) == before
+    assert newest(halted) == "checkpoint-2"
+    if name != "write_atomic":  # else this process still holds the folder's lock
+        perl.main(["--resume", str(halted)])
+        assert_equal_runs(halted, straight)
+        assert not (halted / "checkpoint.tmp").exists()
 
 def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, monkeypatch):
     """Whether new or resumed, and without a trace; until the first one ends, however it ends."""
@@ -2402,10 +1422,9 @@ def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, mo
         assert os.WIFSTOPPED(status)
         before = files_of(out)
         for argv in (arguments(data, out), arguments(data, out, stage=0), ["--resume", str(out)]):
-            with pytest.raises(SystemExit, match=f"{out}: another run is at work"):
-                perl.main(argv)
+            refuses(f"{out}: another run is at work", perl.main, argv)
             assert files_of(out) == before
-        perl.main(arguments(data, tmp_path / "another", steps=1, eval_every=0))
+        os.close(perl.open_run(tiny_config(out=str(tmp_path / "another")), ACCELERATOR))
     finally:
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
@@ -2413,55 +1432,32 @@ def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, mo
     assert files_of(out / "stage1-1").keys() == {name[7:] for name in before}
     assert_equal_runs(out / "stage1", straight)
 
-# ---- Whole runs: what --resume takes, changes and refuses --------------------------------
-
-def test_resume_takes_a_run_folder_or_out_and_no_checkpoint(straight, tmp_path, capsys):
-    """OUT stands for the stage written last. A finished run stays as it is."""
-    out = shutil.copytree(straight.parent, tmp_path / "again")
-    run, before = out / "stage1", files_of(out)
-    for path in (out, run):
-        perl.main(["--resume", str(path)])
-        assert f"done: {run / 'checkpoint-4'}" in capsys.readouterr().out
-    for path in (run / "checkpoint-4", run / "checkpoint-4" / ".", tmp_path, tmp_path / "none"):
-        with pytest.raises(SystemExit, match="run folder") as end:
-            perl.main(["--resume", str(path)])
-        assert "\n" not in str(end.value)
-    assert files_of(out) == before
-
+# ---- Run folder: what --resume takes, changes and refuses ------------------------------
 def test_more_steps_equal_a_run_of_that_many_with_the_old_schedule_of_alpha(
-        data, straight, tmp_path):
+        data, straight, tmp_path, capsys):
+    """Without them, a finished run stays as it is."""
     longer, whole = tmp_path / "longer", tmp_path / "whole"
     shutil.copytree(straight, longer / "stage1")
+    before = files_of(longer)
+    perl.main(["--resume", str(longer / "stage1")])
+    assert f"done: {longer / 'stage1' / 'checkpoint-4'}" in capsys.readouterr().out
+    assert files_of(longer) == before
     perl.main(["--resume", str(longer), "--steps", "6"])
     perl.main(arguments(data, whole, steps=6, alpha_steps=4))
     assert_equal_runs(longer / "stage1", whole / "stage1", step=6)
     alphas = [row["alpha"] for row in metrics_of(whole / "stage1")[1:]]
     assert alphas == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
 
-def test_resume_with_other_memory(halted, straight, monkeypatch):
-    """A run that needed too much memory goes on with less; the steps so far stay as they were."""
-    used, real = [], perl.generate
-    monkeypatch.setattr(perl, "generate", lambda *args, **more: (
-        used.append(args[4]) or real(*args, **more)))
-    perl.main(["--resume", str(halted), "--rollout-batch", "6", "--optimizer-device", "host",
-               "--max-tokens-per-micro-batch", "300"])
-    assert {(cfg.rollout_batch, cfg.max_tokens_per_micro_batch, cfg.optimizer_device)
-            for cfg in used} == {(6, 300, "host")} and newest(halted) == "checkpoint-4"
-    rows = metrics_of(halted)
-    assert rows[:3] == metrics_of(straight)[:3] and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-
 @table("change", ["fewer", "another", "reordered"])
 def test_resume_names_training_data_that_changed(data, halted, change):
     rows = read_rows(data)
     rows = {"fewer": rows[:-1], "another": rows[:-1] + [rows[-1] | {"id": "another"}],
             "reordered": rows[::-1]}[change]
-    config = json_of(halted / "config.json")
-    config["data"] = str(write_rows(data.with_name(f"{change}.jsonl"), *rows))
-    (halted / "config.json").write_text(json.dumps(config))
+    edit(halted / "config.json", data=str(write_rows(data.with_name(f"{change}.jsonl"), *rows)))
     before = files_of(halted)
-    with pytest.raises(SystemExit, match="training questions are not those") as end:
+    with ends(f"training questions are not those of {halted}"):
         perl.main(["--resume", str(halted)])
-    assert str(halted) in str(end.value) and files_of(halted) == before
+    assert files_of(halted) == before
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 2])
@@ -2476,9 +1472,9 @@ def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
     checkpoint = halted / "checkpoint-2"
     TORN[damage](checkpoint / name)
     before = files_of(halted)
-    with pytest.raises(SystemExit, match=str(checkpoint)) as end:
+    with ends(str(checkpoint)) as end:
         perl.main(["--resume", str(halted)])
-    assert "\n" not in str(end.value) and files_of(halted) == before
+    assert files_of(halted) == before
     if (name, damage) == ("training_state.pt", "torn"):
         assert name in str(end.value) and f"delete {checkpoint}" in str(end.value)
         shutil.rmtree(checkpoint)
@@ -2489,23 +1485,17 @@ def listen(monkeypatch, name):
     """Put a tracker that only listens in the place of this one. Returns what it is given."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, LoggerType
     logged = []
-
     class Recorder(LOGGER_TYPE_TO_CLASS[name]):
         def __init__(self, *args, **options):
             GeneralTracker.__init__(self)
             logged.append((*args, options))
-
         def start(self):
             pass
-
         def log(self, values, step=None, **_):
             logged.append(values | {"logged at": step})
-
         store_init_configuration = log
-
         def finish(self):
             logged.append("finished")
-
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Recorder)
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType(name)])
     return logged
@@ -2521,17 +1511,12 @@ def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch, name)
     perl.main(["--resume", str(out)])
     again = logged.index(begin, 1)  # opened with the same name, folder and options
     assert logged[1]["report_to"] == name and logged[-1] == "finished"
-    rows = read_rows(out / "stage1" / "metrics.jsonl")
-    assert logged[2:again] + logged[again + 2:-1] == [row | {"logged at": row["step"]}
-                                                      for row in rows]
-    starts, write = [], perl.write_atomic
-    monkeypatch.setattr(perl, "write_atomic", lambda path, text: (
-        write(path, text), os.utime(path, (75, 75))))  # both begin at the same time
-    for other in ("one", "other"):
-        logged.clear()
-        perl.main(arguments(data, tmp_path / other, **flags | {"steps": 1}))
-        starts.append(logged[0])
-    assert starts[0] != starts[1], "runs in different folders are different runs"
+    rows = [row | {"logged at": row["step"]} for row in read_rows(out / "stage1" / "metrics.jsonl")]
+    assert logged[2:again] + logged[again + 2:-1] == rows
+    logged.clear()
+    perl.main(arguments(data, tmp_path / "other", **flags | {"steps": 1}))
+    begin = [str(part).replace(str(out), str(tmp_path / "other")) for part in begin]
+    assert [*map(str, logged[0])] != begin or name == "tensorboard", "another run is another there"
 
 def test_a_tracker_that_is_missing_is_named(data, tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
@@ -2539,8 +1524,7 @@ def test_a_tracker_that_is_missing_is_named(data, tmp_path, monkeypatch):
         perl.main(arguments(data, tmp_path / "run", report_to="wandb"))
     assert not (tmp_path / "run").exists()
 
-# ---- Whole runs: stages, forks by copy, starts -------------------------------------------
-
+# ---- Run folder: stages ----------------------------------------------------------------
 def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
     """0 chooses questions for 1, from whose policy 2 goes on. A folder that is there is renamed."""
     monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 3)
@@ -2567,37 +1551,30 @@ def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
     assert before.items() <= after.items(), "each stage in its folder, moved aside, nothing lost"
     assert all((out / name / "perl.py").exists() for name in ("stage0", "stage1", "stage2"))
 
-def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(data, tmp_path):
-    argv = arguments(data, tmp_path, steps=1, eval_every=0, beta=0)
-    for _ in range(3):
-        perl.main(argv)
-    before = files_of(tmp_path / "stage1-2")
+def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(tmp_path):
+    cfg = tiny_config(out=str(tmp_path))
+    def start():
+        os.close(perl.open_run(cfg, ACCELERATOR))
+        return (cfg.folder / "run_id").read_text()
+    ids = [start() for _ in range(3)]
     shutil.rmtree(tmp_path / "stage1-1")
-    perl.main(argv)
-    assert len([*tmp_path.glob("stage1*")]) == 3 and files_of(tmp_path / "stage1-2") == before
+    ids.append(start())
+    kept = {path.name: (path / "run_id").read_text() for path in tmp_path.glob("stage1*")}
+    assert kept == {"stage1": ids[3], "stage1-1": ids[2], "stage1-2": ids[1]}
 
-@table("n", range(1, 9))
-def test_stage_0_keeps_what_there_is_of_few_questions(data, tmp_path, monkeypatch, n):
-    answer_always(r"\boxed{1}", monkeypatch)
-    rows = read_rows(data)[:n]
-    few = write_rows(data.with_name(f"first{n}.jsonl"), *rows)
-    perl.main(arguments(few, tmp_path, stage=0))
-    assert json_of(tmp_path / "stage0" / "kept.json") == [r["id"] for r in rows]
-
-@table("right", [True, False])
-def test_stage_0_keeps_some_questions_whatever_their_scores(data, tmp_path, monkeypatch, right):
-    """A start model that knows everything, or nothing, of twelve questions."""
+@table("n, right", [(1, True), (2, False), (8, True), (12, True), (12, False)])
+def test_stage_0_keeps_some_questions_whatever_their_scores(data, tmp_path, monkeypatch, n, right):
+    """All of fewer than eleven; some of twelve, which the start model all knows, or none."""
     answer_always(r"\boxed{1}", monkeypatch)
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: right)
-    rows = [row | {"id": f"{row['id']}-{copy}"} for copy in range(2) for row in read_rows(data)[:6]]
-    perl.main(arguments(write_rows(data.with_name("twelve.jsonl"), *rows), tmp_path, stage=0))
-    kept = json_of(tmp_path / "stage0" / "kept.json")
-    assert 0 < len(set(kept)) == len(kept) <= 12
+    rows = [row | {"id": f"{row['id']}-{copy}"} for copy in range(2) for row in read_rows(data)][:n]
+    perl.main(arguments(write_rows(data.with_name(f"{n}.jsonl"), *rows), tmp_path, stage=0))
+    kept, ids = json_of(tmp_path / "stage0" / "kept.json"), [row["id"] for row in rows]
+    assert kept == ids if n < 11 else 0 < len(set(kept)) == len(kept) <= 12
 
 @table("beta, models", [(0.0, 1), (0.1, 2)])
 def test_without_kl_no_reference_model_is_loaded(data, tmp_path, monkeypatch, beta, models):
-    real, loaded = perl.load_model, []
-    monkeypatch.setattr(perl, "load_model", lambda *args: loaded.append(args) or real(*args))
+    loaded = record(monkeypatch, "load_model")
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: False)
     monkeypatch.setattr(perl, "has_format", lambda text: False)  # so there is nothing to learn
     perl.main(arguments(data, tmp_path, beta=beta, steps=2, eval_every=0))
@@ -2605,82 +1582,641 @@ def test_without_kl_no_reference_model_is_loaded(data, tmp_path, monkeypatch, be
     assert [row["dropped"] for row in metrics_of(tmp_path / "stage1")] == [3, 3]
     assert torch.equal(weights_of(tmp_path / "stage1" / "checkpoint-2"), weights_of(TINY))
 
-def test_dry_run_loads_no_model_and_writes_nothing(data, tmp_path, monkeypatch, capsys):
-    n_trained = len(flat_weights(load_tiny())) / 1e9
-    monkeypatch.setattr(perl, "load_model", die)
-    perl.main(arguments(data, tmp_path / "run", "--dry-run"))
+# ---- Reading answers -------------------------------------------------------------------
+# gold ‖ right answers, divided by ¦ ‖ wrong answers that look right
+ANSWERS = r"""
+B ‖ B ¦ b ¦ (B) ¦ {B} ¦ [B] ¦ \text{B} ¦ \textit{B} ¦ \mathbf{(B)} ¦ **B** ¦ "B" ¦ B. ¦ Ｂ ¦ （B）
+B ‖ $B$ ¦ \{B\} ¦ B. dogs ¦ B. a cat and a dog ¦ B: both ¦ B) dogs ¦ (B) A dog, I think
+B ‖ B (dog) ¦ \text{B. dogs} ¦ Option B ¦ option (b) ¦ the answer is B
+B ‖ The correct answer is (B). ¦ Answer: B ¦ B is correct ¦ B is the right answer
+B ‖ B because image 2 shows it ¦ B, since A is not red ¦ 选B ¦ 答案是B ¦ 选项B ¦ 答案：B ¦ 应选B。 ¦ B选项正确 ‖
+B ‖ ‖ C ¦ A or B ¦ B or A ¦ B. cats or C. dogs ¦ Both ¦ B and C ¦ (A) and (B) ¦ not B ¦ A, B
+B ‖ ‖ AB ¦ Bob ¦ B or not B
+A,C ‖ A,C ¦ A, C ¦ AC ¦ C, A ¦ C and A ¦ A and C ¦ (A), (C) ¦ (A)(C) ¦ \{A, C\} ‖ A ¦ C ¦ A,B
+A,C ‖ ‖ A,B,C ¦ ABC ¦ A or C ¦ A,A,C
+yes ‖ Yes ¦ yes. ¦ YES ‖ no ¦ not yes ¦ yes/no ¦ yes or no
+2 ‖ 2 ¦ Picture 2 ¦ image 2 ¦ Image #2 ¦ the second image ¦ the 2nd picture ¦ Second photo
+2 ‖ image_2 ¦ <image_2> ¦ Figure 2 ¦ 图2 ¦ 图片2 ¦ 第2张 ¦ 第2张图片 ¦ 第2张图 ¦ two ¦ Two ‖ 3 ¦ -2 ¦ 12
+2 ‖ ‖ 22 ¦ 2,2 ¦ 2,1 ¦ 1,2 ¦ image 1 ¦ the third image ¦ 第3张 ¦ 图3 ¦ image 12 ¦ images 1 and 2
+3,1,2 ‖ 3,1,2 ¦ 3, 1, 2 ¦ [3, 1, 2] ¦ (3,1,2) ¦ \{3,1,2\} ¦ 3 -> 1 -> 2 ¦ 3 \to 1 \to 2 ¦ 3→1→2
+3,1,2 ‖ 3、1、2 ¦ 3，1，2 ¦ 3; 1; 2 ¦ 3 1 2 ¦ image 3, image 1, image 2
+3,1,2 ‖ the third image, the first image, the second image ¦ 图3、图1、图2 ¦ 3, 1 and 2 ‖ 1,2,3 ¦ 3,1
+3,1,2 ‖ ‖ 312 ¦ 3 ¦ 3,2,1 ¦ \{1,2,3\} ¦ 1.0,2,3 ¦ x=1,2,3 ¦ {1,2,3} ¦ 1→2→3 ¦ 3,1,2,4 ¦ 3,1,2,2
+3,1,2 ‖ ‖ -3,1,2 ¦ 1、2、3
+100,200 ‖ 100,200 ¦ 100, 200 ¦ 100，200 ‖ 200,100 ¦ 200, 100 ¦ 100 ¦ 300
+1234 ‖ 1,234 ¦ 1234 ¦ 1{,}234 ¦ 1\,234 ¦ 1 234 ¦ 1234.0 ‖ 1,2,3,4 ¦ 1,235 ¦ 1.234
+1,234 ‖ 1234 ¦ 1,234 ‖ 234 ¦ 1 ¦ 1.234 ¦ 2341
+1000000 ‖ 1,000,000 ¦ 10^6 ¦ 1e6 ‖ 1,000,001 ¦ 100,000 ¦ 10^5 ¦ 1e7
+2e-7 ‖ 2e-7 ¦ 2\times 10^{-7} ¦ 0.0000002 ‖ 1e-7 ¦ 0 ¦ 2e-8 ¦ 2e7
+1.6\times10^{-19} ‖ 1.6e-19 ¦ 1.6 \times 10^{-19} ¦ 1.6·10⁻¹⁹ ‖ 9.1\times10^{-31}
+1.6\times10^{-19} ‖ ‖ 1.6\times10^{19} ¦ 1.6 ¦ 1.6\times10^{-18}
+6 ‖ 6 ¦ x=6 ¦ six ‖ 5=6 ¦ 5 \to 6 ¦ 6 \to 5 ¦ 6=5 ¦ 5→6 ¦ 5 or 6 ¦ 6 or 5 ¦ 5, 6 ¦ 5-6 ¦ 5~6
+6 ‖ ‖ 5 \quad 6 ¦ 6\pm1 ¦ 6 \neq 5 ¦ x>6 ¦ 56 ¦ 65 ¦ 6?5
+6:20 ‖ 6:20 ‖ 3:10 ¦ 6:21 ¦ 6:02 ¦ 20:6
+2024-06-02 ‖ 2024-06-02 ¦ 2024–06–02 ‖ 2023-05-02 ¦ 2016 ¦ 2024-02-06 ¦ 2024-06-20
+1:2 ‖ 1:2 ¦ 1 : 2 ‖ 2:1 ¦ 1:3 ¦ 2 ¦ 1,2
+5 km ‖ 5 km ¦ 5km ¦ 5 kilometers ¦ 5 kilometres ¦ 5 \mathrm{~km} ¦ 5\,\text{km} ¦ 5 ‖ 5 m ¦ 5 cm
+5 km ‖ ‖ 5000 m ¦ 5 km^2
+9 \pi \mathrm{cm}^{2} ‖ 9\pi ¦ 9π cm² ¦ 9\pi\text{ cm}^2 ‖ 9 ¦ 9\pi cm ¦ 9\pi cm^3 ¦ 9\pi m^2
+60^{\circ} ‖ 60 ¦ 60° ¦ 60^\circ ‖ 60 cm ¦ 61 ¦ 60% ¦ 60°C
+50\% ‖ 50% ¦ 50 percent ¦ 50 ‖ 5% ¦ 500% ¦ 0.05 ¦ 50 cm
+\frac{1}{2} ‖ 0.5 ¦ 2/4 ¦ \frac{3}{6} ¦ $\sqrt{0.25}$ ¦ ½ ¦ 1/2 ¦ \dfrac12 ‖ 0.33 ¦ 2 ¦ 1,2
+\frac{1}{2} ‖ ‖ -\frac12
+\frac{1}{3} ‖ 0.333333 ¦ 0.33333333 ¦ 1/3 ‖ 0.33 ¦ 0.333 ¦ 0.3 ¦ 0.334
+\frac{1}{3000} ‖ ‖ 0.000333 ¦ 0.0003 ¦ 0
+\frac{3}{2} ‖ 1\frac{1}{2} ¦ 1 1/2 ¦ 1½ ‖ 11/2 ¦ 5.5 ¦ 1 ¦ \frac12
+2\sqrt{3} ‖ 2√3 ¦ 2 \sqrt 3 ¦ \sqrt{12} ‖ \sqrt{3} ¦ 3\sqrt{2} ¦ 2\sqrt[3]{3} ¦ 2√33
+x^2+2x+1 ‖ (x+1)^2 ¦ x²+2x+1 ¦ 1+2x+x^2 ‖ (x-1)^2 ¦ x2+2x+1 ¦ (y+1)^2 ¦ x^2+2x
+a+b ‖ b+a ¦ a + b ¦ (b+a) ‖ a-b ¦ ab ¦ a+c ¦ a+B
+a^2-b^2 ‖ (a-b)(a+b) ¦ a²-b² ¦ -b^2+a^2 ‖ (a-b)^2 ¦ b^2-a^2 ¦ a2-b2 ¦ a^2+b^2
+\pi R^2-\pi r^2 ‖ \pi R^2 - \pi r^2 ¦ πR²-πr² ‖ 0 ¦ \pi r^2-\pi R^2 ¦ \pi r^2 ¦ \pi R^2
+y=-3x+2 ‖ y=2-3x ¦ -3x+2 ¦ 2-3x ‖ y=3x+2 ¦ x=-3y+2 ¦ z=2-3x ¦ 3x-2
+x>3 ‖ x > 3 ¦ 3<x ¦ x>\frac{6}{2} ‖ x<3 ¦ x\ge 3 ¦ x=3 ¦ 3
+(1,2) ‖ (1, 2) ¦ \left(1,2\right) ¦ （1，2） ‖ (2,1) ¦ [1,2] ¦ (1,2] ¦ (1,3)
+\{1,2\} ‖ {2,1} ¦ \{2, 1\} ¦ \{1,2\} ‖ \{1,3\} ¦ \{1,1\} ¦ (1,2) ¦ [1,2]
+2 or 8 ‖ 8 or 2 ¦ 2 or 8 ¦ 2, 8 ‖ 2 ¦ 8 ¦ 2 or 9 ¦ 28
+(-\infty,1)\cup(3,4) ‖ (−∞,1)∪(3,4) ¦ (3,4)\cup(-\infty,1) ‖ (-\infty,1) ¦ (-\infty,1]\cup(3,4)
+(-\infty,1)\cup(3,4) ‖ ‖ (-\infty,1)\cap(3,4) ¦ (-\infty,1),(3,4)
+cat ‖ Cat ¦ a cat ¦ the cat ‖ dog ¦ cats ¦ a cat and a dog ¦ cat or dog"""
+
+def test_every_answer_of_the_table():
+    rows = []
+    for line in ANSWERS.strip().splitlines():
+        gold, *columns = line.split("‖")
+        for verdict, column in zip((True, False), columns, strict=False):
+            for answer in filter(str.strip, column.split("¦")):
+                response = f"<think>t</think> \\boxed{{{answer.strip()}}}"
+                rows.append((response, gold.strip(), verdict))
+    assert len(rows) >= 260 and sum(not right for *_, right in rows) > len(rows) / 3
+    assert [row for row in rows if perl.is_correct(*row[:2]) is not row[2]] == []
+
+WRAPS = [r"\boxed{%s}", r"\boxed{[%s]}", r"\boxed{(%s)}", r"\boxed{\{%s\}}", r"\boxed{{%s}}",
+         r"\boxed{$%s$}", r"\boxed{\text{%s}}", r"\boxed{x=%s}", r"\boxed{%s.}", r"\boxed{**%s**}",
+         r"\boxed{\mathrm{%s}}", r"\boxed{\left(%s\right)}", r"\boxed{\text{Order} = %s}",
+         r"\boxed{\left\{%s\right\}}", r"\boxed{\textbf{(%s)}}", r"\boxed{ %s }",
+         r"\boxed{\mathbf{%s}}", "<answer>%s</answer>", "<answer>[%s]", r"\boxed{1,2,3} \boxed{%s}"]
+JOINTS = [",", ", ", " -> ", r" \to ", "→", "、", "，", "; ", " and ", ", then ", ", image ", ".0, "]
+
+@settings(max_examples=400, deadline=None)
+@given(st.permutations(range(1, 6)), st.integers(2, 5), st.sampled_from(WRAPS),
+       st.sampled_from(JOINTS), st.data())
+def test_no_order_of_a_sequence_but_the_right_one_is_right(images, n, wrap, joint, data):
+    gold, order = images[:n], data.draw(st.permutations(images[:n]))
+    response = "<think>t</think>" + wrap % joint.join(map(str, order))
+    assert perl.is_correct(response, ",".join(map(str, gold))) == (order == gold), response
+
+@table("response, answer, well_formed", [
+    (r"<think>a</think> \boxed{3}", "3", True), (r"<think> </think>\boxed{3}", "3", False),
+    ("<think>\na\n</think>\n\nso \\boxed{\\{1, 2\\}} it is", r"\{1, 2\}", True),
+    (r"<think>\boxed{1}</think> \boxed{2}", "2", True), (r"\boxed{3}", "3", False),
+    (r"<think>\boxed{1}</think> so it is 2", None, False), (r"a</think>\boxed{3}", "3", False),
+    (r"<think>\boxed{1} is it", None, False), (r"<think>a</think><think> \boxed{1}", None, False),
+    (r"<think>a</think><think>b</think>\boxed{3}", "3", False), ("<answer> B", "B", False),
+    (r"<think>a</think>\boxed{}", None, False), (r"\boxed{1} and \boxed{2", "1", False),
+    ("<answer></answer>", None, False), ("<answer>1</answer><answer>B</answer>", "B", False),
+    (r"<answer>1</answer> \boxed{2}", "2", False), ("The answer is (B).", None, False)])
+def test_extract_answer_and_has_format(response, answer, well_formed):
+    assert (perl.extract_answer(response), perl.has_format(response)) == (answer, well_formed)
+
+def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
+    """Out of reach of a terminal's Ctrl-C."""
+    monkeypatch.setattr(perl.MathJudge, "SECONDS", 1.0)
+    signal.alarm(40)
+    for hostile in ("9^{9^{9^9}}", "99999999!", "((((((9^9)^9)^9)^9)^9)^9)^9", "9e99999999"):
+        assert not perl.is_correct(rf"\boxed{{{hostile}}}", "17")
+    assert perl.MATH_JUDGE.timeouts, "at least one was stopped by the time bound"
+    monkeypatch.undo()
+    assert perl.is_correct(r"\boxed{\frac{4}{6}}", r"\frac{2}{3}")
+    assert os.getsid(perl.MATH_JUDGE.process.pid) != os.getsid(0)
+
+@table("hostile", [
+    r"\boxed{" * 20_000, "the answer is 1" + " " * 100_000 + "2", "answer is" + "\n" * 100_000,
+    r"\boxed{3" + " " * 5_000 + "x}", r"\boxed{" + r"\text " * 20_000 + "}", "<think>" * 20_000,
+    "<answer>" * 20_000, r"\boxed{" + "(" * 20_000 + "}", *(
+        rf"\boxed{{{unit * 120}}}" for unit in ("(", "1", " ", "the ", "answer ", "1,", "=", "x=",
+                                              "and ", "²", "½", "第1张", "1 m", "\ud800"))],
+    ids=ascii)
+def test_hostile_text_ends(hostile):
+    signal.alarm(5)
+    for gold in ("3,1,2", "7/2", "B", "A,C", "yes", "5 km", r"\{1,2\}", "x=3", "cat"):
+        assert not perl.is_correct(hostile, gold) and not perl.has_format(hostile)
+
+def test_a_response_is_never_run_as_code(tmp_path):
+    flag = tmp_path / "executed"
+    for code in (f"__import__('os').system('touch {flag}')", f"open('{flag}', 'w')"):
+        for text in (code, f"1+{code}", f"$ {code} $", f"= {code}", f"1.0*{code}", f"1 if {code}"):
+            perl.is_correct(rf"\boxed{{{text}}}", r"\frac{1}{2}")
+            perl.is_correct(r"\boxed{1}", text + "0")
+    assert not flag.exists()
+
+# ---- Shared compute: it changes the cost of a step and nothing else --------------------
+PLAIN = dict(share=False)
+
+def pictures_encoded(model, monkeypatch):
+    """Counts of the vision tower's pictures, by their pixels; grows as the tower runs."""
+    real, seen = model.model.visual.forward, Counter()
+    def forward(pixels, grid_thw, **others):
+        sizes = grid_thw.prod(1).tolist()
+        seen.update(float(p.double().sum()) for p in pixels.split(sizes))
+        return real(pixels, grid_thw=grid_thw, **others)
+    monkeypatch.setattr(model.model.visual, "forward", forward)
+    return seen
+
+@pytest.fixture
+def asked(questions):
+    """Five questions of unequal length: with 3, 2 and 1 images, and two with none."""
+    return questions + [perl.Sample("t1", (), "What is 3 + 4? Think, then say it.", "7", "keep")]
+
+def sample_watched(model, prompts, n, cfg):
+    """Greedy rows up to their ends; and of each stretch, the number of prompts held and of
+    different lengths of rows. Noise that depends on a row's prompt, number and length only ends
+    rows at different times. In every stretch, the cache is held to its limits."""
+    next_inputs, generate, rows, numbers, stretches = perl.next_inputs, model.generate, [], {}, []
+    def watch(model, processor, live, cache, cfg):
+        rows.clear()
+        fresh, held, ages = Counter(), {id(prompt) for prompt, _ in live}, set()
+        longest = max(len(prompt.ids) for prompt, _ in live)
+        for prompt, row in live:
+            if id(row) not in numbers:
+                numbers[id(row)] = fresh[id(prompt)]
+                fresh[id(prompt)] += 1
+            rows.append((len(prompt.ids), numbers[id(row)], len(row)))
+            ages.add(len(row))
+        for layer in cache.layers:
+            # A prompt's last token is read anew by each of its rows.
+            assert layer.prompts.shape[1:4:2] == (len(held), longest - 1)
+            assert layer.rows.shape[1] == len(live)
+            assert layer.get_seq_length() == longest - 1 + max(ages)
+            assert max(ages) <= layer.rows.shape[3] <= max(ages) + 32
+            assert {layer.prompts.dtype, layer.rows.dtype} == {model.dtype}
+        assert len(live) <= max(cfg.rollout_batch, n)
+        tokens = len(held) * longest * (1 if cfg.share else n)
+        assert len(held) == 1 or tokens <= 4 * cfg.max_tokens_per_micro_batch
+        stretches.append((len(held), len(ages)))
+        return next_inputs(model, processor, live, cache, cfg)
+    def with_noise(**inputs):
+        start = inputs["input_ids"].shape[1]
+        def noise(ids, scores):
+            for logits, (prompt, number, age) in zip(scores, rows):
+                seed = 7919 * prompt + 104729 * number + age + ids.shape[1] - start
+                random_numbers = torch.Generator().manual_seed(seed)
+                logits += 2 * torch.randn(len(logits), generator=random_numbers)
+                logits[PROCESSOR.eos_ids[-1]] += 9.0 * (seed % 11 == 0)
+            return scores
+        return generate(**inputs, logits_processor=[noise])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perl, "next_inputs", watch)
+        patch.setattr(model, "generate", with_noise)
+        responses = perl.generate(model, PROCESSOR, prompts, n, cfg, greedy=True)
+    for own in responses:
+        assert len(own) == n and max(map(len, own)) <= cfg.max_new_tokens
+    return [[perl.make_rollout(row, prompt, (), PROCESSOR).ids for row in own]
+            for prompt, own in zip(prompts, responses)], stretches
+
+@table("first, n, changes", [
+    (0, 1, {}), (0, 3, {}), (0, 3, dict(rollout_batch=12)), (0, 3, dict(rollout_batch=7)),
+    (0, 3, dict(rollout_batch=1)), (0, 1, dict(rollout_batch=2)),
+    (0, 3, dict(rollout_batch=9, max_tokens_per_micro_batch=30)), (0, 3, dict(max_new_tokens=1)),
+    (0, 2, dict(rollout_batch=5, max_tokens_per_micro_batch=1)), (3, 3, {}),
+    (3, 3, dict(rollout_batch=4))])  # from question 3 on: text only
+def test_a_row_depends_on_neither_its_neighbours_nor_sharing(asked, first, n, changes):
+    """The reference: all rows in one batch."""
+    model, prompts, rows = load_tiny(), encoded_prompts(asked[first:]), []
+    limit = dict(max_new_tokens=changes.get("max_new_tokens", 40))
+    for way in ({}, changes, changes | PLAIN):
+        cfg = tiny_config(**way | limit)
+        rows.append(sample_watched(model, prompts, n, cfg)[0])
+    assert rows[1] == rows[2] == rows[0]
+
+@table("dtype, n, changes, several, joins", [
+    ("bf16", 4, dict(rollout_batch=8), True, True),
+    ("float32", 4, dict(rollout_batch=1), False, False),
+    ("float32", 2, dict(max_tokens_per_micro_batch=10), False, False),
+    ("float32", 2, dict(max_tokens_per_micro_batch=50), True, True)])
+def test_prompts_join_while_others_are_at_work(asked, dtype, n, changes, several, joins):
+    cfg = tiny_config(**dict(max_new_tokens=64) | changes)
+    _, stretches = sample_watched(load_tiny(dtype=dtype), encoded_prompts(asked * 2), n, cfg)
+    assert any(held > 1 for held, _ in stretches) == several
+    assert any(ages > 1 for _, ages in stretches) == joins
+
+def test_attention_in_bfloat16_is_as_exact_as_float32_scores_allow():
+    torch.manual_seed(0)
+    read = perl.DynamicLayer()
+    read.keys, read.values = torch.randn(2, 3, 2, 50, 16).bfloat16()
+    layer = perl.SharedPromptLayer(read, 4)
+    for _ in range(20):
+        layer.update(*torch.randn(2, 12, 2, 1, 16).bfloat16())
+    query = (3 * torch.randn(12, 6, 1, 16)).bfloat16()
+    ours = perl.decode_attention(query, layer, None, 0.25)[:, 0]                    # (B, H, d)
+    prompts, rows = layer.prompts[:, layer.of], layer.rows[:, :, :, :layer.length]
+    keys, values = torch.cat([prompts, rows], dim=3).double().repeat_interleave(3, dim=2)
+    exact = ((query.double() @ keys.mT) * 0.25).softmax(-1) @ values                # (B, H, 1, d)
+    assert (ours.double() - exact[:, :, 0]).abs().max() < 0.012
+    assert (ours.double() - exact[:, :, 0]).abs().mean() < 0.001
+
+@table("changes, sampling, training", [
+    ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 2, 4),
+    (dict(gradient_checkpointing=True), 1, 1), (dict(freeze_vision=True), 1, 1),
+    (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
+def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
+    model, cfg, orders = load_tiny(**changes), tiny_config(**changes), [(0, 1, 2), (2, 1, 0)]
+    seen = pictures_encoded(model, monkeypatch)
+    groups = perl.sample_groups(model, PROCESSOR, questions[:1], [orders], cfg, n=2)
+    assert list(seen.values()) == [sampling] * 3
+    seen.clear()
+    for rollout, advantage in zip(groups[0], (1.0, 0.5, -0.5, -1.0)):
+        rollout.advantage = advantage
+    adamw_updates(model, [groups], cfg, lr=0.0)
+    assert list(seen.values()) == [training] * 3
+
+def test_tree_attention_is_attention_under_the_mask_of_the_tree():
+    """Rows of 1 token of padding, a prompt of 3, responses of 2 and 2; and of 4, 1 and 3; and
+    one with fewer responses than the others."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, 8, 16) for heads in (4, 2, 2))
+    lengths = [[1, 3, 2, 2], [0, 4, 1, 3], [2, 3, 3, 0]]
+    out = perl.tree_attention(query, key, value, lengths, scaling=0.3)
+    owners = torch.tensor([[-1, 0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 2, 2, 2],
+                           [-1, -1, 0, 0, 0, 1, 1, 1]])
+    sees = (owners[:, None] == 0) | (owners[:, None] == owners[:, :, None])
+    assert sees[0].tril()[7].tolist() == [False] + [True] * 3 + [False] * 2 + [True] * 2
+    mask = sees.tril()[:, None] | (owners < 0)[:, None, :, None]  # padding sees anything
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), mask, scale=0.3)
+    kept = owners >= 0
+    assert torch.allclose(out[kept], expected.transpose(1, 2)[kept], atol=1e-6)
+
+@table("first, base", [(0, {}), (0, dict(updates_per_step=2)), (0, dict(freeze_vision=True)),
+                       (3, {})])  # from question 3 on: text only
+def test_no_memory_setting_changes_logprobs_or_gradients(questions, monkeypatch, first, base):
+    groups, reference, results = written_groups(questions[first:]), load_tiny(), []
+    with torch.no_grad():
+        reference.model.language_model.norm.weight.mul_(1.1)  # so that the KL term counts
+    for chunk, changes in ((1024, PLAIN), (1024, {}), (3, dict(max_tokens_per_micro_batch=90)),
+                           (1024, dict(max_tokens_per_micro_batch=1)),
+                           (1024, dict(max_tokens_per_micro_batch=150,
+                                       gradient_checkpointing=True))):
+        monkeypatch.setattr(perl, "LOGIT_CHUNK", chunk)
+        model, cfg = load_tiny(**base | changes), tiny_config(beta=0.1, **base | changes)
+        logprobs = perl.response_logprobs(model, PROCESSOR, flatten(groups), cfg)[0]
+        gradient, sums = gradient_of_update(model, groups, cfg, reference, lr=0.001)
+        results.append((logprobs, gradient, sums))
+        assert sums["kl"] > 0 and sums == pytest.approx(results[0][2], abs=1e-3)
+        assert torch.allclose(logprobs, results[0][0], atol=1e-5)
+        # A step between two updates lets rounding grow.
+        atol = 1e-6 if cfg.updates_per_step == 1 else 1e-5
+        assert torch.allclose(gradient, results[0][1], atol=atol, rtol=1e-4)
+    names = [name for name, w in load_tiny().named_parameters() for _ in range(w.numel())]
+    vision = torch.tensor(["visual" in name for name in names]).repeat(cfg.updates_per_step)
+    is_trained = first == 0 and not cfg.freeze_vision
+    assert (gradient[vision].abs().max() > 1e-4) == is_trained
+
+@table("changes", [dict(freeze_vision=True), dict(lora_rank=2)], ids=str)
+def test_a_frozen_tower_is_not_differentiated(questions, changes):
+    """Two blocks run once each; with gradients they would run again in the backward pass."""
+    cfg, calls = tiny_config(gradient_checkpointing=True, **changes), []
+    model = load_tiny(gradient_checkpointing=True, **changes)
+    if cfg.lora_rank:
+        perl.add_lora(model, cfg)
+    for block in model.model.visual.blocks:
+        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    model.train()  # else nothing is recomputed
+    rollouts = flatten(written_groups(questions))
+    perl.response_logprobs(model, PROCESSOR, rollouts, cfg)[0].sum().backward()
+    assert len(calls) == 2 and all(weight.grad is not None for weight in trained(model))
+
+# ---- Shared compute: model families ----------------------------------------------------
+TOKENS = dict(image_token_id=6, video_token_id=7, vision_start_token_id=3,
+              vision_end_token_id=4, tie_word_embeddings=True)
+TEXT = dict(vocab_size=532, hidden_size=96, intermediate_size=256, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, eos_token_id=2, pad_token_id=0,
+            bos_token_id=0)
+ROPE = {"mrope_section": [4, 4, 4], "rope_theta": 10000.0, "rope_type": "default"}
+
+def random_family(kind, folder):
+    """A small random model of a family, with the tiny model's tokenizer and template."""
+    if kind == "qwen3_vl":  # with features of three inner layers
+        vision = dict(depth=3, hidden_size=48, intermediate_size=128, num_heads=4, patch_size=14,
+                      out_hidden_size=96, num_position_embeddings=64,
+                      deepstack_visual_indexes=[0, 1, 2])
+        text = TEXT | dict(head_dim=24, rope_parameters=ROPE | {"mrope_interleaved": True})
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+    else:
+        vision = dict(depth=2, embed_dim=48, hidden_size=96, num_heads=4, patch_size=14)
+        config = transformers.Qwen2VLConfig(text_config=TEXT | dict(rope_parameters=ROPE),
+                                            vision_config=vision, **TOKENS)
+    shutil.copytree(TINY, folder)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():  # large enough for images and order to matter
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.15)
+    model.save_pretrained(folder)
+    shutil.copy(TINY / "generation_config.json", folder)
+    return str(folder)
+
+def shared_and_plain(path, questions):
+    """Both ways' greedy rows, log-probabilities, and norms of three updates with KL."""
+    results = []
+    for share in (True, False):
+        cfg = tiny_config(max_new_tokens=12, beta=0.01, updates_per_step=3, share=share,
+                          gradient_checkpointing=True)
+        model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
+        orders = [perl.all_orders(question, 2) for question in questions]
+        groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
+        rollouts = flatten(groups)
+        for k, rollout in enumerate(rollouts):
+            rollout.advantage = (1.0, 0.3, -0.7, 0.2, -1.2)[k % 5]
+        logprobs = {id(r): row for r, row in perl.frozen_logprobs(model, processor, rollouts, cfg)}
+        perl.add_gradients(model, processor, rollouts, 100, cfg)
+        gradient = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+        model.zero_grad()
+        sums, norms = perl.update(
+            model, perl.load_model(path, cfg, CPU), perl.SplitAdamW(model, cfg, ACCELERATOR),
+            processor, groups, cfg=cfg)
+        assert sums["kl"] > 0 and len(norms) == 3
+        results.append(([r.ids for r in rollouts],
+                        torch.cat([logprobs[id(r)] for r in rollouts]), torch.tensor(norms),
+                        gradient))
+    return results
+
+@table("kind", ["qwen2_vl", "qwen3_vl"])
+def test_another_family_shared_equals_plain(kind, questions, tmp_path, monkeypatch):
+    """Where inner layers have features, they come in the layers' order: another would show."""
+    path, encode_images = random_family(kind, tmp_path / kind), perl.encode_images
+    (rows, logprobs, norms, gradient), plain = shared_and_plain(path, questions)
+    assert (gradient - plain[3]).abs().max() < 1e-5 * plain[3].abs().max()
+    assert rows == plain[0] and torch.allclose(logprobs, plain[1], atol=1e-5)
+    assert torch.allclose(norms, plain[2], rtol=1e-5)
+    if kind == "qwen3_vl":
+        def reversed_levels(*args):
+            output = encode_images(*args)
+            output.deepstack_features = output.deepstack_features[::-1]
+            return output
+        monkeypatch.setattr(perl, "encode_images", reversed_levels)
+        logprobs = shared_and_plain(path, questions)[0][1]
+        assert logprobs.shape != plain[1].shape or not torch.allclose(logprobs, plain[1], atol=1e-3)
+
+def test_a_qwen3_folder_trains_and_its_checkpoint_reloads(folder, tmp_path, monkeypatch):
+    path = random_family("qwen3_vl", tmp_path / "qwen3_vl")
+    monkeypatch.setattr(perl, "is_correct", lambda text, gold: len(text) % 2 == 0)
+    rows = [dict(GOOD, id=f"q{k}", answer=str(1 + k % 3)) for k in range(4)]
+    perl.main(["--model", path, "--data", str(write_rows(folder / "four.jsonl", *rows)),
+               "--steps", "1", "--questions-per-step", "4", "--lr", "1e-3",
+               "--max-new-tokens", "6", "--out", str(tmp_path / "run")])
+    metrics, = read_rows(tmp_path / "run" / "stage1" / "metrics.jsonl")
+    assert metrics["kept"] > 0 and metrics["grad_norm"] > 0 and metrics["skipped"] == 0
+    trained = perl.load_model(str(tmp_path / "run" / "stage1" / "checkpoint-1"), tiny_config(), CPU)
+    assert not torch.equal(flat_weights(trained),
+                           flat_weights(perl.load_model(path, tiny_config(), CPU)))
+
+# ---- Memory and machines ---------------------------------------------------------------
+def trained(model):
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+def backward(model, seed):
+    """Some gradient in every weight of the language model, the same for the same seed; the
+    vision tower has seen no image, and has none."""
+    ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(seed))
+    logits = model(input_ids=ids).logits.float()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+
+def split_run(steps, accelerator=ACCELERATOR, **changes):
+    cfg = tiny_config(**dict(lr=1e-3) | changes)
+    model, norms = perl.load_model("tiny", cfg, CPU), []
+    optimizer = perl.SplitAdamW(model, cfg, accelerator)
+    for seed in range(steps):
+        backward(model, seed)
+        norms.append(optimizer.step())
+    return model, optimizer, norms
+
+@table("dtype", ["float32", "bf16"])
+@table("max_grad_norm", [0.05, 1e9])
+def test_on_one_process_it_is_adamw_bit_for_bit(monkeypatch, dtype, max_grad_norm):
+    """In bfloat16, the weights are roundings of what AdamW makes of float32 copies. A weight
+    without a gradient has one of zeros."""
+    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
+    monkeypatch.setattr(perl, "WEIGHT_DECAY", 0.1)
+    model, optimizer, norms = split_run(3, dtype=dtype)
+    plain, expected = load_tiny(dtype=dtype), []
+    masters = [weight.detach().float() for weight in trained(plain)]
+    adamw = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1, fused=dtype == "bf16")
+    for weight in trained(plain):
+        weight.grad_dtype = torch.float32
+    for seed in range(3):
+        backward(plain, seed)
+        for weight in plain.model.visual.parameters():
+            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+        expected.append(float(torch.nn.utils.clip_grad_norm_(trained(plain), max_grad_norm)))
+        for weight, master in zip(trained(plain), masters):
+            master.grad, weight.grad = weight.grad, None
+        adamw.step()
+        for weight, master in zip(trained(plain), masters):
+            weight.data.copy_(master)
+    assert norms == expected and min(norms) > 0.05
+    assert torch.equal(flat_weights(model), flat_weights(plain))
+    for (name, weight), copied in zip(model.named_parameters(), masters):
+        master = optimizer.masters[name]
+        assert torch.equal(master, copied) and weight.grad is None
+        is_copy = master.data_ptr() != weight.data_ptr()
+        assert is_copy == (dtype == "bf16"), "a float32 weight needs no copy"
+
+@table("dtype, bad", [("float32", math.nan), ("bf16", math.nan), ("float32", -math.inf)])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
+    model, optimizer, _ = split_run(1, dtype=dtype)
+    plain, other, _ = split_run(1, dtype=dtype)
+    backward(model, 1)
+    model.model.language_model.norm.weight.grad[7] = bad  # one number of all
+    before = flat_weights(model)
+    assert not math.isfinite(optimizer.step())
+    assert torch.equal(flat_weights(model), before) and before.isfinite().all()
+    for seed in range(2, 4):  # it goes on as if there had been no such step
+        for each, its in ((model, optimizer), (plain, other)):
+            backward(each, seed)
+            assert math.isfinite(its.step())
+    assert torch.equal(flat_weights(model), flat_weights(plain))
+    for ours, theirs in zip(optimizer.state_dict().values(), other.state_dict().values()):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+def test_owners_share_the_tensors_evenly():
+    for world in (2, 3, 8):
+        parts = [split_run(0, process(world, rank))[1] for rank in range(world)]
+        sizes = [sum(master.numel() for master in part.masters.values()) for part in parts]
+        assert sum(sizes) == sum(weight.numel() for weight in trained(load_tiny()))
+        assert max(sizes) <= 1.15 * sum(sizes) / world
+        assert all(part.owners == parts[0].owners for part in parts)
+
+@table("dtype", ["float32", "bf16"])
+def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, dtype):
+    model, optimizer, _ = split_run(2, dtype=dtype)
+    states, loaded = optimizer.state_dict(), {}
+    paths = [tmp_path / f"optimizer-{rank}.pt" for rank in range(3)]
+    for rank, path in enumerate(paths):  # saved by three, read by two
+        owned = split_run(0, process(3, rank))[1].masters
+        torch.save({name: states[name] for name in owned}, path)
+    for rank in range(2):
+        part = split_run(0, process(2, rank), dtype=dtype)[1]
+        part.load(tmp_path)
+        loaded |= part.state_dict()
+    assert loaded.keys() == states.keys()
+    for name, state in states.items():
+        assert loaded[name].keys() == state.keys() >= {"master", "exp_avg", "exp_avg_sq", "step"}
+        assert all(torch.equal(loaded[name][key], state[key]) for key in state)
+    resumed, again, _ = split_run(0, dtype=dtype)
+    again.load(tmp_path)
+    for content, message in ((None, "lacks the optimizer's state"), (b"", "missing or damaged")):
+        for path in paths:  # nothing of them is mapped still
+            path.write_bytes(content) if content is not None else torch.save({}, path)
+        with pytest.raises(SystemExit, match=message):
+            split_run(0)[1].load(tmp_path)
+    for each, its in ((model, optimizer), (resumed, again)):
+        backward(each, 5)
+        its.step()
+    assert torch.equal(flat_weights(model), flat_weights(resumed))
+
+@table("share", [True, False])
+def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, share):
+    gradients = []
+    for dtype in ("float32", "bf16"):
+        cfg = tiny_config(dtype=dtype, share=share)
+        model = perl.load_model("tiny", cfg, CPU)
+        perl.SplitAdamW(model, cfg, ACCELERATOR)  # sets how gradients are summed
+        gradients.append(gradient_of_update(model, written_groups(questions), cfg)[0])
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.998
+
+@table("dtype, rank", [("float32", 4), ("bf16", 16)])
+def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, dtype, rank):
+    cfg = tiny_config(lora_rank=rank, beta=0.1, dtype=dtype, lr=1e-2)
+    model, start = perl.load_model("tiny", cfg, CPU), load_tiny(dtype=dtype)
+    adapters, base = perl.add_lora(model, cfg), {}
+    scaled = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert len(scaled) == 7 * model.config.text_config.num_hidden_layers
+    assert not any("visual" in name for name in scaled)
+    scales = {model.get_submodule(name).scaling["default"] for name in scaled}
+    assert scales == {2.0}, "whatever the rank"
+    assert {weight.dtype for weight in trained(model)} == {torch.float32}
+    optimizer, groups = perl.SplitAdamW(model, cfg, ACCELERATOR), written_groups(questions)
+    sums, (norm,) = run_update(model, optimizer, groups, cfg, adapters)
+    assert sums["kl"] == 0 and norm > 0, "before training it is the start model, to the bit"
+    assert run_update(model, optimizer, groups, cfg, adapters)[0]["kl"] > 0
+    for rollout, logprobs in perl.frozen_logprobs(start, PROCESSOR, flatten(groups), cfg):
+        assert torch.equal(rollout.ref_logprobs, logprobs), "the reference is the start model"
+    for name, weight in model.state_dict().items():
+        assert "lora_B" not in name or weight.abs().max() > 0
+        if ".lora_" not in name:
+            base[name.replace(".base_layer", "")] = weight
+    assert base.keys() == start.state_dict().keys()
+    assert all(torch.equal(weight, base[name]) for name, weight in start.state_dict().items())
+
+def test_lora_exports_a_plain_folder(questions, tmp_path):
+    cfg = tiny_config(lora_rank=4, out=str(tmp_path))
+    model, rollouts = perl.load_model("tiny", cfg, CPU), flatten(written_groups(questions))
+    adapters = perl.add_lora(model, cfg)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # so that the adapters do something
+            weight.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    cfg.folder.mkdir()
+    before = flat_weights(model)
+    perl.save_checkpoint(cfg, perl.Progress(1, [], random.Random(0)), questions, PROCESSOR,
+                         perl.SplitAdamW(model, cfg, ACCELERATOR), model=model,
+                         reference=adapters, accelerator=ACCELERATOR)
+    assert torch.equal(flat_weights(model), before), "merged in a copy"
+    names = {path.name for path in (cfg.folder / "checkpoint-1").iterdir()}
+    assert "model.safetensors" in names and not any("adapter" in name for name in names)
+    plain = perl.load_model(str(cfg.folder / "checkpoint-1"), cfg, CPU)
+    assert plain.lm_head.weight is plain.get_input_embeddings().weight, "tied, as before"
+    expected, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
+    logprobs, _ = perl.response_logprobs(plain, PROCESSOR, rollouts, cfg)
+    adapters.disable_adapter_layers()
+    without, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
+    assert torch.allclose(logprobs, expected, atol=1e-5)
+    assert (without - expected).abs().max() > 0.1
+
+def planned(model, capsys, accelerator=ACCELERATOR, **changes):
+    """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
+    cfg = perl.parse_config(["--model", model, "--dry-run"])
+    perl.plan_memory(dataclasses.replace(cfg, **dict(dtype="bf16") | changes), accelerator)
     text = capsys.readouterr().out
-    assert "order (0, 1, 2, 3" in text and "8 questions, 0 dropped" in text
-    assert f"{n_trained:.3f} billion parameters" in text and "weights" in text
-    assert not (tmp_path / "run").exists()
+    parts = {name: float(gb) for gb, name in re.findall(r"(?m)^ *([\d.]+)  (.+)$", text)}
+    return parts, float(re.search(r"([\d.]+) billion parameters", text)[1])
 
-def test_a_copy_named_my_perl_beside_the_data_is_a_whole_program(data, tmp_path):
-    """It imports nothing of ours, trains with its own attention and keeps its own code."""
-    house, script = tmp_path / "house", tmp_path / "house" / "my_perl.py"
-    samples = shutil.copytree(data.parent, house / "data_samples")
-    shutil.copytree(TINY, samples / "tiny")
-    shutil.copy(samples / "eval.jsonl", samples / "test.jsonl")
-    text, guard = (HERE / "perl.py").read_text(), 'if __name__ == "__main__":\n'
-    assert text.count(guard) == 1
-    script.write_text(text.replace(guard, f"""
-def tree_attention(*args, own=tree_attention):
-    print("own attention")
-    return own(*args)
+SIZES_7B = dict(
+    text_config=dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
+                     vocab_size=152064, num_hidden_layers=28, intermediate_size=18944,
+                     tie_word_embeddings=False, layer_types=None,
+                     rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24])),
+    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                       out_hidden_size=3584))
 
-{guard}    main([*sys.argv[1:], "--dry-run"])
-    print("dry run ended")
-"""))
-    argv = "--steps 1 --questions-per-step 4 --eval-every 0 --max-new-tokens 32".split()
-    ended = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True,
-                           env=ALONE, cwd=tmp_path, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    dry, trained = ended.stdout.split("dry run ended\n")
-    assert "order (0, 1" in dry and "own attention" not in dry and "own attention" in trained
-    assert f"{samples / 'train.jsonl'}: 8 questions" in dry
-    run = tmp_path / "runs" / "tiny-seed0" / "stage1"
-    assert (run / "my_perl.py").read_bytes() == script.read_bytes()
-    assert newest(run) == "checkpoint-1" and not (run / "perl.py").exists()
+@pytest.fixture
+def model_7b(tmp_path):
+    """The 7B's config.json alone: its plan needs no weights."""
+    config = json.loads((TINY / "config.json").read_text()) | dict(tie_word_embeddings=False)
+    for part, sizes in SIZES_7B.items():
+        config[part] |= sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
 
-@table("flag, value, message", [
-    ("--model", "/no/such/model", "could not load '/no/such/model"),
-    ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
-    ("--eval-data", "none.jsonl", "none.jsonl"), ("--max-prompt-tokens", 5, "no question is left"),
-    ("--out", TINY / "config.json", "cannot run in .*config.json"),
-    ("--questions-per-step", 3, "--questions-per-step must be a multiple")])
-def test_a_run_that_cannot_start_ends_with_one_sentence(
-        data, tmp_path, monkeypatch, flag, value, message):
-    if flag == "--questions-per-step":
-        monkeypatch.setattr(perl.accelerate.Accelerator, "num_processes", 2)
-    with pytest.raises(SystemExit, match=message) as end:
-        perl.main(arguments(data, tmp_path / "run") + [flag, str(value)])
-    assert "\n" not in str(end.value) and not (tmp_path / "run").exists()
+def test_the_plan_of_the_7b(model_7b, capsys):
+    parts, trained = planned(model_7b, capsys)
+    # A token's keys and values: 2 of them, 28 layers, 4 heads of 128 numbers of 2 bytes.
+    cache = 2 * 28 * 4 * 128 * 2 * (384 * 2048 + 4 * 16384) / 1e9
+    assert trained == 8.292 and parts == pytest.approx({
+        "weights": 16.58, "float32 gradients": 33.17, "keys and values of sampling": cache,
+        "AdamW's state": 99.51}, abs=0.01)
+    for changes, factors in ((dict(dtype="float32"), (2, 1, 2, 1)),
+                             (dict(accelerator=process(4)), (1, 1, 1, 1 / 4))):
+        other, _ = planned(model_7b, capsys, **changes)
+        expected = [gb * factor for gb, factor in zip(parts.values(), factors)]
+        assert [*other.values()] == pytest.approx(expected, abs=0.02)
+    # 7.616 is the language model; an adapter adds 64 * (inputs + outputs) numbers.
+    for changes, expected in ((dict(freeze_vision=True), 7.616), (dict(lora_rank=64), 0.161)):
+        other, fewer = planned(model_7b, capsys, **changes)
+        assert fewer == expected
+        assert other["AdamW's state"] == pytest.approx(12 * fewer, abs=0.01)
+        assert other["float32 gradients"] == pytest.approx(4 * fewer, abs=0.01)
 
-# ---- Gradients and weights that are not finite -------------------------------------------
+# The parts are 16.6 + max(33.2, 48.9) + 99.5 GB; 92 % of the free memory are for them.
+FEW = dict(rollout_batch=96)  # a cache of 15.4 GB: the gradients are larger
 
-def every_second_is_right(monkeypatch):
-    """So every group has rewards that differ, and reaches the loss."""
-    verdicts = itertools.cycle([True, False])
-    monkeypatch.setattr(perl, "is_correct", lambda text, gold: next(verdicts))
+@table("free, world, typed, place", [
+    (180, 1, {}, "gpu"), (179, 1, {}, "host"), (179, 1, dict(optimizer_device="gpu"), None),
+    (200, 1, dict(optimizer_device="host"), "host"), (120, 4, {}, "gpu"),
+    (72, 1, {}, "host"), (71, 1, {}, None), (71, 1, dict(optimizer_device="host"), None),
+    (55, 1, FEW, "host"), (54, 1, FEW, None), (40, 1, FEW | dict(lora_rank=64), "gpu")])
+def test_where_the_state_lies_and_what_does_not_fit(
+        monkeypatch, model_7b, free, world, typed, place):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 1e12))
+    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
+    planned = dataclasses.replace(cfg, gpu_gb=free)  # without a GPU at hand
+    for its, device in ((cfg, torch.device("cuda")), (planned, CPU)):
+        if place:
+            assert perl.plan_memory(its, process(world, device=device)) == place
+        else:
+            with ends("GB.* --rollout-batch .*--lora-rank"):
+                perl.plan_memory(its, process(world, device=device))
+    if not typed:
+        assert perl.plan_memory(cfg, process(1)) == "gpu", "on a CPU, beside the weights"
 
+# ---- Memory and machines: gradients and weights that are not finite --------------------
 def spoil_gradients(monkeypatch, updates, bad=math.nan, rank=0):
     """Multiply the loss of these updates, counted from 1, by `bad` in one process. Returns a list
     that learns of each update whether the weights changed."""
     every_second_is_right(monkeypatch)
     real, real_step, changed = perl.policy_loss, perl.SplitAdamW.step, []
-
     def policy_loss(*args, **more):
         loss, stats = real(*args, **more)
         if len(changed) + 1 in updates and int(os.environ.get("RANK", 0)) == rank:
             return loss * bad, dict.fromkeys(stats, bad)
         return loss, stats
-
     def step(self):
         before = [weight.detach().clone() for weight in self.weights.values()]
         changed.append(False)
         norm = real_step(self)
         changed[-1] = not all(map(torch.equal, before, self.weights.values()))
         return norm
-
     monkeypatch.setattr(perl, "policy_loss", policy_loss)
     monkeypatch.setattr(perl.SplitAdamW, "step", step)
     return changed
@@ -2688,28 +2224,22 @@ def spoil_gradients(monkeypatch, updates, bad=math.nan, rank=0):
 ONE_UPDATE = dict(updates_per_step=1, save_every=1, eval_every=0, questions_per_step=2,
                   max_new_tokens=16)
 
-@table("updates, bad", [([2], math.nan), ([2], math.inf), ([1, 2, 4], math.nan)])
+@table("updates, bad", [([2], math.inf), ([1, 2, 4], math.nan), ([2, 3, 4], math.nan)])
 def test_an_update_with_a_gradient_that_is_not_finite_is_skipped_and_counted(
         data, tmp_path, monkeypatch, capsys, updates, bad):
-    changed = spoil_gradients(monkeypatch, updates, bad)
-    perl.main(arguments(data, tmp_path, **ONE_UPDATE))
-    rows = metrics_of(tmp_path / "stage1")
-    assert all(row["kept"] for row in rows), "every step has an update"
-    assert [row["skipped"] for row in rows] == [int(k in updates) for k in (1, 2, 3, 4)]
-    assert changed == [k not in updates for k in (1, 2, 3, 4)]
-    assert [row["grad_norm"] > 0 for row in rows] == changed
-    assert "skipped 1" in capsys.readouterr().out
-    assert weights_of(tmp_path / "stage1" / "checkpoint-4").isfinite().all()
-
-def test_three_such_updates_in_a_row_end_the_run_with_its_last_good_checkpoint(
-        data, tmp_path, monkeypatch):
-    run = tmp_path / "stage1"
+    """Three in a row end the run, which goes on from its last good checkpoint."""
+    run, ended = tmp_path / "stage1", updates == [2, 3, 4]
     with monkeypatch.context() as patch:
-        changed = spoil_gradients(patch, [2, 3, 4])
-        with pytest.raises(SystemExit, match="3 updates in a row .* not finite") as end:
+        changed = spoil_gradients(patch, updates, bad)
+        with ends("3 updates in a row .* not finite") if ended else contextlib.nullcontext():
             perl.main(arguments(data, tmp_path, **ONE_UPDATE))
-    assert "\n" not in str(end.value) and changed == [True, False, False, False]
-    assert newest(run) == "checkpoint-3" and weights_of(run / "checkpoint-3").isfinite().all()
+    rows = metrics_of(run)
+    assert all(row["kept"] for row in rows), "every step has an update"
+    assert changed == [k not in updates for k in (1, 2, 3, 4)]
+    assert [row["skipped"] for row in rows] == [not each for each in changed][:len(rows)]
+    assert [row["grad_norm"] > 0 for row in rows] == changed[:len(rows)]
+    assert "skipped 1" in capsys.readouterr().out and len(rows) == 4 - ended
+    assert newest(run) == f"checkpoint-{4 - ended}"
     perl.main(["--resume", str(run)])
     assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
     assert weights_of(run / "checkpoint-4").isfinite().all()
@@ -2718,56 +2248,15 @@ def test_three_such_updates_in_a_row_end_the_run_with_its_last_good_checkpoint(
 def test_a_weight_that_is_not_finite_reaches_no_checkpoint(data, tmp_path, monkeypatch, flags):
     def save_checkpoint(*args, model, real=perl.save_checkpoint, **kwargs):
         if args[1].step == 2:
-            [p for p in model.parameters() if p.requires_grad][-1].data.view(-1)[0] = math.inf
+            trained(model)[-1].data.view(-1)[0] = math.inf
         real(*args, model=model, **kwargs)
-
     monkeypatch.setattr(perl, "save_checkpoint", save_checkpoint)
-    with pytest.raises(SystemExit, match="step 2: a weight is not finite") as end:
+    with ends("step 2: a weight is not finite"):
         perl.main(arguments(data, tmp_path, **ONE_UPDATE | flags))
-    assert "\n" not in str(end.value) and newest(tmp_path / "stage1") == "checkpoint-1"
+    assert newest(tmp_path / "stage1") == "checkpoint-1"
     assert weights_of(tmp_path / "stage1" / "checkpoint-1").isfinite().all()
 
-# ---- Questions without images ------------------------------------------------------------
-
-@table("share", [True, False])
-def test_text_only_and_two_image_questions_train_and_evaluate_together(
-        data, tmp_path, monkeypatch, share):
-    """Twenty of each. Every second rollout counts as right, so each group reaches the loss."""
-    rows = []
-    for k in range(20):
-        images = [f"images/{path.name}" for path in sorted((data.parent / "images").iterdir())]
-        rows.append(dict(id=f"pair {k}", images=images[k % 4:k % 4 + 2], answer="2",
-                         question="<image><image> Which one is larger?", order_rule="index"))
-        rows.append(dict(id=f"text {k}", images=[], question=f"What is {k} plus 1?",
-                         answer=str(k + 1), order_rule=("keep", "never")[k % 2]))
-    mixed = write_rows(data.with_name("mixed.jsonl"), *rows)
-    kept, asked = [], []
-
-    def update(*args, real=perl.update, **more):
-        kept.extend(args[4])
-        return real(*args, **more)
-
-    def sample_groups(*args, real=perl.sample_groups, **more):
-        asked.append(list(zip(args[2], args[3])))
-        return real(*args, **more)
-
-    monkeypatch.setattr(perl, "update", update)
-    monkeypatch.setattr(perl, "sample_groups", sample_groups)
-    every_second_is_right(monkeypatch)
-    perl.main(arguments(mixed, tmp_path, *["--no-share"] * (not share), eval_data=mixed, steps=1,
-                        questions_per_step=40, rollouts_per_order=2, max_new_tokens=12))
-    start, row = metrics_of(tmp_path / "stage1")
-    assert row["kept"] == 40 and row["grad_norm"] > 0 and row["kl"] >= 0
-    assert row.keys() >= {"eval_accuracy", "eval_worst", "eval_bias"} <= start.keys()
-    for group in kept:
-        orders = {(0, 1): 2, (1, 0): 2} if group[0].prompt.sample.images else {(): 4}
-        assert Counter(r.order for r in group) == orders
-    for number in (0, 2):  # the evaluations
-        orders = {sample.id[:4]: its_orders for sample, its_orders in asked[number]}
-        assert orders == {"text": [()], "pair": [(0, 1), (1, 0)]} and len(asked[number]) == 40
-
-# ---- Several processes -------------------------------------------------------------------
-
+# ---- Memory and machines: several processes --------------------------------------------
 # Which of the three groups each process has; "empty": all of them on one process.
 PARTS = dict(even=([0, 1], [2]), empty=([0, 1, 2], []))
 
@@ -2884,8 +2373,49 @@ def test_a_gradient_that_is_not_finite_in_one_of_two_processes(launched):
     assert weights.isfinite().all() and not torch.equal(weights, weights_of(TINY))
     assert [row["skipped"] for row in metrics_of(launched / "three" / "stage1")] == [1, 1]
 
-# ---- Fuzz: FUZZ=N for N times as many examples, drawn anew each time ---------------------
+# ---- Main ------------------------------------------------------------------------------
+def test_a_copy_named_my_perl_beside_the_data_is_a_whole_program(data, tmp_path):
+    """It imports nothing of ours, trains with its own attention and keeps its own code."""
+    samples, script = tmp_path / "house" / "data_samples", tmp_path / "house" / "my_perl.py"
+    shutil.copytree(data.parent, samples)
+    shutil.copytree(TINY, samples / "tiny")
+    shutil.copy(samples / "eval.jsonl", samples / "test.jsonl")
+    text, guard = (HERE / "perl.py").read_text(), 'if __name__ == "__main__":\n'
+    assert text.count(guard) == 1
+    script.write_text(text.replace(guard, f"""
+def tree_attention(*args, own=tree_attention):
+    print("own attention")
+    return own(*args)
 
+{guard}    main([*sys.argv[1:], "--dry-run"])
+    print("dry run ended")
+"""))
+    argv = "--steps 1 --questions-per-step 4 --eval-every 0 --max-new-tokens 32".split()
+    ended = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True,
+                           env=ALONE, cwd=tmp_path, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    dry, trained = ended.stdout.split("dry run ended\n")
+    assert f"{samples / 'train.jsonl'}: 8 questions" in dry and "order (0, 1" in dry
+    assert "own attention" not in dry and "own attention" in trained
+    run = tmp_path / "runs" / "tiny-seed0" / "stage1"
+    assert (run / "my_perl.py").read_bytes() == script.read_bytes()
+    assert newest(run) == "checkpoint-1" and not (run / "perl.py").exists()
+    assert [*run.parent.iterdir()] == [run], "the dry run wrote nothing"
+
+@table("flag, value, message", [
+    ("--model", "/no/such/model", "could not load '/no/such/model"),
+    ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
+    ("--eval-data", "none.jsonl", "none.jsonl"), ("--max-prompt-tokens", 5, "no question is left"),
+    ("--out", TINY / "config.json", "cannot run in .*config.json"),
+    ("--questions-per-step", 3, "--questions-per-step must be a multiple")])
+def test_a_run_that_cannot_start_ends_with_one_sentence(
+        data, tmp_path, monkeypatch, flag, value, message):
+    if flag == "--questions-per-step":
+        monkeypatch.setattr(perl.accelerate.Accelerator, "num_processes", 2)
+    refuses(message, perl.main, arguments(data, tmp_path / "run") + [flag, str(value)])
+    assert not (tmp_path / "run").exists()
+
+# ---- Fuzz: FUZZ=N for N times as many examples, drawn anew each time -------------------
 FUZZ = int(os.environ.get("FUZZ", 0))
 
 def fuzz(n_examples):
@@ -2913,8 +2443,7 @@ def load_alone(folder, *lines, most_tokens=120):
     """What a user gets for a file of these lines: the questions kept, the others dropped and
     counted, or the sentence that ends the program. Anything else that is raised fails the test."""
     (folder / "fuzz.jsonl").write_bytes(b"\n".join(lines))
-    said, kept = [], []
-    cfg = tiny_config(max_prompt_tokens=most_tokens)
+    said, kept, cfg = [], [], tiny_config(max_prompt_tokens=most_tokens)
     try:
         kept = perl.load_questions(str(folder / "fuzz.jsonl"), PROCESSOR, cfg,
                                    SimpleNamespace(print=said.append))
@@ -2947,12 +2476,11 @@ def rows(draw):
     images = [f"g{k % 5}.png" for k in draw(st.permutations(range(n)))]
     if n and draw(st.integers(0, 9)) == 0:
         images[draw(st.integers(0, n - 1))] = draw(st.sampled_from([*images, *BAD_PATHS]))
-    places = [k for k in range(n) if draw(st.booleans())]
-    movable = draw(st.sampled_from([None, places]))
-    named = list(range(n)) if movable is None else movable
+    movable = draw(st.sampled_from([None, [k for k in range(n) if draw(st.booleans())]]))
+    options = n if movable is None else len(movable)
     rule = draw(st.sampled_from(perl.ORDER_RULES))
     listed = draw(st.permutations(range(1, max(n, 1) + 1)))[:draw(st.integers(1, 4))]
-    answer = {"index": str(listed[0]), "letter": perl.LETTERS[listed[0] % 26 % max(len(named), 1)],
+    answer = {"index": str(listed[0]), "letter": perl.LETTERS[listed[0] % 26 % max(options, 1)],
               "sequence": draw(st.sampled_from([",", ", ", " , "])).join(map(str, listed))
               }.get(rule) or "7" + draw(TEXTS)
     pieces = draw(st.permutations(["<image>"] * n + draw(st.lists(TEXTS, max_size=2))))
@@ -2970,8 +2498,7 @@ def rows(draw):
 def lines(draw):
     """A record as bytes; one in ten is cut short, has a byte changed, or is no object."""
     line = json.dumps(draw(rows()), ensure_ascii=True).encode()
-    kind = draw(st.integers(0, 29))
-    cut = draw(st.integers(0, len(line)))
+    kind, cut = draw(st.integers(0, 29)), draw(st.integers(0, len(line)))
     return {0: line[:cut], 1: line[:cut] + draw(st.binary(max_size=3)) + line[cut + 1:],
             2: b"[" + line + b"]"}.get(kind, line).replace(b"\n", b" ").strip() or b"{"
 
@@ -2980,7 +2507,6 @@ def meaning(images, movable, sample):
     README's table; nothing of perl.permute is used. Images: a label for each."""
     def picture(number):
         return f"[{images[int(number) - 1]}]"
-
     question = re.sub(r"<image_(\d+)>", lambda found: picture(found[1]), sample.question)
     answer = sample.answer
     if sample.order_rule in ("index", "sequence"):
@@ -3015,21 +2541,20 @@ SEEN = Counter()
 def test_fuzz_records(fuzz_folder, data):
     """Each record alone, then all as one file: loaded, dropped and counted, or refused by name."""
     some = data.draw(st.lists(lines(), min_size=2, max_size=5))
-    rng = random.Random(data.draw(st.integers(0, 99)))
-    ids, fit, first_refused = set(), 0, None
+    rng, ids = random.Random(data.draw(st.integers(0, 99))), set()
+    fit, first_refused = 0, None
     for number, line in enumerate(some, 1):
         kept, why = load_alone(fuzz_folder, line)
-        SEEN["records"] += 1
+        SEEN["refused" if kept is None else "kept"] += 1
         row = json.loads(line) if kept is not None else None
         if kept is None or row["id"] in ids:
             first_refused = first_refused or number
         if kept is None:
-            SEEN["records refused"] += 1
             assert re.search(r"fuzz\.jsonl, line 1(, field (?s:.*))?: ", why), why
             continue
         ids.add(row["id"])
+        fit += len(kept)
         for asked in kept:
-            fit += 1
             assert_permutations_keep_the_meaning(asked, row, rng)
             assert_only_its_own_control_tokens(asked, rng)
     kept, why = load_alone(fuzz_folder, *some)
@@ -3050,66 +2575,43 @@ def assert_only_its_own_control_tokens(asked, rng):
         counts.append(Counter(token for token in ids if token in controls))
     assert counts[0] == counts[1] == counts[2]
 
-@st.composite
-def image_files(draw):
-    """(bytes, suffix) of a picture of any mode, size and format; three of four are damaged."""
-    suffix, modes = draw(st.sampled_from([
-        ("png", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]), ("jpg", ["L", "RGB", "CMYK"]),
-        ("webp", ["RGB", "RGBA"]), ("gif", ["1", "L", "P", "RGB"]), ("bmp", ["1", "L", "P", "RGB"]),
-        ("tiff", ["F", "I;16", "RGB"])]))
-    mode, side = draw(st.sampled_from(modes)), st.integers(1, 90) | st.sampled_from([1, 300, 4000])
-    size = draw(side), draw(st.integers(1, 90))
-    image = Image.frombytes("L", size, random.Random(draw(st.integers(0, 99))).randbytes(
-        size[0] * size[1]))
-    image = image.quantize(9) if mode == "P" else image.convert(mode)
-    options = {}
-    if draw(st.booleans()) and suffix in ("png", "jpg", "webp"):
-        exif = Image.Exif()
-        exif[0x0112] = draw(st.integers(0, 9))
-        options["exif"] = draw(st.sampled_from([exif.tobytes(), b"Exif\0\0" + bytes(9), b"x"]))
-    if mode == "P" and suffix in ("png", "gif"):
-        options["transparency"] = draw(st.integers(0, 8))
-    if suffix in ("png", "webp", "gif") and draw(st.integers(0, 4)) == 0:
-        options |= dict(save_all=True, append_images=[image])
-    file = io.BytesIO()
-    try:
-        image.save(file, {"jpg": "JPEG"}.get(suffix, suffix.upper()), **options)
-    except Exception:  # Pillow writes not every mix; what is read is another matter
-        return draw(st.binary(max_size=50)), suffix
-    content = bytearray(file.getvalue())
-    for _ in range(draw(st.sampled_from([0, 1, 1, 3]))):
-        place = draw(st.integers(0, len(content)) | st.integers(0, min(60, len(content))))
-        length = draw(st.sampled_from([0, 1, 1, 4, len(content)]))
-        content[place:place + length] = draw(st.binary(max_size=length and 4))
-    return bytes(content), suffix
-
 @fuzz(25)
 def test_fuzz_images(fuzz_folder, data):
     """Whatever the bytes: a prompt whose length was foreseen, or a refusal that names the file."""
-    content, suffix = data.draw(image_files())
-    path = fuzz_folder / f"image.{suffix}"
+    draw, file = data.draw, io.BytesIO()
+    kind, modes = draw(st.sampled_from([
+        ("png", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")), ("jpeg", ("L", "RGB", "CMYK")),
+        ("webp", ("RGB", "RGBA")), ("gif", ("1", "P")), ("bmp", ("L", "RGB")), ("tiff", ("F",))]))
+    size = draw(st.sampled_from([1, 20, 90, 300, 4000])), draw(st.integers(1, 90))
+    image = Image.frombytes("L", size, random.Random(0).randbytes(size[0] * size[1]))
+    exif = Image.Exif()
+    exif[0x0112] = draw(st.integers(0, 9))
+    image.convert(draw(st.sampled_from(modes))).save(file, kind, exif=exif.tobytes())
+    content = bytearray(file.getvalue())
+    for _ in range(draw(st.sampled_from([0, 1, 1, 3]))):  # damage
+        place = draw(st.integers(0, len(content)) | st.integers(0, min(60, len(content))))
+        length = draw(st.sampled_from([0, 1, 1, 4, len(content)]))
+        content[place:place + length] = draw(st.binary(max_size=length and 4))
+    path = fuzz_folder / f"image.{kind}"
     path.write_bytes(content)
     row = dict(id="x", images=["g0.png", path.name], question="<image><image>?", answer="2",
                order_rule="index")
-    SEEN["images"] += 1
     kept, why = load_alone(fuzz_folder, json.dumps(row).encode(), most_tokens=8192)
-    SEEN["images refused"] += kept is None
+    SEEN["image refused" if kept is None else "image kept"] += 1
     if kept is None:
         assert re.search(rf"(line 1|x), field images: .*{path.name}", why), why
-    for asked in kept or []:
-        prompt = perl.encode_prompt(asked, PROCESSOR)
-        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
+    for prompt in encoded_prompts(kept or []):
+        assert len(prompt.ids) == perl.prompt_length(prompt.sample, PROCESSOR)
         assert all(picture.pixels.isfinite().all() for picture in prompt.pictures)
 
 def test_fuzz_ran():
     """Hypothesis may stop early: so the examples are counted. pytest -s shows them."""
-    print(", ".join(f"{n} {what}" for what, n in sorted(SEEN.items())))
-    assert SEEN["records"] >= max(250 * FUZZ, 200) and SEEN["images"] >= 25 * max(FUZZ, 1)
-    for what in ("records", "images"):
-        assert 0.1 < SEEN[f"{what} refused"] / SEEN[what] < 0.9, "both ends are tried"
+    print(SEEN)
+    for kind, least in (("", 200), ("image ", 25)):
+        kept, refused = SEEN[kind + "kept"], SEEN[kind + "refused"]
+        assert kept + refused >= least * max(FUZZ, 1) and 0.1 < kept / (kept + refused) < 0.9
 
-# ---- The READMEs' forks and reading map --------------------------------------------------
-
+# ---- The READMEs' forks and reading map ------------------------------------------------
 def snippets_of(name):
     """The fork snippets of a README: its Python blocks that replace a part of perl.py."""
     path = HERE / name
@@ -3136,18 +2638,20 @@ def reward_of_100_tokens():
 def advantages_of(*rewards):
     return perl.group_advantages(torch.tensor([rewards]))[0].tolist()
 
+def in_two_orders(accuracies):
+    """Two rollouts each to a prompt as given, "g", and a permuted one, "p"."""
+    return [dataclasses.replace(rollout, order=(k // 2,), prompt="ggpp"[k])
+            for k, rollout in enumerate(scored_group(accuracies))]
+
 def verdicts_of_two_orders():
     verdicts = []
     for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1]):
-        group = [dataclasses.replace(rollout, order=(k // 2,))
-                 for k, rollout in enumerate(scored_group(accuracies))]
+        group = in_two_orders(accuracies)
         verdicts.append(perl.verdict(group, tiny_config(filter="disagree")))
     return verdicts
 
 def two_orders(field):
-    """Of two rollouts each to a prompt as given and a permuted one, the first right."""
-    group = [dataclasses.replace(r, order=(k // 2,), prompt="ggpp"[k])
-             for k, r in enumerate(scored_group([1, 0, 0, 0]))]
+    group = in_two_orders([1, 0, 0, 0])
     perl.set_advantages([group])
     return [getattr(r, field) for r in group]
 
@@ -3175,36 +2679,29 @@ def test_the_readme_has_forks_of_a_few_lines():
     assert len(snippets_of("README.md")) >= 3
     for snippet in SNIPPETS:
         assert len(snippet.split("\n")) <= 21 and snippet.rstrip().endswith("perl.main()")
-        assert replaced_by(snippet) and replaced_by(snippet) <= vars(perl).keys(), \
-            f"without effect: perl.py has no {replaced_by(snippet) - vars(perl).keys()}"
+        unknown = replaced_by(snippet) - vars(perl).keys()
+        assert replaced_by(snippet) and not unknown, f"without effect: perl.py has no {unknown}"
         assert any(name in snippet for name in FORKS), f"FORKS lacks a value to check:\n{snippet}"
 
 @table("number", range(len(SNIPPETS)))
 def test_a_fork_does_what_it_says_and_runs(data, tmp_path, monkeypatch, number):
     """Its values by hand; then a step from the command line on, which uses what it replaced."""
-    snippet, started, used = SNIPPETS[number], [], set()
+    snippet, started = SNIPPETS[number], []
     values = [FORKS[name] for name in FORKS if name in snippet]
-    for name in replaced_by(snippet) | {"main"}:  # put back after the test
-        monkeypatch.setattr(perl, name, getattr(perl, name))
-    for name, value in vars(perl).items():  # entries of tables too
-        if name.isupper() and isinstance(value, dict):
-            monkeypatch.setattr(perl, name, dict(value))
+    for name, value in vars(perl).copy().items():  # put back after the test, tables' entries too
+        if name in replaced_by(snippet) | {"main"} or name.isupper() and isinstance(value, dict):
+            monkeypatch.setattr(perl, name, dict(value) if isinstance(value, dict) else value)
     main, choices = perl.main, perl.CHOICES["filter"]
     assert all(value() != after for value, after in values), "each changes something"
     perl.main = lambda: started.append(number)
     exec(snippet, {})
     assert started == [number] and all(value() == after for value, after in values)
-
-    def watched(name, function):
-        return lambda *args, **kwargs: used.add(name) or function(*args, **kwargs)
-
-    functions = {name for name in replaced_by(snippet) if callable(getattr(perl, name))}
-    for name in functions:
-        setattr(perl, name, watched(name, getattr(perl, name)))
+    replaced = [name for name in replaced_by(snippet) if callable(getattr(perl, name))]
+    used = [record(monkeypatch, name) for name in replaced]
     new = [choice for choice in perl.CHOICES["filter"] if choice not in choices]
     main(arguments(data, tmp_path, filter=(new or ["none"])[0], steps=1, eval_every=0, beta=0,
                    alpha_end=1))
-    assert used == functions
+    assert all(used), replaced
     row, = metrics_of(tmp_path / "stage1")
     assert row["dropped"] == sum(row[name] for name in perl.VERDICTS[1:])
     assert row["kept"] + row["dropped"] >= 3
@@ -3232,14 +2729,13 @@ def test_the_reading_map():
             assert all(found) if place.startswith("Eq") else any(found), (place, functions)
 
 # ---- Option extraction and eval.py --------------------------------------------------------------
-
 OPTION_TEXTS = ["Left image", "Right image", "Both images", "Neither image"]
 LATTER = ["the second image", "the third image"]
 POINTS = ["Point A", "Point B", "Point C", "Point D"]
 
 # ---- extraction ----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("response, letter", [
+# Without options of their own: OPTION_TEXTS.
+CHOICES = [
     (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("option c.", "C"), ("Both images", "C"),
     ("both images.", "C"), ("(C)", "C"), ("c", "C"), ("**C**", "C"), ('"C"', "C"), ("C)", "C"),
     ("The answer is (C).", "C"), ("Answer: C", "C"), ("The correct option is (C), since", "C"),
@@ -3260,12 +2756,8 @@ POINTS = ["Point A", "Point B", "Point C", "Point D"]
     ("(C) Both images. (A) shows one only.", "C"), ("C. a cat and a dog", "C"), ("C</s>", "C"),
     ("Both show it. (C)\n\nWhy the others are wrong:\n* **(A) Left.** It would be the correct "
      "answer if it was red.\n* **(B) Right.** No.", "C"),
-    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image\n\n(C) Both images", "C"),
-])
-def test_choice_forms(response, letter):
-    assert ev.extract_choice(response, OPTION_TEXTS) == letter
-
-@pytest.mark.parametrize("response, options, letter", [
+    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image\n\n(C) Both images", "C")]
+OF_OPTIONS = [
     ("The second image", LATTER, "A"), ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
     ("(B) the second image", LATTER, "B"),  # a letter counts more than words
     ("Therefore, the second image is closer to the first than the third image.", LATTER, "A"),
@@ -3278,13 +2770,7 @@ def test_choice_forms(response, letter):
     ("A dog is visible. The correct choice would be D.", POINTS, "D"), ("14", ["14", "14"], "A"),
     ("(B) 5 m", ["(A) 3 m", "(B) 5 m"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
     ("(A) Point A is the handle.\n(B) Point B is the tip.\n\nThere is no correct answer.", POINTS,
-     None),
-])
-def test_choice_by_option_text(response, options, letter):
-    assert ev.extract_choice(response, options) == letter
-
-@table("response, options, letter", [
-    ("I cannot see a picture.", list("ABCDE"), None), (r"\boxed{N/A}", POINTS, None),
+     None), ("I cannot see a picture.", list("ABCDE"), None), (r"\boxed{N/A}", POINTS, None),
     ("I can see a cat on a mat.", list("ABCDE"), None), ("A unique shape is shown.", POINTS, None),
     ("It cannot be determined from the images.", POINTS, None),
     ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
@@ -3294,35 +2780,29 @@ def test_choice_by_option_text(response, options, letter):
     ("Point A is closer to the camera. Point B is further back.", POINTS[:2], "A"),
     ("Image B shows the colour more accurately. Image A is darker.", ["image A", "image B"], "B"),
     ("The second image is most similar. The third image has other colours.", LATTER, "A"),
-    ("In this answer a person is named.", POINTS, None)])
-def test_refusals_are_no_letters_and_claims_come_first(response, options, letter):
+    ("In this answer a person is named.", POINTS, None)]
+# Chinese, and programs, whose source is not searched for a letter.
+OF_ANIMALS = [("选C", "C"), ("答案：D", "D"), ("答案是A。", "A"), ("选项B是正确答案", "B"), ("应选择C。", "C"),
+    ("因此，正确的是（D）。", "D"), (r"\boxed{选B}", "B"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
+    ("选项A错误。选项B错误。选项D正确。", "D"), ("选项A和选项C都正确", None), ("不选A。", None),
+    ("```python\nA = 3\nprint(A)\n```", None), ("```\nD\n```", "D"), ("A = 2\nB = 5\nprint(A + B)", None),
+    ("def area(B):\n    return 2 * B", None), ("from math import pi\nC = 2 * pi\nprint(C)", None),
+    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C"), ("A = 4, so I choose option B.", "B")]
+@table("options, response, letter",
+       [(OPTION_TEXTS, *row) for row in CHOICES] + [(row[1], row[0], row[2]) for row in OF_OPTIONS]
+       + [(["cat", "dog", "cow", "pig"], *row) for row in OF_ANIMALS])
+def test_extract_choice(options, response, letter):
     assert ev.extract_choice(response, options) == letter
 
-@pytest.mark.parametrize("response, answer", [
+@table("response, answer", [
     (r"<think>\boxed{1}</think> \boxed{2} \boxed{\frac{1}{3}} \boxed{4", r"\frac{1}{3}"),
     (r"<answer>2</answer> \boxed{3}", "3"), ("<answer>1</answer> <answer>2", "2"),
     ("The answer is (B).", "B"), ("The answer is 1. The answer is 3.5.", "3.5"),
-    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),
-])
+    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),])
 def test_extract_answer(response, answer):
     assert ev.stated_answer(response) == answer
 
-@pytest.mark.parametrize("answer, gold, same", [
-    ("14 cm", "14", True), (r"14\text{ cm}", "14", True), ("5 km/h", "5", True),
-    (r"3 \text{ m}^2", "3", True), ("$14", "14", True), ("50%", "50", True), (r"50\%", "50", True),
-    ("1,234", "1234", True),
-    (r"1{,}234", "1234", True), ("−3", "-3", True), ("x = 14", "14", True), ("+14", "14", True),
-    (r"\dfrac{3}{4}", r"\frac34", True), (r"\frac34", "0.75", True), ("3/4", r"\frac{3}{4}", True),
-    (r"\{3,1,2\}", r"\{1,2,3\}", True), ("{2,1}", "{1,2}", True), ("(2,1)", "(1,2)", False),
-    ("2√3", r"2\sqrt{3}", True), ("6π", r"6\pi", True), ("60°", r"60^{\circ}", True),
-    ("14x", "14", False), ("-14", "14", False), ("C. Both", "C", True), ("A and C", "A", False),
-    ("not A but C", "C", False), ("9^{9^{9^9}}", "3", False),
-])
-def test_number_forms(answer, gold, same):
-    assert perl.same_answer(answer, gold) == same
-
 # ---- adapters ------------------------------------------------------------------------------------
-
 def place(image):
     return f"{image}.png"
 
@@ -3335,7 +2815,10 @@ def test_mantis_rows():
         "<image>Which is <image> brighter?\n(A) First image\n(B) Second image")
     assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "letter", (0, 1))
     q = ev.from_mantis(row | {"question": "Is the first image brighter?"}, 0, place)
-    assert q.sample.order_rule == "never"  # the question names an image
+    assert q.sample.order_rule == "keep"  # the question names one image: all names follow
+    assert q.sample.question == ("<image><image>Is <image_1> brighter?\n(A) <image_1>\n"
+                                 "(B) Second image").replace("Second image", "<image_2>")
+    assert ev.options_in(q, (1, 0)) == ["image 2", "image 1"]
     q = ev.from_mantis(row | {"question_type": "short-answer", "options": [], "answer": "Yes"}, 0,
                        place)
     assert (q.rule, q.sample.answer, q.options) == ("text", "Yes", ())
@@ -3361,7 +2844,7 @@ def test_mmiu_rows():
     q = ev.from_mmiu(row, 7, place)
     assert q.sample.id == "forensic_detection_blink-7" and q.sample.answer == "B"
     assert q.options == ("the first image", "the second image") and q.sample.movable == (0, 1)
-    for missing in (None, "", "G"):  # such a row counts as wrong, as in the official code
+    for missing in (None, "", "G"):  # the first two are left out, the last counts as wrong
         q = ev.from_mmiu(row | {"output": missing}, 7, place)
         assert q.sample.order_rule == "never"
         assert not graded("A", gold=q.sample.answer, options=q.options)["right"]
@@ -3373,15 +2856,16 @@ def test_remi_rows():
     assert q.sample.question == "<image>At <image> and <image>, not <image_2>?"
     assert q.sample.images == ("3.png", "2.png", "1.png") and q.rule == "remi Clocks"
 
-@pytest.mark.parametrize("task, answer, label, right", [
+@table("task, answer, label, right", [
     ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
     ("GeomShape", "103", "100", True), ("GeomShape", "104", "100", False),
     ("GeomCost", "$97", "100", True), ("EmojiAlgebra", "101", "100", True),
     ("EmojiAlgebra", "102", "100", False), ("EmojiAlgebra", "-100.5", "-100", True),
     ("RefCoco", "3", "1, 3", True), ("RefCoco", "2", "1,3", False), ("FuncRead", "f(x)", "f", True),
     ("IQ", "(b)", "B", True), ("Charts", "45%", "45", True), ("Isomorphism", "Yes", "1", True),
-    ("CodeEdit", "x += 1", "x+=1", True),
-])
+    ("Collisions", "no", "0", True), ("Clocks", "no", "0", False), ("Clocks", "yes", "1", False),
+    ("Clocks", "yes", "0", False), ("Clocks", "0", "0", True), ("Charts", "no", "0", False),
+    ("CodeEdit", "x += 1", "x+=1", True),])
 def test_remi_rules(task, answer, label, right):
     assert ev.remi_right(task, answer, label) == right
 
@@ -3448,8 +2932,7 @@ def test_multi_step_is_right_only_if_all_parts_are():
 
 def test_place_tags_and_mojibake():
     text = "a <image_2> b <image_1> <image_2> <image_9>"
-    assert ev.place_tags(text, ["x", "y"]) == (
-        "a <image> b <image> <image_1> ", ["y", "x"])
+    assert ev.place_tags(text, ["x", "y"]) == ("a <image> b <image> <image_1> ", ["y", "x"])
     q = ev.make_question("q", ["x"], "ï¼ˆ30Â°ï¼‰ <|im_end|> <image><image>", "1", "text")
     assert q.sample.question == "ï¼ˆ30Â°ï¼‰  <image>"
     assert ev.place_tags("[1, 2] <image1>", ["x"])[0] == "[1, 2] <image>"
@@ -3515,18 +2998,14 @@ LAYOUTS = {  # a row of each data set, where its files lie, and what a right ans
     "mathvista": ("data/testmini-0.parquet", "1.449", {
         "pid": "1", "decoded_image": PICTURE, "choices": None, "precision": 2.0, "answer": "1.45",
         "question_type": "free_form", "answer_type": "float", "query": "?",
-        "metadata": {"task": "fqa"}}),
-    "mathverse": ("testmini.parquet", r"9\pi", {
+        "metadata": {"task": "fqa"}}), "mathverse": ("testmini.parquet", r"9\pi", {
         "sample_index": "1", "problem_version": "Text Lite", "question": "?", "image": PICTURE,
         "question_type": "free-form", "answer": r"Area $=9 \pi \mathrm{cm}^{2}$",
-        "question_for_eval": "?"}),
-    "mathvision": ("data/test-0.parquet", "2", {
+        "question_for_eval": "?"}), "mathvision": ("data/test-0.parquet", "2", {
         "id": "1", "question": "<image1>?", "options": [], "answer": "2", "subject": "s",
-        "decoded_image": PICTURE}),
-    "remi": ("test.parquet", "40", {
+        "decoded_image": PICTURE}), "remi": ("test.parquet", "40", {
         "task": "Clocks", "question": "<image1>, <image2>?", "label": "35", "image_1": PICTURE,
-        "image_2": PICTURE}),
-    "mv-math": ("data/MV-MATH.json", "C", {
+        "image_2": PICTURE}), "mv-math": ("data/MV-MATH.json", "C", {
         "problem_id": 1, "question": MV_TEXT, "answer": "C", "answer_type": "choice",
         "input_image": ["q.png", "a.png", "b.png", "c.png", "d.png"]}),
     "muirbench": ("data/test-0.parquet", "B", {
@@ -3580,7 +3059,9 @@ def test_every_adapter_reads_a_local_copy_with_its_zips(name, tmp_path):
         assert all(Path(image).exists() for image in q.sample.images)
         assert graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)["right"]
         assert not graded(r"\boxed{D}", q.rule, q.sample.answer, q.options)["right"]
-        assert q.sample.order_rule == ("letter" if name in ("blink", "mv-math") else "never")
+        wanted = dict.fromkeys(("blink", "mv-math"), "letter") | dict.fromkeys(
+            ("mantis-eval", "muirbench", "medframeqa"), "keep")
+        assert q.sample.order_rule == wanted.get(name, "never")
 
 def test_option_images_are_no_duplicates():
     q = ev.from_mv_math(LAYOUTS["mv-math"][2], 0, place)
@@ -3622,8 +3103,7 @@ def test_golds_of_mathverse(gold, options, right, wrong):
      [r"Surface Area $=604.186$ units $^{2}$", r"Surface Area $=-603.186$ units $^{2}$"]),
     ("Center $=(20,10)$", ["(20,10)", "Center $=(20,10)$"], ["Center $=(21,10)$"]),
     (r"$2 \angle O=\angle C-\angle A$", [r"2\angle O = \angle C-\angle A"],
-     [r"$3 \angle O=\angle C-\angle A$"]),
-    ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"],
+     [r"$3 \angle O=\angle C-\angle A$"]), ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"],
      ["y_2=(x+3)^3=y_1(x+2)", "y_-2=(x+2)^3=y_1(x+2)", "y_2=(x+2)^{-3}=y_1(x+2)"]),
     ("$1+3+5+7=4^{2}$", ["1+3+5+7=4^2"], ["2+3+5+7=4^2"]),
     (r"\[g(x)=(x + 4)^2 - 5\].", ["(x+4)^2-5"], [r"(x + 5)^2 - 5\]."]),
@@ -3645,10 +3125,7 @@ def test_multi_step_answers_in_three_ways():
                      r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"):
         assert not graded(response, "parts", gold)["right"], response
 
-# ---- rotations, samples --------------------------------------------------------------------------
-
 # ---- measures ------------------------------------------------------------------------------------
-
 def test_average_and_bootstrap():
     values = {"a": [1, 1, 0, 0], "b": [1]}
     assert ev.average(values) == 0.6 and ev.average(values, "tasks") == 0.75
@@ -3692,7 +3169,6 @@ def test_order_measures_of_letters_with_a_reference_image():
     assert (m["same choice"]["value"], m["by position"]) == (1, {})
 
 # ---- runs ----------------------------------------------------------------------------------------
-
 def run(out, *flags):
     ev.main(["--out", str(out), "--limit", "12", "--orders", "3", "--batch", "10", *flags])
     return (out / "tiny" / "digits" / "results.json").read_bytes()
@@ -3750,16 +3226,33 @@ def test_compare_is_paired(tmp_path):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:4] == ["digits", "3", "66.7", "66.7"] and cells[4].startswith("0.0 [-")
 
+def test_compare_over_the_questions_that_both_could_be_read_for(tmp_path):
+    """A reads 3 of 4 and B all: the gain is 2/4, and over the three that both read 1/3."""
+    for run_name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well")),
+                            ("B", (r"\boxed{1}",) * 4)):
+        folder = tmp_path / run_name / "digits"
+        folder.mkdir(parents=True)
+        write_rows(folder / "samples.jsonl", *[graded(text, "text", "1", id=str(k))
+                                               for k, text in enumerate(texts)])
+    heading, _, line = ev.compare(tmp_path / "A", tmp_path / "B").splitlines()[-3:]
+    cells = dict(zip(*[[cell.strip() for cell in row.strip("|").split("|")]
+                       for row in (heading, line)]))
+    assert cells["B - A [95 %]"].startswith("50.0") and cells["unread A"] == "25.0"
+    assert cells["where both were read"].startswith("33.3") and cells["unread B"] == "0.0"
+
 def test_the_report_stands_beside_the_paper():
-    result = {"score": 0.5, "interval": [0.4, 0.6], "n": 100, "expected": 1901, "errors": 0,
+    result = {"score": 0.5, "interval": [0.4, 0.6], "unread": 0.07,
+              "config": {"labels": {"keep": 3, "never: one image": 97}}, "n": 100, "expected": 1901, "errors": 0,
               "unparsed": 1, "truncated": 0, "missing": 0, "orders": {}, "all rotations": {},
               "over questions": 0.5, "over tasks": 0.45}
     text = ev.report({"blink": result, "mathvista": result}, "mine")
     assert "50.0 [40.0, 60.0]" in text and "100 of 1901" in text and "58.53" in text
     assert "below judged" in text and "52.00" not in text  # MMIU was not run
+    lines = text.splitlines()
+    assert "7.0" in lines[5] and "no answer read" in lines[5], "next to the score"
+    assert "order label keep: 3" in text and "order label never: one image: 97" in text
 
 # ---- page of a run -------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory):
     """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
@@ -3769,7 +3262,7 @@ def paged(tmp_path_factory):
     run.mkdir()
     (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
     shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0, order_rule="index", movable=[0, 1])
+                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="")
     hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
     rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
                           reward=right, advantage=2 * right - 1)
@@ -3846,22 +3339,207 @@ def test_a_page_of_no_run_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="not a run folder"):
         ev.main(["--page", str(tmp_path)])
 
-# ---- data_samples/curate.py ----------------------------------------------------------------------
+# ---- Order labels of the benchmarks, and what three models get -------------------------
+NONE = "None of the choices provided"
+def listed(*options):
+    return "".join(f"\n({letter}) {option}" for letter, option in zip("ABCDE", options))
 
+def with_images(n, first=1):
+    return {f"image_{k}": k if k < n + first else None for k in range(first, 7)}
+
+ART = "Determine which one of the second or the third image has the style of the first image."
+BLINK = {"idx": "art", "sub_task": "Art_Style", "choices": LATTER, "answer": "(B)",
+         "prompt": f"{ART}\nSelect from the following choices.{listed(*LATTER)}"} | with_images(3)
+MUIR = {"idx": "m", "task": "Retrieval", "question": "<image>Which image shows the same bird?",
+        "options": ["<image>", "<image>", "<image>", NONE], "answer": "B", "image_list": [1, 2, 3, 4]}
+MED = {"question_id": "med", "question": "Based on the CT images, what is the likeliest diagnosis?",
+       "options": ["a cyst", "a stone", "a clot"], "correct_answer": "B"} | with_images(3)
+MANTIS = {"id": "man", "question": "Which picture shows the oldest car? <image><image><image>",
+          "images": [1, 2, 3], "answer": "(A)", "question_type": "multi-choice",
+          "options": ["Image 3", "Image 1", "Image 2"]}
+MMIU_OPTIONS = "A: the first image\nB: the second image\nC: the third image"
+MMIU = {"task": "forensic", "question": "Which of the three images is a real photo?", "output": "C",
+        "input_image_path": ["1", "2", "3"], "options": MMIU_OPTIONS,
+        "context": "Select from the following choices.\n" + MMIU_OPTIONS}
+REMI = {"task": "Charts", "label": "2",
+        "question": "<image1> <image2> How many of the two images show a bar chart?"} | with_images(2)
+
+def answers(question, model, monkeypatch):
+    """samples.jsonl of a question whose images are named by their numbers, in all orders. A
+    model is a function of the sample that it sees: images, options, gold."""
+    def ask(_model, _processor, samples, orders, cfg, n, greedy):
+        groups = []
+        for sample, some in zip(samples, orders):
+            seen = [perl.permute(sample, order) for order in some]
+            groups.append([SimpleNamespace(text=model(s), truncated=False) for s in seen])
+        return groups
+    monkeypatch.setattr(ev, "sample_groups", ask)
+    question = question._replace(orders=ev.all_orders(question.sample, 24))
+    rows = ev.answer_batch(None, None, [question], None)
+    for row in rows:
+        row["answer"], row["right"] = ev.grade_row(row)
+    return rows
+
+def first_option_image(s):
+    """The letter of the option that stands for the first image that may move."""
+    names = ["image 1", "<image_1>", "the first image", "First image"]
+    options = ev.listed_options(s.question)
+    for k, option in enumerate(options):
+        if option in names or option == "<image>" or option == "the second image" == options[0]:
+            return f"({'ABCDE'[k]})"
+    return "I like the picture best."
+
+@table("adapter, row, rule, movable, always_a, first_image", [
+    # always_a, first_image: mean, worst, bias, flip, by a count over all orders
+    (ev.from_blink, BLINK, "letter", (1, 2), (1/2, 0, 1, 1), (1/2, 0, 1, 1)),
+    (ev.from_muirbench, MUIR, "letter", (1, 2, 3), (1/3, 0, 1, 1), (1/3, 0, 1, 1)),
+    (ev.from_muirbench, MUIR | {"answer": "D"}, "keep", (1, 2, 3), (0, 0, 0, 1), (0, 0, 0, 1)),
+    (ev.from_medframeqa, MED, "keep", (0, 1, 2), (0, 0, 0, 0), (0, 0, 0, 0)),
+    (ev.from_medframeqa, MED | {"correct_answer": "A"}, "keep", (0, 1, 2), (1, 1, 0, 0), (0, 0, 0, 0)),
+    (ev.from_mantis, MANTIS, "keep", (0, 1, 2), (1, 1, 0, 0), (1/3, 0, 1, 1)),
+    (ev.from_mmiu, MMIU, "letter", (0, 1, 2), (1/3, 0, 1, 1), (1/3, 0, 1, 1)),
+    (ev.from_remi, REMI, "keep", (0, 1), (0, 0, 0, 0), (0, 0, 0, 0))])
+def test_three_models_get_what_a_hand_count_gives(adapter, row, rule, movable, always_a,
+                                                  first_image, monkeypatch):
+    q = adapter(row, 0, place)
+    assert (q.sample.order_rule, q.sample.movable) == (rule, movable)
+    first = perl.permute(q.sample, tuple(range(len(q.sample.images))))
+    right_image = perl.named_positions(first)
+
+    def perfect(s):
+        """Finds the right picture wherever it is; other answers are known."""
+        if right_image:
+            return "ABCDE"[s.movable.index(s.images.index(first.images[right_image[0]]))]
+        return s.answer
+    for model, wanted in ((perfect, (1, 1, 0, 0)), (lambda s: "A", always_a),
+                          (first_option_image, first_image)):
+        text = model if q.rule == "choice" else lambda s, m=model: rf"\boxed{{{m(s)}}}"
+        measures = ev.order_measures([answers(q, text, monkeypatch)])
+        got = tuple(measures[name]["value"] for name in ("mean", "worst", "bias", "flip"))
+        assert got == pytest.approx(wanted, abs=1e-6), model
+
+def test_an_option_follows_its_picture_in_the_prompt_and_in_the_texts():
+    q = ev.from_mantis(MANTIS, 0, place)
+    moved = perl.permute(q.sample, (2, 0, 1))
+    assert moved.answer == "A" and moved.images[0] == "3.png"
+    assert ev.listed_options(moved.question)[0] == "<image_1>", "image 3 stands first now"
+    assert ev.options_in(q, (2, 0, 1)) == ["image 1", "image 2", "image 3"]
+    assert "the second image" in ev.from_blink(BLINK, 0, place).sample.question, "as published"
+
+@table("adapter, row, reason", [(ev.from_medframeqa, MED | with_images(1), "one image"),
+    (ev.from_medframeqa, MED | {"correct_answer": ""}, "no gold"),
+    (ev.from_medframeqa, MED | {"correct_answer": "E"}, "no gold"),
+    (ev.from_medframeqa, MED | {"question": "What comes next?"}, "words that may mean order"),
+    (ev.from_medframeqa, MED | {"question": "What does the image show?"}, "a name that would not"),
+    (ev.from_muirbench, MUIR | {"question": "<image>Is it like image 3?"}, "a name that would not"),
+    (ev.from_muirbench, MUIR | {"options": ["<image>", "a", "<image>", "<image>"]}, "an image has its own place"),
+    (ev.from_blink, BLINK | {"choices": ["left", "right"]}, "options that the text does not list"),
+    (ev.from_mantis, MANTIS | {"options": ["1", "2", "3"]}, "answer unclear")])
+def test_a_never_has_a_reason(adapter, row, reason):
+    q = adapter(row, 0, place)
+    assert q.sample.order_rule == "never" and q.label.startswith("never: " + reason), q.label
+
+def test_the_report_counts_labels_by_benchmark_and_reason(tmp_path, capsys):
+    picture = encoded(Image.new("RGB", (30, 30)), "PNG")
+    images = {f"image_{k}": picture for k in (1, 2, 3)}
+    rows = [MED | images | {"question_id": str(k)} for k in range(3)]
+    rows[1]["question"] = "Which finding comes next?"
+    write_parquet(rows, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
+    flags = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
+    ev.main(["--benchmarks", "medframeqa", "--orders", "6", *flags])
+    saved = json.loads((tmp_path / "out" / "tiny" / "medframeqa" / "results.json").read_text())
+    never = "never: words that may mean order, time or place"
+    assert saved["config"]["labels"] == {"keep": 2, never: 1} and saved["unread"] == 1
+    assert f"order label keep: 2\n  order label {never}: 1\n" in capsys.readouterr().out
+    assert saved["orders"]["flip"]["n"] == 2, "what moves is asked in several orders"
+
+def test_mmiu_rows_without_a_gold_are_left_out(tmp_path):
+    Image.new("RGB", (30, 30)).save(tmp_path / "1.png")
+    rows = [MMIU | {"input_image_path": ["1.png"] * 3, "output": gold} for gold in ("A", "", None, "B")]
+    write_parquet(rows, tmp_path / "MMIU-Benchmark" / "all.parquet")
+    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=0)
+    assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == ["A", "B"]
+
+# ---- --flip ----------------------------------------------------------------------------
+@pytest.fixture
+def flip_data(tmp_path):
+    """Copies of two benchmarks and of Facet-Probe, with three published ids of four each."""
+    pictures = [encoded(Image.new("RGB", (30, 30), color), "PNG") for color in ("red", "blue", "tan")]
+    images = {f"image_{k}": picture for k, picture in enumerate(pictures, 1)}
+    ids = ("keep1", "keep2", "excluded", "border")
+    med = [MED | images | {"question_id": key} for key in ids]
+    med[0]["question"] = "Which image comes first?"  # never, by our rules
+    mantis = [MANTIS | {"images": pictures, "id": key} for key in ids]
+    write_parquet(med, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
+    write_parquet(mantis, tmp_path / "Mantis-Eval" / "mantis_eval" / "test-0.parquet")
+    clone, classes = tmp_path / "facet-probe", ("keep", "keep", "exclude", "borderline")
+    screen, rates = ["dataset,hf_id,classification"], ["model,dataset,k6_flip_rate,n_screened"]
+    for name in ("mantis_eval", "medframeqa"):
+        screen += [f"{name},{key},{label}" for key, label in zip(ids, classes)]
+        rates.append(f"other-7b,{name},0.25,4")
+    for file, lines in ((ev.SCREEN, screen), (ev.RATES, rates)):
+        (clone / file).parent.mkdir(parents=True, exist_ok=True)
+        (clone / file).write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+def flip(folder, *flags):
+    ev.main(["--flip", "--data-dir", str(folder), "--out", str(folder / "out"),
+             "--max-new-tokens", "2", *flags])
+
+def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(flip_data, capsys):
+    flip(flip_data)
+    out = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if "|" in line}
+    low, high = ev.wilson(0.25, 4)
+    assert out.count("3 items") == 2 and f"25.0 [{100 * low:.1f}, {100 * high:.1f}]" in rows["other-7b"]
+    assert "0.0 [0.0, 56.2]" in rows["tiny"], "no answer was read, so none flips; 3 items are few"
+    assert "unread answer in %:  mantis-eval 100.0  medframeqa 100.0" in out
+    for name in ("mantis-eval", "medframeqa"):
+        asked = read_rows(flip_data / "out" / "tiny" / "flip" / name / "samples.jsonl")
+        assert Counter(row["id"] for row in asked) == {"keep1": 6, "keep2": 6, "border": 6}
+        for key in ("keep1", "border"):
+            rows = [row for row in asked if row["id"] == key]
+            assert len({tuple(row["order"]) for row in rows}) == 6 and rows[0]["order"] == [0, 1, 2]
+            assert len({row["gold"] for row in rows}) == 1, "the gold stays"
+
+def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
+    with (flip_data / "facet-probe" / ev.SCREEN).open("a") as screen:
+        screen.write("medframeqa,gone,keep\n")
+    with pytest.raises(SystemExit, match="medframeqa has no question gone"):
+        flip(flip_data)
+    shutil.rmtree(flip_data / "facet-probe")
+    with pytest.raises(SystemExit, match="clone github.com/yahskapar/facet-probe"):
+        flip(flip_data)
+
+@table("answers, flips, unread", [("AAAAAA", 0, 0), ("AAAAAB", 1, 0), ("AAA?AA", 0, 1),
+                                  ("??????", 0, 1), ("AB????", 1, 1)])
+def test_a_flip_is_more_than_one_parsed_answer(answers, flips, unread):
+    answers = [None if answer == "?" else answer for answer in answers]
+    orders = ev.all_orders(Sample("s", tuple("abc"), "?", "A", "keep"), 6)
+    m = ev.order_measures([group(answers, "A" * 6, orders, "keep")])
+    assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
+
+def test_the_interval_of_a_rate():
+    assert ev.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by hand
+    low, high = ev.wilson(0, 18)
+    assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(0.1759, abs=1e-4)
+
+# ---- data_samples/curate.py ----------------------------------------------------------------------
 sys.path.append(str(HERE / "data_samples"))
+
 order_rules = ev
 
 LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
 DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
 
-@table("part, least", [("rules", 58), ("held-out", 27), ("attack", 73)])
+@table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
 def test_order_labels_other_than_never_are_right(part, least):
     """The held-out questions were written without sight of the rules, and scored once; `attack`
     to find wrong labels, after which the rules were mended."""
     found = 0
     for row in (row for row in LABELLED if row["set"] == part):
         n = row["question"].count("<image>")
-        gold = order_rules.gold_of(row["answer"], row["question"], n)
+        gold = curate.gold_of(row["answer"], row["question"], n)
         label = order_rules.infer_label(row["question"], gold, n, row["style"])
         if label.order_rule != "never":
             mentions = [int(k) for k in perl.MENTION.findall(label.question)]
@@ -3897,7 +3575,7 @@ def test_a_label_means_the_same_picture_in_every_order(tmp_path):
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
     for row in LABELLED:
         n = row["question"].count("<image>")
-        gold = order_rules.gold_of(row["answer"], row["question"], n)
+        gold = curate.gold_of(row["answer"], row["question"], n)
         label = order_rules.infer_label(row["question"], gold, n, row["style"])
         if label.order_rule not in ("index", "letter"):
             continue
@@ -3910,7 +3588,6 @@ def test_a_label_means_the_same_picture_in_every_order(tmp_path):
             assert moved.images[place(moved)] == sample.images[place(sample)]
 
 # ---- Free text: numbers, Chinese, programs (into the section of eval.py's tests) ----------------
-
 @table("text, number", [
     (r"3\frac{1}{4}", 3.25), ("7 2/5", 7.4), (r"-1\frac12", -1.5), ("2½", 2.5), (r"\frac{-3}{4}", -0.75),
     (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800), (r"3\pi", 3 * math.pi),
@@ -3934,20 +3611,6 @@ def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer)
     assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
     assert graded(response, "number 0", "58", truncated=True)["answer"] is None
 
-@table("response, letter", [
-    ("选C", "C"), ("答案：D", "D"), ("答案是A。", "A"), ("选项B是正确答案", "B"), ("应选择C。", "C"),
-    ("因此，正确的是（D）。", "D"), (r"\boxed{选B}", "B"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
-    ("选项A错误。选项B错误。选项D正确。", "D"), ("选项A和选项C都正确", None), ("不选A。", None)])
-def test_chinese_choices(response, letter):
-    assert ev.extract_choice(response, ["cat", "dog", "cow", "pig"]) == letter
-
-@table("response, letter", [
-    ("```python\nA = 3\nprint(A)\n```", None), ("```\nD\n```", "D"), ("A = 2\nB = 5\nprint(A + B)", None),
-    ("def area(B):\n    return 2 * B", None), ("from math import pi\nC = 2 * pi\nprint(C)", None),
-    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C"), ("A = 4, so I choose option B.", "B")])
-def test_the_source_of_a_program_is_not_searched_for_a_letter(response, letter):
-    assert ev.extract_choice(response, ["1", "2", "3", "4"]) == letter
-
 @table("answer, gold, right", [
     ("(x,y)=(90,5)", "(90,5)", True), ("SA = 8", "Surface Area $=8$ units $^{2}$", True),
     ("84", r"84 \mathrm{cm}^2", True), ("84 cm", r"84 \mathrm{cm}^2", False), ("y = 3", "x = 3", False),
@@ -3955,12 +3618,73 @@ def test_the_source_of_a_program_is_not_searched_for_a_letter(response, letter):
 def test_what_an_answer_may_leave_out(answer, gold, right):
     assert ev.same_value(answer, gold) is right
 
+# ---- Order labels: what is freed, and what stays never ---------------------------------
+PAIR = "<image><image> Is this statement about the pair true or false? "
+@table("statement, mentions", [
+    ("The left image shows a cow.", [1]), ("There is a cow in the image on the right.", [2]),
+    ("The right-hand picture has more cows than the left picture.", [2, 1]),
+    ("The left and right image show cows.", [1, 2]), ("The photo to the left is darker.", [1]),
+    ("Two cows stand next to each other in one image.", []), ("Each image shows a row of cows.", []),
+    ("The cows have different colors.", []), ("A cow stands between two trees in an image.", []),
+    ("The image pair shows three cows.", []), ("Every cow in the images is facing forward.", [])])
+def test_statements_about_a_pair(statement, mentions):
+    label = ev.infer_label(PAIR + statement, "True", 2, "nlvr2")
+    assert label.order_rule == "keep" and label.movable == (0, 1)
+    assert [int(k) for k in perl.MENTION.findall(label.question)] == mentions
+    if mentions and "left" in statement + "right":
+        other = ev.infer_label(PAIR + statement, "True", 2, "any")
+        assert other.order_rule == "never", "a side is a name only where pairs stand side by side"
+
+@table("source, question, answer", [("nlvr2", PAIR + "The cow on the left is brown.", "True"),
+    ("nlvr2", PAIR + "The right side of the left image shows a cow.", "True"),
+    ("nlvr2", PAIR + "The left image is missing on the right.", "True"),
+    ("any", "<image><image><image>Which image is quieter, image 1 or 3?", "Image 3 suggests rest"),
+    ("any", "<image><image>How many images show a cow?", "image 1"),
+    ("muirbench", "<image><image>What does the man in these pictures do?\n(A) getting up\n(B) lying",
+     "A"),
+    ("muirbench", "<image><image>Is the cup fuller or emptier?\n(A) fuller\n(B) emptier", "A"),
+    ("muirbench", "<image><image>Has the tumor shrunk?\n(A) yes\n(B) no", "A"),
+    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
+    ("muirbench", "<image><image><image>Which image is it?\n(A) 1\n(B) 2\n(C) 3", "A"),
+    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
+    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
+     "(B) the second image and the first image\n(C) the third image", "A"),
+    ("muirbench", "<image><image>What is the difference?\n(A) a hat\n(B) a coat", "A")])
+def test_benchmark_texts_that_stay_never(source, question, answer):
+    label = ev.infer_label(question, answer, question.count("<image>"), source)
+    assert (label.order_rule, label.movable) == ("never", None)
+
+# ---- --against: copies of a benchmark's pictures ---------------------------------------
+def drawing(seed):
+    """A figure of thin lines, as in mathematics; another one for each seed."""
+    rng, picture = random.Random(seed), Image.new("RGB", (320, 240), "white")
+    draw = ImageDraw.Draw(picture)
+    for _ in range(6):
+        points = [rng.randrange(20, 220) for _ in range(4)]
+        draw.line(points, "black", 2)
+        x, y, radius = rng.randrange(60, 260), rng.randrange(60, 180), rng.randrange(10, 55)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black")
+    return picture
+
+def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
+    (tmp_path / "benchmark").mkdir()
+    for seed in range(60):
+        drawing(seed).save(tmp_path / "benchmark" / f"{seed}.png")
+    benchmarks = curate.read_benchmarks([tmp_path / "benchmark"])
+    copy, found, others = tmp_path / "copy.jpg", 0, 0
+    for seed in range(60):
+        drawing(seed).resize((256, 192)).save(copy, quality=80)
+        found += benchmarks.shows(curate.near_hash(perl.read_image(copy)), copy)
+        drawing(1000 + seed).save(copy)
+        others += benchmarks.shows(curate.near_hash(perl.read_image(copy)), copy)
+    assert (found, others) == (60, 0)
+    nothing = curate.read_benchmarks([])
+    assert not nothing.shows(curate.near_hash(perl.read_image(copy)), copy)
+
 def update_at_lr_0(model, groups, cfg):
-    optimizer = perl.SplitAdamW(model, dataclasses.replace(cfg, lr=0.0), ACCELERATOR)
-    perl.update(model, None, optimizer, PROCESSOR, groups, cfg=cfg)
+    adamw_updates(model, [groups], cfg, lr=0.0)
 
 # ---- data_samples/ablate.py ------------------------------------------------------------
-
 def test_the_t_interval():
     """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
     of its distribution, integrated by trapezoids."""
@@ -3996,21 +3720,33 @@ def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatc
 
 def write_run(out, *worst_orders):
     """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
+    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0)
+    evaluation = dict(eval_accuracy=0.75, eval_bias=0.25, places={"1": 1.0, "2": 0.5})
     for stage, worst in enumerate(worst_orders, 1):
         folder = out / f"stage{stage}"
         (folder / "checkpoint-2").mkdir(parents=True)
-        step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0)
-        evaluation = dict(eval_accuracy=0.75, eval_bias=0.25, places={"1": 1.0, "2": 0.5})
         write_rows(folder / "metrics.jsonl",
                    evaluation | dict(step=0, eval_worst=0.25), step | dict(step=1),
                    step | evaluation | dict(step=2, eval_worst=worst))
+
+class AtOnce(Executor):
+    """Runs what is submitted before it returns. Threads would not do: ast.parse is not safe."""
+    def __init__(self, jobs):
+        self.jobs = jobs
+
+    def submit(self, task, *args):
+        future = Future()
+        try:
+            future.set_result(task(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
 
 @pytest.fixture
 def ablation(tmp_path, monkeypatch):
     """run_all on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO;
     those in `broken` fail. Returns what is called, the runs started, `broken`, and the file."""
     started, broken, path = [], set(), tmp_path / "ablation.jsonl"
-
     def trained(argv):
         seed, out = int(argv[argv.index("--seed") + 1]), Path(argv[argv.index("--out") + 1])
         name = out.name.split("-seed")[0]
@@ -4018,20 +3754,17 @@ def ablation(tmp_path, monkeypatch):
         if (name, seed) in broken:
             raise SystemExit("out of memory")
         write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo"))
-
+    for name in ("evaluate", "sample_orders"):
+        monkeypatch.setattr(perl, name, getattr(perl, name))  # put back after the test
     monkeypatch.setattr(perl, "main", trained)
-    for target in ("evaluate", "sample_orders"):
-        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
-    monkeypatch.setattr(ablate, "redirect_stdout", contextlib.nullcontext)  # threads share it
-    monkeypatch.setattr(ablate, "redirect_stderr", contextlib.nullcontext)
-    monkeypatch.setattr(ablate, "fresh_processes", ThreadPoolExecutor)
-    monkeypatch.setattr(ablate, "training_set", lambda share, scratch: scratch)
-    monkeypatch.setattr(ablate, "base_hash", lambda: "now")
-
+    for name, fake in dict(  # all in this process, whose output is the test's
+            redirect_stdout=contextlib.nullcontext, redirect_stderr=contextlib.nullcontext,
+            fresh_processes=AtOnce, base_hash=lambda: "now",
+            training_set=lambda share, scratch: scratch).items():
+        monkeypatch.setattr(ablate, name, fake)
     def run_all(names=("perl", "grpo"), seeds=(0, 1, 2), jobs=1):
         started.clear()
         ablate.run_all(names, seeds, jobs, path, tmp_path / "scratch")
-
     return run_all, started, broken, path
 
 def test_a_finished_run_is_not_run_again_until_its_code_changes(ablation, tmp_path, monkeypatch):
@@ -4039,15 +3772,12 @@ def test_a_finished_run_is_not_run_again_until_its_code_changes(ablation, tmp_pa
     run_all()
     assert started == [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")], "in pairs"
     assert not list(tmp_path.glob("scratch/*/*/checkpoint-*")), "their weights are not kept"
-    run_all()
-    assert started == []
     run_all(seeds=(2, 3), jobs=2)
     assert sorted(started) == [("grpo", 3), ("perl", 3)]
-    line = read_rows(path)[0]
-    assert line == dict(
+    assert dict(
         arm="perl", seed=0, hash=ablate.arm_hash(ablate.ARMS["perl"], "now"),
         flags=["--eval-every 5"], curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]],
-        places={"1": 1.0, "2": 0.5}, kept=0.25, training_seconds=6.0)
+        places={"1": 1.0, "2": 0.5}, kept=0.25, training_seconds=6.0) in read_rows(path)
     monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
     text = ablate.summary(read_rows(path))
     assert text == "0 runs; 8 lines of other code or data are left out"
@@ -4055,48 +3785,41 @@ def test_a_finished_run_is_not_run_again_until_its_code_changes(ablation, tmp_pa
     assert started == [("perl", 0), ("grpo", 0)]
     assert ablate.summary(read_rows(path)).startswith("2 runs; 8 lines of other code or data")
 
-def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation, capsys):
+def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation, monkeypatch, capsys):
+    """Code that changes during a run makes it fail too."""
     run_all, started, broken, path = ablation
     broken.add(("perl", 1))
-    with pytest.raises(SystemExit, match="1 runs failed"):
-        run_all()
+    refuses("1 runs failed", run_all)
     assert len(started) == 6 and len(read_rows(path)) == 5
     assert "perl, seed 1: out of memory" in capsys.readouterr().out
     broken.clear()
     run_all()
     assert started == [("perl", 1)]
     assert ablate.summary(read_rows(path)).startswith("6 runs; 0 lines")
-
-def test_code_that_changes_during_a_run_makes_it_fail(ablation, monkeypatch, capsys):
-    run_all, _, _, path = ablation
     changes = itertools.count()
     monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
-    with pytest.raises(SystemExit, match="1 runs failed"):
-        run_all(names=("perl",), seeds=(0,))
-    assert "code or data changed during the run" in capsys.readouterr().out and not path.exists()
+    refuses("1 runs failed", run_all, names=("perl",), seeds=(0,))
+    assert "code or data changed during the run" in capsys.readouterr().out
+    assert len(read_rows(path)) == 6
 
 def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
     """perl.py refuses a negative seed: the process starts, ends and says why without training."""
-    with pytest.raises(SystemExit, match="1 runs failed"):
+    with ends("1 runs failed"):
         ablate.run_all(["clean"], [-1], 1, tmp_path / "a.jsonl", tmp_path / "scratch")
     assert "clean, seed -1: --seed -1 must be" in capfd.readouterr().out
     assert (tmp_path / "scratch" / "clean-seed-1.log").exists()
     assert not (tmp_path / "a.jsonl").exists()
     assert perl.set_advantages.__name__ == "set_advantages", "the fork is not in this process"
 
-def cells_of(text):
-    """The table of a summary: first cell -> the others."""
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.split("\n")
-            if line.startswith("|")]
-    return {row[0]: row[1:] for row in rows}
-
-def test_tables_by_hand(ablation):
+def test_tables_by_hand(ablation, tmp_path):
     """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
-    paired difference is over two seeds and without spread."""
+    paired difference is over two seeds and without spread. The picture is small."""
     run_all, _, _, path = ablation
     run_all(names=("perl", "grpo", "perl-0.5", "grpo-0.5"), seeds=(0, 1))
     run_all(names=("perl",), seeds=(2,))
-    cells = cells_of(ablate.summary(read_rows(path)))
+    cells = {}
+    for line in ablate.summary(read_rows(path)).split("\n"):
+        name, *cells[name] = [cell.strip() for cell in line.strip("| ").split("|")]
     assert cells["PeRL (n_s = 1)"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0",
                                        "**+10.0 ± 0.0**", "", "100 / 50", "25%", "6"]
     assert cells["plain GRPO (n_s = 0)"][4:6] == ["", "**-10.0 ± 0.0**"]
@@ -4104,10 +3827,6 @@ def test_tables_by_hand(ablation):
     skewed = cells["PeRL, right image first: 0.5"]
     assert skewed[4:6] == ["**+10.0 ± 0.0**", ""], "against plain GRPO on the same training set"
     assert ablate.shown([9.0, -1.0, 4.0], "+") == "+4.0 ± 12.4", "not bold: it includes 0"
-
-def test_the_picture_is_drawn_and_small(ablation, tmp_path):
-    run_all, _, _, path = ablation
-    run_all(names=("perl", "grpo", "grpo-1", "perl-0.5"))
     ablate.draw(ablate.present_runs(read_rows(path)), tmp_path / "ablation.png")
     with Image.open(tmp_path / "ablation.png") as picture:
         assert picture.width > 1500 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
@@ -4158,31 +3877,32 @@ def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
     assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
 
 def test_the_forks_of_baseline_and_condition(monkeypatch):
-    """Advantages of pooled rewards 1, 0, 0, 0, and of those of each order; then what is learned."""
+    """Advantages of rewards 1, 0, 0, 0, pooled and by order; then what is learned."""
     monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
     group = group_of("1", "9", "9", "9")
-    perl.set_advantages([group])
-    assert [r.advantage for r in group] == pytest.approx([ROOT] + [-1 / ROOT] * 3)
-    ablate.baseline_per_order()
-    perl.set_advantages([group])
-    assert [r.advantage for r in group] == pytest.approx([1, -1, 0, 0])
-    assert [r.prompt.sample.answer for r in group] == ["1", "1", "2", "2"]
-    ablate.before_advantages(ablate.loss_on_clean_order)
-    perl.set_advantages([group])
-    assert [r.prompt.sample.answer for r in group] == ["1"] * 4
+    for expected, answers, fork in (
+            ([ROOT] + [-1 / ROOT] * 3, "1122", ablate.baseline_per_order),
+            ([1, -1, 0, 0], "1122", lambda: ablate.before_advantages(ablate.loss_on_clean_order)),
+            ([1, -1, 0, 0], "1111", None)):
+        perl.set_advantages([group])
+        assert [r.advantage for r in group] == pytest.approx(expected)
+        assert [r.prompt.sample.answer for r in group] == list(answers)
+        if fork:
+            fork()
 
 def test_permuting_follows_a_questions_own_gap(monkeypatch):
     """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
     groups, asked, rng = [], [], random.Random(0)
     for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
-        group = group_of("1", "1", "1", "1")[:len(row)]
-        for rollout, accuracy in zip(group, row):
+        groups.append(group_of("1", "1", "1", "1")[:len(row)])
+        for rollout, accuracy in zip(groups[-1], row):
             rollout.accuracy = float(accuracy)
             rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
-        groups.append(group)
+    def sample_orders(*args, n_orders, n):
+        asked.append((n_orders, n))
+        return groups
     monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
-    monkeypatch.setattr(perl, "sample_orders", lambda *args, n_orders, n: (
-        asked.append((n_orders, n)) or groups))
+    monkeypatch.setattr(perl, "sample_orders", sample_orders)
     ablate.permute_by_gap()
     for stage in (0, 1):
         perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
@@ -4219,7 +3939,6 @@ def test_a_training_set_without_a_favoured_place(tmp_path):
     assert ablate.training_set("balanced", tmp_path) == folder, "made once"
 
 # ---- data_samples/ablate.py --cost -----------------------------------------------------
-
 SMALL_STEP = [3, 6, 10]  # images, tokens of each, other tokens
 
 def step_flags(images, image_tokens, text_tokens, new_tokens):
@@ -4291,16 +4010,14 @@ def test_ctrl_c_during_the_cost_is_one_sentence():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 1 and "interrupted; the same command continues" in err
-    assert "Traceback" not in err
+    assert "KeyboardInterrupt" not in err
 
 # ---- data_samples/curate.py ------------------------------------------------------------
-
-LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
 DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
 
 def label_of(row, question=None, n=None):
     question, n = question or row["question"], n or row["question"].count("<image>")
-    gold = ev.gold_of(row["answer"], question, n)
+    gold = curate.gold_of(row["answer"], question, n)
     return ev.infer_label(question, gold, n, row.get("style", "any"))
 
 def digit(k, kind="PNG", mode="RGB"):
@@ -4324,6 +4041,13 @@ def write_mantis(folder, config, rows, contents, parts=("train_images.zip",)):
             for name in sorted(contents)[k::len(parts)]:
                 archive.writestr(name, contents[name])
 
+def image_of(k, **how):
+    return {"bytes": digit(k, **how), "path": None}
+
+def k12_row(k, question, answer, image):
+    return {"id": str(k), "question": question, "answer": answer, "subject": "math",
+            "image": image}
+
 OPTIONS = "\nA. <image>\nB. <image>\nC. <image>"
 DREAM = ("Answer the following multiple-choice question:\nHere are there images: <image> <image> "
          "<image>. If image {} is the reference image, which image of the other two is more "
@@ -4334,21 +4058,21 @@ def copies(tmp_path_factory):
     """Local copies in the layouts of the Hub; images of one name lie in several folders."""
     root, contents, dream, icon = tmp_path_factory.mktemp("copies"), {}, [], []
     for k in range(6):
-        paths = [f"nights/{k}/{j}.png" for j in range(3)]
-        dream.append(mantis_row(k, paths, DREAM.format(2, 1, 3), "AB"[k % 2]))
-        contents |= {path: digit(3 * k + j) for j, path in enumerate(paths)}
-        paths = [f"choose_img/{k}/{name}.png" for name in ("image", *"012")]
-        icon.append(mantis_row(k, paths, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B"))
-        contents |= {path: digit(20 + 4 * k + j) for j, path in enumerate(paths)}
+        for rows, kind, names, question, answer, first in (
+                (dream, "nights", "012", DREAM.format(2, 1, 3), "AB"[k % 2], 3 * k),
+                (icon, "choose_img", ("image", *"012"), f"<image>Which shape is like {k}?{OPTIONS}",
+                 "Answer: B", 20 + 4 * k)):
+            paths = [f"{kind}/{k}/{name}.png" for name in names]
+            rows.append(mantis_row(k, paths, question, answer))
+            contents |= {path: digit(first + j) for j, path in enumerate(paths)}
     write_mantis(root, "dreamsim", dream, contents)
     write_mantis(root, "iconqa", icon, contents, ("part_0.zip", "part_1.zip"))
-    k12 = [{"id": str(k), "question": f"As shown, AB = {k}. How long is CD?", "answer": f"$${k}$$",
-            "subject": "math", "image": {"bytes": digit(50 + k, mode=mode), "path": None}}
-           for k, mode in enumerate(("RGB", "RGBA", "L", "P"))]
-    write_parquet(k12, root / "MMK12" / "data" / "train-00000-of-00001.parquet")
-    geometry = [{"images": [{"bytes": digit(60 + k), "path": None}], "answer": rf"{k}\sqrt{{2}}",
+    k12 = [k12_row(k, f"As shown, AB = {k}. How long is CD?", f"$${k}$$",
+                   image_of(50 + k, mode=mode)) for k, mode in enumerate(("RGB", "RGBA", "L", "P"))]
+    geometry = [{"images": [image_of(60 + k)], "answer": rf"{k}\sqrt{{2}}",
                  "problem": "<image>Find x."} for k in range(3)]
-    write_parquet(geometry, root / "geometry3k" / "data" / "train-00000-of-00001.parquet")
+    for name, rows in (("MMK12", k12), ("geometry3k", geometry)):
+        write_parquet(rows, root / name / "data" / "train-00000-of-00001.parquet")
     return root
 
 ALL_SOURCES = ["mantis:dreamsim", "mantis:iconqa", "mmk12", "hiyouga/geometry3k"]
@@ -4394,43 +4118,8 @@ def test_on_our_own_samples_the_rules_give_the_label_or_never():
         found[label.order_rule] += 1
         if label.order_rule != "never":
             movable = tuple(row.get("movable", range(n)))
-            assert label[1:] == (row["answer"], row["order_rule"], movable), row
+            assert label[1:4] == (row["answer"], row["order_rule"], movable), row
     assert found["keep"] > 300 and found["index"] > 500
-
-def test_a_curated_set_in_a_dry_run(curated, capsys):
-    perl.main(["--data", str(curated / "train.jsonl"), "--eval-data", "", "--dry-run"])
-    text = capsys.readouterr().out
-    assert "19 questions, 0 dropped" in text and "order (0, 1, 2" in text
-
-def test_questions_of_one_and_of_several_images_train_together(tmp_path, monkeypatch):
-    """Real digits through the adapter for images/problem/answer: one image has one order, in
-    all (n_s + 1) * n rollouts of its group; several have two. Both kinds reach the loss."""
-    folder, rows = HERE / "data_samples", []
-    counts = [row for row in read_rows(folder / "test.jsonl") if row["source"] == "count"]
-    for k, row in enumerate(counts[:20]):
-        question = "How many of the images show an even digit?"
-        images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in row["images"]]
-        answer = row["answer"]
-        if k % 2:  # a single image; its gold is a guess, which makes some rollouts wrong
-            images, answer = images[:1], str(int(answer) % 2)
-        rows.append({"images": images, "problem": question, "answer": answer})
-    write_parquet(rows, tmp_path / "digits" / "train.parquet")
-    out = run_curate(tmp_path, tmp_path / "out", sources=["our/digits"])
-    assert Counter(s.order_rule for s in perl.load_samples(out / "train.jsonl")) == {
-        "keep": 10, "never": 10}
-    kept, update = [], perl.update
-    monkeypatch.setattr(perl, "update", lambda *args, **more: (
-        kept.extend(args[4]) or update(*args, **more)))
-    perl.main(arguments(out / "train.jsonl", tmp_path / "run", eval_data="", steps=1,
-                        questions_per_step=20, rollouts_per_order=6))
-    assert {len(group) for group in kept} == {12}
-    orders = {1: set(), 2: set()}
-    for group in kept:
-        n_orders = len({rollout.order for rollout in group})
-        orders[n_orders].add(len(group[0].prompt.sample.images))
-    assert orders[1] == {1} and min(orders[2]) > 1
-    (row,) = read_rows(tmp_path / "run" / "stage1" / "metrics.jsonl")
-    assert row["kept"] == len(kept) and row["grad_norm"] > 0
 
 def one_image(question, answer, path="a.png"):
     return mantis_row(0, [path], "<image> " + question, answer)
@@ -4464,32 +4153,28 @@ def bad_copies(tmp_path):
     good = [one_image("How many brown cows graze here?", "4"), one_image("Is this a horse?", "No"),
             one_image("Is it odd?", "No", "c.png"),
             one_image("Is it odd?", "Yes", "b.png")]  # contradicted below
-    thin = encoded(Image.new("RGB", (900, 3)), "PNG")["bytes"]
     contents = {"a.png": digit(0), "a.jpg": digit(0, "JPEG"), "b.png": digit(1),
-                "c.png": digit(2), "x/0.png": digit(3), "y/0.png": digit(4), "thin.png": thin,
+                "c.png": digit(2), "x/0.png": digit(3), "y/0.png": digit(4),
+                "thin.png": encoded(Image.new("RGB", (900, 3)), "PNG")["bytes"],
                 "torn.png": digit(5)[:-60]}
-    rows = good + list(BAD.values())
-    write_mantis(tmp_path / "copies", "nlvr2", rows, contents)
+    write_mantis(tmp_path / "copies", "nlvr2", good + list(BAD.values()), contents)
     return tmp_path / "copies"
 
 CIRCLES = "Statements: ① a ② b ③ c ④ d. Which are right?"
 LABELS = "(1) a (2) b (3) c (4) d. Which are right?"
-
-@table("gold, question", [  # they stay
-    ("24 cm", ""), ("7 (mod 12)", ""), ("3.4", LABELS), ("③④", CIRCLES), ("12, 5", ""),
-    ("1,000", ""), ("(1, 2)", ""), (r"(-\infty, 3]", ""), (r"3\frac{1}{2}", ""), ("1 1/2", ""),
-    ("black and white", ""), ("1/2", ""), ("OR gate", ""), (r"6\sqrt{2}", ""), ("y=2x+1", "")])
-def test_golds_that_a_natural_answer_meets(gold, question):
-    assert curate.unwrap_gold(gold, question) == gold
-    curate.check_gold(gold)
-    assert perl.is_correct(rf"\boxed{{{gold}}}", gold)
-
-@table("answer, question, gold", [
+GOLDS = [  # answer, question, what is left of it
     (r"$\number{24}$", "", "24"), (r"\boxed{\text{24}}", "", "24"), ("24 (students)", "", "24"),
     (r"24\mathrm{~cm}", "", "24 cm"), ("3.4.", CIRCLES, "③④"), ("3.4.", LABELS, "3, 4"),
-    ("1.3.4.", LABELS, "1, 3, 4"), ("3 and 4", "", "3, 4"), (r"{24}", "", "24")])
-def test_golds_are_unwrapped(answer, question, gold):
-    assert curate.unwrap_gold(ev.gold_of(answer, question, 1), question) == gold
+    ("1.3.4.", LABELS, "1, 3, 4"), ("3 and 4", "", "3, 4"), (r"{24}", "", "24"),
+    *[(gold, LABELS if gold == "3.4" else CIRCLES, gold) for gold in (
+        "24 cm", "7 (mod 12)", "3.4", "③④", "12, 5", "1,000", "(1, 2)", r"(-\infty, 3]", "1 1/2",
+        r"3\frac{1}{2}", "black and white", "1/2", "OR gate", r"6\sqrt{2}", "y=2x+1")]]
+
+@table("answer, question, gold", GOLDS)
+def test_golds_that_a_natural_answer_meets_are_unwrapped(answer, question, gold):
+    assert curate.unwrap_gold(curate.gold_of(answer, question, 1), question) == gold
+    curate.check_gold(gold)
+    assert perl.is_correct(rf"\boxed{{{gold}}}", gold)
 
 @table("gold, rule", [
     *[(gold, "has several parts") for gold in (
@@ -4519,20 +4204,16 @@ def test_an_answer_that_names_an_image_never_stays(tmp_path):
 
 def test_benchmarks_are_kept_out(copies, tmp_path):
     """By the same pixels, by a JPEG of them, by 13 words; 13 words of a template do not count."""
-    against = tmp_path / "against"
-    write_parquet([{"question": "short", "image": {"bytes": digit(3), "path": None}}],
-                  against / "test.parquet")
+    against, sources = tmp_path / "against", shutil.copytree(copies, tmp_path / "copies")
+    write_parquet([{"question": "short", "image": image_of(3)}], against / "test.parquet")
     (against / "near.jpg").write_bytes(digit(21, "JPEG"))
     template = "here are there images if image 2 is the reference image which image of the other"
     write_rows(against / "b.jsonl", {"deep": [{"q": template}]})
-    k12 = [{"id": str(k), "question": text, "answer": "3", "subject": "math",
-            "image": {"bytes": digit(70 + k), "path": None}} for k, text in enumerate((
-                "The two cars drive off at noon from towns ninety miles apart; when do they meet?",
-                "A car drives."))]
-    sources = tmp_path / "copies"
-    shutil.copytree(copies, sources)
+    leaked = "The two cars drive off at noon from towns ninety miles apart; when do they meet?"
+    (against / "c.json").write_text(json.dumps([leaked.upper()]))
+    k12 = [k12_row(k, question, "3", image_of(70 + k))
+           for k, question in enumerate((leaked, "A car drives."))]
     write_parquet(k12, sources / "MMK12" / "data" / "train-00001.parquet")
-    (against / "c.json").write_text(json.dumps([k12[0]["question"].upper()]))
     out = run_curate(sources, tmp_path / "out", "--against", str(against))
     dropped = {row["id"]: row["rule"] for row in read_rows(out / "dropped.jsonl")}
     assert dropped == {"mantis-dreamsim-0000002": "picture of a benchmark",
@@ -4541,71 +4222,65 @@ def test_benchmarks_are_kept_out(copies, tmp_path):
 
 def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, monkeypatch):
     out, calls, store = tmp_path / "out", [], curate.store_image
-
     def dies(*args):
         calls.append(args)
         return die() if len(calls) == 30 else store(*args)
-
     monkeypatch.setattr(curate, "store_image", dies)
     with pytest.raises(Killed):
         run_curate(copies, out)
-    assert not (out / "train.jsonl").exists()
     with open(out / ".work" / "mantis-iconqa.jsonl", "a") as file:
         file.write('{"sample": {"id"')  # a line torn by the kill
+    assert not (out / "train.jsonl").exists()
     run_curate(copies, out)
     assert len(calls) < 30 + 18 + 24 + 7
     for name in ("train.jsonl", "REPORT.md", "ten.jpg", "dropped.jsonl"):
         assert (out / name).read_bytes() == (curated / name).read_bytes()
-    with pytest.raises(SystemExit, match="begun with other sources"):
-        run_curate(copies, out, sources=["mmk12"])
+    refuses("begun with other sources", run_curate, copies, out, sources=["mmk12"])
 
-def test_a_label_that_a_model_disputes_is_never(copies, curated, tmp_path, monkeypatch):
-    """A stub says that images are options and that order matters: only `letter` is so. A
-    killed run does not ask again; the tiny model, which knows none of this, agrees with none."""
-    asked = []
-
+def test_a_label_that_a_model_disputes_is_never(copies, tmp_path, monkeypatch):
+    """A stub says that images are options and that order matters: only `letter` is so. A killed
+    run does not ask again; the tiny model, which knows none of this, agrees with none."""
+    asked, out = [], tmp_path / "out"
     def says_yes(model, processor, samples, orders, cfg, *, n, greedy):
         asked.extend(samples)
         assert greedy and n == 1 and all(order == [tuple(range(len(s.images)))]
                                          for s, order in zip(samples, orders))
         return [[SimpleNamespace(accuracy=float(s.answer == "Yes"))] for s in samples]
-
-    monkeypatch.setattr(ev, "sample_groups", says_yes)
-    out = run_curate(copies, tmp_path / "out", "--label-with", "tiny")
-    rules = Counter((s.source, s.order_rule) for s in perl.load_samples(out / "train.jsonl"))
-    assert rules == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6,
-                     ("mmk12", "never"): 4, ("geometry3k", "never"): 3}
-    assert len(asked) == 2 * 12 and "options to choose from" in asked[1].question
-    assert "| never, not keep | all |" in (out / "REPORT.md").read_text()
-    before = (out / "train.jsonl").read_bytes()
-    run_curate(copies, out, "--label-with", "tiny")
-    assert len(asked) == 2 * 12 and (out / "train.jsonl").read_bytes() == before
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(perl, "sample_groups", says_yes)
+        for _ in range(2):
+            run_curate(copies, out, "--label-with", "tiny")
+            rules = Counter((s.source, s.order_rule)
+                            for s in perl.load_samples(out / "train.jsonl"))
+            assert rules == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6,
+                             ("mmk12", "never"): 4, ("geometry3k", "never"): 3}
+            assert len(asked) == 2 * 12 and "options to choose from" in asked[1].question
+            assert "| never, not keep | all |" in (out / "REPORT.md").read_text()
     out = run_curate(copies, tmp_path / "real", "--label-with", "tiny", sources=["mantis:iconqa"])
     assert {s.order_rule for s in perl.load_samples(out / "train.jsonl")} == {"never"}
 
 @table("sources, message", [
     (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
     (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources have the same name"),
-    (["hiyouga/MMK12"], "row 1: not the columns of MMK12")])
+    (["hiyouga/MMK12"], "row 1: not the columns of MMK12"),
+    (["mantis:iconqa"], "part_1.zip is missing")])
 def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, sources, message):
-    with pytest.raises(SystemExit, match=message):
-        run_curate(copies, tmp_path / "out", sources=sources)
-
-def test_the_hub_is_asked_for_train_files_and_what_lacks_is_named(copies, tmp_path, monkeypatch):
     shutil.copytree(copies, tmp_path / "copies")
     (tmp_path / "copies" / "Mantis-Instruct" / "iconqa" / "part_1.zip").unlink()
-    with pytest.raises(SystemExit, match="part_1.zip is missing"):
-        run_curate(tmp_path / "copies", tmp_path / "out", sources=["mantis:iconqa"])
+    refuses(message, run_curate, tmp_path / "copies", tmp_path / "out", sources=sources)
+
+def test_the_hub_is_asked_for_train_files(copies, tmp_path, monkeypatch):
     asked = []
-    hub = SimpleNamespace(snapshot_download=lambda name, **more: (
-        asked.append((name, more["allow_patterns"])) or copies / name.split("/")[1]))
+    def snapshot_download(name, *, allow_patterns, **_):
+        asked.append((name, allow_patterns))
+        return copies / name.split("/")[1]
+    hub = SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     curate.main(["mmk12", "mantis:iconqa", "--out", str(tmp_path / "loaded")])
     assert asked == [("FanqingM/MMK12", ["*train*.parquet"]),
                      ("TIGER-Lab/Mantis-Instruct", ["iconqa/train*"])]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(SystemExit, match="pip install huggingface_hub"):
+    with ends("pip install huggingface_hub"):
         curate.main(["mmk12", "--out", str(tmp_path / "hub")])
 
 def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
@@ -4613,16 +4288,3 @@ def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
     for size in ((8000, 6000), (900, 8)):
         with pytest.raises(curate.Dropped, match="too large or too thin"):
             curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
-
-def test_odd_images_come_out_plain():
-    deep = Image.new("I;16", (40, 30), 40000)
-    turned = Image.new("RGB", (40, 30), "red")
-    turned.putpixel((0, 0), (0, 0, 255))
-    turned.getexif()[0x0112] = 6  # what is on the left belongs at the top
-    turned.save(file := io.BytesIO(), "PNG", exif=turned.getexif())
-    clear = Image.new("RGBA", (40, 30), (255, 0, 0, 0))
-    assert curate.decode(encoded(deep, "PNG")["bytes"]).getpixel((0, 0)) == (156, 156, 156)
-    upright = curate.decode(file.getvalue())
-    assert upright.size == (30, 40) and upright.getpixel((29, 0)) == (0, 0, 255)
-    assert curate.decode(encoded(clear, "PNG")["bytes"]).getpixel((0, 0)) == (255, 255, 255)
-    assert curate.near_hash(Image.new("RGB", (40, 40), "white")) is None

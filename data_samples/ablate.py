@@ -344,10 +344,11 @@ def run_all(names: list[str], seeds: list[int], jobs: int, path: Path, scratch: 
                 left = (time.time() - began) / done * (len(missing) - done) / 60
                 print(f"[{done}/{len(missing)}] {name}, seed {seed}: {said}; about {left:.0f} "
                       "minutes left", flush=True)
-        finally:  # after Ctrl-C, what runs or waits must not go on
+        except BaseException:  # after Ctrl-C, what runs or waits must not go on
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
                 process.kill()
+            raise
     if failed:
         raise SystemExit(f"{failed} runs failed, see {scratch}; they are run again next time")
 
