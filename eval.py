@@ -4,7 +4,7 @@
     python eval.py                                         # tiny, data_samples/, CPU
     python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU downloads 25 GB
     python eval.py --compare eval_runs/A eval_runs/B       # two models, paired
-    python eval.py --flip --data-dir COPIES                # beside published flip rates
+    python eval.py --flip --data-dir COPIES                # and published flip rates
     python eval.py --page runs/tiny-seed0                  # a training run as HTML
 
 Decoding is greedy and uses the prompt of training. A question that cannot be asked, or an
@@ -324,7 +324,7 @@ def from_blink(row: dict, number: int, place) -> Question:
                          options=row["choices"], task=row["sub_task"])
 
 def from_mmiu(row: dict, number: int, place) -> Question:
-    """MMIU: the context repeats the options. A gold that is no option: always wrong."""
+    """MMIU: the context repeats the options. If the gold is not an option, all answers are wrong."""
     images, task = [*map(place, row["input_image_path"])], row["task"]
     text, gold = f"{row['question']}\n{row['context']}", (row["output"] or "").strip("() ")
     return make_question(f"{task}-{number}", images, text, gold, "choice",
@@ -1344,7 +1344,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             ask_and_report(args)
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; run the same command again to go on") from None
+        raise SystemExit("\ninterrupted; run the same command again to continue") from None
 
 if __name__ == "__main__":
     main()

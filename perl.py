@@ -84,7 +84,8 @@ Order = tuple[int, ...]  # of a question's images: new_images[j] = images[order[
 SAMPLES = Path(__file__).resolve().parent / "data_samples"
 
 class UserError(SystemExit, ValueError):
-    """What a user can cause and mend: ends the program with its message, or is caught."""
+    """An error that the user can fix. Uncaught, it ends the program with its message alone;
+    a caller can catch it as the ValueError that it also is."""
 
 def check(is_fine, message: str) -> None:
     """UserError with this message unless `is_fine`."""
@@ -255,8 +256,8 @@ def stage_folder(path: str | Path) -> Path:
 # ---- Samples and permutation (Eq. 1) ---------------------------------------------------
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MENTION = re.compile(r"<image_(\d+)>")  # names image k; <image> is where one stands
-# What a new order does to the answer. It stays (the paper's S = 1), it names images and
-# follows them, or it depends on the order in another way, and the images must not move.
+# The effect of a new order on the answer. It stays (the paper's S = 1), it names images and
+# follows them, or it depends on the order in another way, so the images must not move.
 # A new rule needs its name here, named_positions, and move_answer.
 ORDER_RULES = ("keep", "index", "letter", "sequence", "never")
 # No text may have a token of the chat format, NUL, or half a character ("\ud83d").
@@ -369,7 +370,7 @@ def permute(sample: Sample, order: Order) -> Sample:
     first: the answer becomes "1", and <image_1> becomes <image_2>.
     ValueError: not an order of these images, or it moves an image that must stay."""
     identity = list(range(len(sample.images)))
-    check(sorted(order) == identity, f"{sample.id}: {order} is no order of its images")
+    check(sorted(order) == identity, f"{sample.id}: {order} is not an order of its images")
     may_move = () if sample.order_rule == "never" else sample.movable
     for new, old in enumerate(order):
         check(new == old or old in may_move,
@@ -383,7 +384,7 @@ def permute(sample: Sample, order: Order) -> Sample:
                                answer=move_answer(sample, new_position))
 
 def move_answer(sample: Sample, new_position: list[int]) -> str:
-    """y' = Lambda(y, sigma): the answer once image `old` stands at new_position[old]."""
+    """y' = Lambda(y, sigma): the answer once image `old` has moved to new_position[old]."""
     if sample.order_rule in ("index", "sequence"):        # "3"; "3,1,2": counted from 1
         return renumber(sample.answer, new_position)
     if sample.order_rule == "letter":                     # "B": the second movable image
@@ -488,7 +489,7 @@ def load_processor(name: str, cfg) -> SimpleNamespace:
     eos = optional_json(name, "generation_config.json").get("eos_token_id")
     eos = eos if isinstance(eos, list) else [eos]
     eos_ids = {tokenizer.eos_token_id, config.text_config.eos_token_id, *eos} - {None}
-    # Not AutoProcessor, which would preprocess an image anew for every order.
+    # Not AutoProcessor, which would preprocess an image again for every order.
     return SimpleNamespace(
         tokenizer=tokenizer, image_processor=images, instruction=cfg.instruction,
         image_id=image_id, pad_id=tokenizer.pad_token_id, eos_ids=sorted(eos_ids),
@@ -501,7 +502,7 @@ def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedM
         FAMILY_MODEL, name, dtype=dtype, device_map={"": device}, use_safetensors=True,
         output_loading_info=True, ignore_mismatched_sizes=True,
         attn_implementation="shared_prompt")
-    # The library would go on with random numbers.
+    # The library would use random numbers for them.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         check(not report[kind], f"{name}: {kind} {sorted(report[kind])[:1]}")
     is_tied = model.lm_head.weight is model.get_input_embeddings().weight
@@ -621,7 +622,7 @@ class Rollout:
     ids: list[int]             # response tokens, end token included
     text: str                  # response text, the prompt's opening included
     truncated: bool            # no end token within max_new_tokens
-    idle: int = 0              # tokens decoded after its end, while others went on
+    idle: int = 0              # tokens decoded after its end, until its stretch was over
     accuracy: float = 0.0
     format: float = 0.0
     reward: float = 0.0
@@ -893,7 +894,7 @@ def micro_batches(rollouts: list[Rollout], cfg) -> list[list[Rollout]]:
 # ---- Training (Algorithm 1) ------------------------------------------------------------
 @dataclass
 class Progress:
-    """What a run needs, beside weights and optimizer, to continue exactly."""
+    """All that a run needs to continue exactly, apart from weights and optimizer."""
     step: int
     pool: list[int]     # numbers of the questions that this epoch has not asked yet
     rng: random.Random  # draws questions and permutations; the same in all processes
@@ -1475,13 +1476,13 @@ def encode_images(model, pictures: list[Picture]):
     return output
 
 def shared_inputs(inputs: dict, segment_lengths: list, pictures: list, model) -> dict:
-    """Inputs beside those of `collate`: image features, positions, segment lengths."""
+    """More inputs for `collate`: image features, positions, segment lengths."""
     added = {}
     if pictures:
         added["mm_encoder_outputs"] = {"image": encode_images(model, pictures)}
     if max(map(len, segment_lengths)) <= 3:
         return added
-    # Every response of a row goes on from the prompt's last position.
+    # Every response of a row continues from the prompt's last position.
     positions, _ = model.model.get_rope_index(**inputs)                         # FAMILY
     for row, (padding, prompt, *responses) in enumerate(segment_lengths):
         begin = padding + prompt
@@ -1813,7 +1814,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     accelerator = start_processes(cfg)
     if cfg.model == "tiny":
-        torch.set_num_threads(1)  # more are slower beside a busy process
+        torch.set_num_threads(1)  # more are slower when other programs run
     elif accelerator.device.type == "cuda":  # for AdamW in host memory
         torch.set_num_threads(max(os.cpu_count() // accelerator.num_processes, 1))
     if cfg.dtype == "auto":
@@ -1855,7 +1856,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.end_training()  # closes the tracker
     except (KeyboardInterrupt, OSError, RuntimeError, SafetensorError) as error:
         # A full disk, no memory left or Ctrl-C end in a sentence. All else is a bug, perhaps
-        # of a fork, and keeps its traceback. torch.save hides the disk's error behind its own.
+        # of a fork, and keeps its traceback. torch.save replaces the disk's error by its own.
         cause = error.__context__ or error
         expected = (KeyboardInterrupt, torch.OutOfMemoryError, SafetensorError)
         if not isinstance(error, expected) and getattr(cause, "errno", 0) not in DISK_ERRORS:

@@ -3185,7 +3185,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
         return sample_groups(*args, **kwargs)
 
     monkeypatch.setattr(ev, "sample_groups", dies)
-    with pytest.raises(SystemExit, match="run the same command again to go on"):
+    with pytest.raises(SystemExit, match="run the same command again to continue"):
         run(tmp_path / "b")
     samples = tmp_path / "b" / "tiny" / "digits" / "samples.jsonl"
     lines = samples.read_bytes().count(b"\n")
