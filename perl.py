@@ -1839,7 +1839,9 @@ def main(argv: list[str] | None = None) -> None:
     place = plan_memory(cfg, accelerator)
     if cfg.dry_run:
         if accelerator.is_main_process:
-            show_orders(max(questions, key=count_orders), processor, cfg)
+            # Best a question with many orders whose answer moves along.
+            moving = filter(named_positions, questions)
+            show_orders(max(moving, key=count_orders, default=questions[0]), processor, cfg)
         return
     lock = open_run(cfg, accelerator)
     cfg.optimizer_device = place  # config.json keeps what was asked for
