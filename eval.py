@@ -324,7 +324,7 @@ def from_blink(row: dict, number: int, place) -> Question:
                          options=row["choices"], task=row["sub_task"])
 
 def from_mmiu(row: dict, number: int, place) -> Question:
-    """MMIU: the context repeats the options. If the gold is not an option, all answers are wrong."""
+    """MMIU: the context repeats the options. A gold beyond them makes all answers wrong."""
     images, task = [*map(place, row["input_image_path"])], row["task"]
     text, gold = f"{row['question']}\n{row['context']}", (row["output"] or "").strip("() ")
     return make_question(f"{task}-{number}", images, text, gold, "choice",
