@@ -2256,6 +2256,94 @@ def test_a_weight_that_is_not_finite_reaches_no_checkpoint(data, tmp_path, monke
     assert newest(tmp_path / "stage1") == "checkpoint-1"
     assert weights_of(tmp_path / "stage1" / "checkpoint-1").isfinite().all()
 
+def test_without_generation_config_the_end_tokens_are_those_of_tokenizer_and_config(real_layout):
+    tokenizer, config = PROCESSOR.tokenizer, json.loads((real_layout / "config.json").read_text())
+    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    text_config = config["text_config"] | dict(eos_token_id=other)
+    edit(real_layout / "config.json", text_config=text_config)
+    path = real_layout / "generation_config.json"
+    for listed, ids in (("[1, 2]", {1, 2}), ("7", {7}), ("null", set())):
+        path.write_text(f'{{"eos_token_id": {listed}}}')
+        found = real_processor(real_layout).eos_ids
+        assert set(found) == ids | {end, other} and len(found) == len(set(found))
+    path.unlink()
+    processor = real_processor(real_layout)
+    assert end != other and sorted(processor.eos_ids) == sorted([end, other])
+
+def test_the_judge_is_out_of_reach_of_a_terminals_ctrl_c():
+    assert perl.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
+    assert os.getsid(perl.MATH_JUDGE.process.pid) != os.getsid(0)
+
+def test_resume_with_other_memory(halted, straight, monkeypatch):
+    """A run that needed too much memory goes on with less; the steps so far stay as they were."""
+    used, real = [], perl.generate
+    monkeypatch.setattr(perl, "generate", lambda *args, **more: (
+        used.append(args[4]) or real(*args, **more)))
+    perl.main(["--resume", str(halted), "--rollout-batch", "6", "--optimizer-device", "host",
+               "--max-tokens-per-micro-batch", "300"])
+    assert {(cfg.rollout_batch, cfg.max_tokens_per_micro_batch, cfg.optimizer_device)
+            for cfg in used} == {(6, 300, "host")} and newest(halted) == "checkpoint-4"
+    rows = metrics_of(halted)
+    assert rows[:3] == metrics_of(straight)[:3] and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+
+@table("n", range(1, 9))
+def test_stage_0_keeps_what_there_is_of_few_questions(data, tmp_path, monkeypatch, n):
+    answer_always(r"\boxed{1}", monkeypatch)
+    rows = read_rows(data)[:n]
+    few = write_rows(data.with_name(f"first{n}.jsonl"), *rows)
+    perl.main(arguments(few, tmp_path, stage=0))
+    assert json_of(tmp_path / "stage0" / "kept.json") == [r["id"] for r in rows]
+
+def test_three_such_updates_in_a_row_end_the_run_with_its_last_good_checkpoint(
+        data, tmp_path, monkeypatch):
+    run = tmp_path / "stage1"
+    with monkeypatch.context() as patch:
+        changed = spoil_gradients(patch, [2, 3, 4])
+        with pytest.raises(SystemExit, match="3 updates in a row .* not finite") as end:
+            perl.main(arguments(data, tmp_path, **ONE_UPDATE))
+    assert "\n" not in str(end.value) and changed == [True, False, False, False]
+    assert newest(run) == "checkpoint-3" and weights_of(run / "checkpoint-3").isfinite().all()
+    perl.main(["--resume", str(run)])
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
+    assert weights_of(run / "checkpoint-4").isfinite().all()
+
+@table("share", [True, False])
+def test_text_only_and_two_image_questions_train_and_evaluate_together(
+        data, tmp_path, monkeypatch, share):
+    """Twenty of each. Every second rollout counts as right, so each group reaches the loss."""
+    rows = []
+    for k in range(20):
+        images = [f"images/{path.name}" for path in sorted((data.parent / "images").iterdir())]
+        rows.append(dict(id=f"pair {k}", images=images[k % 4:k % 4 + 2], answer="2",
+                         question="<image><image> Which one is larger?", order_rule="index"))
+        rows.append(dict(id=f"text {k}", images=[], question=f"What is {k} plus 1?",
+                         answer=str(k + 1), order_rule=("keep", "never")[k % 2]))
+    mixed = write_rows(data.with_name("mixed.jsonl"), *rows)
+    kept, asked = [], []
+
+    def update(*args, real=perl.update, **more):
+        kept.extend(args[4])
+        return real(*args, **more)
+
+    def sample_groups(*args, real=perl.sample_groups, **more):
+        asked.append(list(zip(args[2], args[3])))
+        return real(*args, **more)
+
+    monkeypatch.setattr(perl, "update", update)
+    monkeypatch.setattr(perl, "sample_groups", sample_groups)
+    every_second_is_right(monkeypatch)
+    perl.main(arguments(mixed, tmp_path, *["--no-share"] * (not share), eval_data=mixed, steps=1,
+                        questions_per_step=40, rollouts_per_order=2, max_new_tokens=12))
+    start, row = metrics_of(tmp_path / "stage1")
+    assert row["kept"] == 40 and row["grad_norm"] > 0 and row["kl"] >= 0
+    assert row.keys() >= {"eval_accuracy", "eval_worst", "eval_bias"} <= start.keys()
+    for group in kept:
+        orders = {(0, 1): 2, (1, 0): 2} if group[0].prompt.sample.images else {(): 4}
+        assert Counter(r.order for r in group) == orders
+    for number in (0, 2):  # the evaluations
+        orders = {sample.id[:4]: its_orders for sample, its_orders in asked[number]}
+        assert orders == {"text": [()], "pair": [(0, 1), (1, 0)]} and len(asked[number]) == 40
+
 # ---- Memory and machines: several processes --------------------------------------------
 # Which of the three groups each process has; "empty": all of them on one process.
 PARTS = dict(even=([0, 1], [2]), empty=([0, 1, 2], []))
