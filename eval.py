@@ -1311,8 +1311,7 @@ def ask_and_report(args) -> None:
     out = Path(args.out, model_name, "flip" if args.flip else "")
     if not args.score_only:
         cfg = settings(args)
-        if cfg.model == "tiny":
-            torch.set_num_threads(1)  # more are slower, and round differently
+        perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
         processor = perl.load_processor(args.model, cfg)
         model = perl.load_model(args.model, cfg, accelerator.device)
         # The start of each tensor identifies the weights: others are another run.

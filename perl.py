@@ -1274,10 +1274,10 @@ def save_checkpoint(cfg, progress, questions, processor, optimizer, *, model, re
         processor.tokenizer.save_pretrained(temporary)
         processor.image_processor.save_pretrained(temporary)
         ids, rng = [question.id for question in questions], progress.rng.getstate()
-        torch.save(vars(progress) | {"questions": ids, "rng": rng},
-                   temporary / "training_state.pt")
+        # Given a path, torch.save turns a full disk's OSError into a RuntimeError.
+        with open(temporary / "training_state.pt", "wb") as file:
+            torch.save(vars(progress) | {"questions": ids, "rng": rng}, file)
     accelerator.wait_for_everyone()
-    # Given a path, torch.save turns a full disk's OSError into a RuntimeError.
     with open(temporary / f"optimizer-{accelerator.process_index}.pt", "wb") as file:
         torch.save(optimizer.state_dict(), file)
     accelerator.wait_for_everyone()
@@ -1764,6 +1764,17 @@ def start_processes(cfg) -> accelerate.Accelerator:
     check(accelerator.log_with or not tracker, f"--report-to needs: pip install {tracker}")
     return accelerator
 
+def fit_machine(cfg, device: torch.device, n_processes: int = 1) -> None:
+    """Set the CPU threads that suit the model and device, and what dtype auto means."""
+    on_gpu = device.type == "cuda"
+    if cfg.model == "tiny":
+        torch.set_num_threads(1)  # more are slower when other programs run
+    elif on_gpu:  # for AdamW in host memory
+        torch.set_num_threads(max(os.cpu_count() // n_processes, 1))
+    if cfg.dtype == "auto":
+        # Before any model is loaded: the reference on the host needs the policy's type.
+        cfg.dtype = "bf16" if on_gpu or cfg.gpu_gb else "float32"
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 TERMINATED = []  # the signals received
 
@@ -1813,14 +1824,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     accelerator = start_processes(cfg)
-    if cfg.model == "tiny":
-        torch.set_num_threads(1)  # more are slower when other programs run
-    elif accelerator.device.type == "cuda":  # for AdamW in host memory
-        torch.set_num_threads(max(os.cpu_count() // accelerator.num_processes, 1))
-    if cfg.dtype == "auto":
-        # The reference model on the host needs the policy's type, so this is decided once.
-        on_gpu = accelerator.device.type == "cuda" or cfg.gpu_gb
-        cfg.dtype = "bf16" if on_gpu else "float32"
+    fit_machine(cfg, accelerator.device, accelerator.num_processes)
     check(cfg.questions_per_step % accelerator.num_processes == 0,
           "--questions-per-step must be a multiple of the number of processes")
     processor = load_processor(cfg.model, cfg)

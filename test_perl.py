@@ -2200,6 +2200,14 @@ def test_where_the_state_lies_and_what_does_not_fit(
     if not typed:
         assert perl.plan_memory(cfg, process(1)) == "gpu", "on a CPU, beside the weights"
 
+@table("typed, device, dtype", [
+    ({}, "cuda", "bf16"), ({}, "cpu", "float32"), (dict(gpu_gb=80.0), "cpu", "bf16"),
+    (dict(dtype="float32"), "cuda", "float32"), (dict(dtype="bf16"), "cpu", "bf16")])
+def test_dtype_auto_is_that_of_the_device(typed, device, dtype):
+    cfg = dataclasses.replace(perl.parse_config([]), **typed)
+    perl.fit_machine(cfg, torch.device(device))
+    assert cfg.dtype == dtype
+
 # ---- Memory and machines: gradients and weights that are not finite --------------------
 def spoil_gradients(monkeypatch, updates, bad=math.nan, rank=0):
     """Multiply the loss of these updates, counted from 1, by `bad` in one process. Returns a list

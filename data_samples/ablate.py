@@ -540,10 +540,7 @@ def time_step(cfg, shape: list[int]) -> dict[str, float]:
     """Seconds of sampling and update, and this process's peak memory in MB."""
     transformers.logging.disable_progress_bar()
     accelerator, processor = Accelerator(), perl.load_processor(cfg.model, cfg)
-    # Threads and dtype as in perl.main.
-    torch.set_num_threads(1 if cfg.model == "tiny" else torch.get_num_threads())
-    if cfg.dtype == "auto":
-        cfg.dtype = "bf16" if accelerator.device.type == "cuda" else "float32"
+    perl.fit_machine(cfg, accelerator.device)
     # Without end tokens, responses have full length.
     processor.banned_ids += processor.eos_ids
     model = perl.load_model(cfg.model, cfg, accelerator.device)

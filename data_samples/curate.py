@@ -569,6 +569,7 @@ class LabelJudge:
     def __init__(self, name: str):
         self.cfg = perl.parse_config(["--model", name])
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        perl.fit_machine(self.cfg, device)
         self.processor = perl.load_processor(name, self.cfg)
         self.model = perl.load_model(name, self.cfg, device)
 
