@@ -41,6 +41,7 @@ heads and h key heads, each d wide.
 import argparse
 import copy
 import dataclasses
+import difflib
 import errno
 import fcntl
 import functools
@@ -93,13 +94,19 @@ def check(is_fine, message: str) -> None:
         raise UserError(message)
 
 # ---- Config: every setting, with the paper's value where it gives one ------------------
+GROUPS = []  # of settings, for --help
+
+def group(title: str) -> None:
+    """Begin a group of settings."""
+    GROUPS.append(title)
+
 def setting(default, prose: str):
-    """A field of Config with its help text."""
-    return field(default=default, metadata={"help": prose})
+    """A field of Config with its help text, in the group begun last."""
+    return field(default=default, metadata={"help": prose, "group": GROUPS[-1]})
 
 @dataclass
 class Config:
-    # what runs
+    group("what runs")
     model: str = setting("tiny", "Hub id, folder, tiny, Qwen2.5-VL-7B, Qwen3-VL-8B, ...")
     data: str = setting(str(SAMPLES / "train.jsonl"), "JSONL file of training questions")
     eval_data: str = setting(str(SAMPLES / "test.jsonl"), "held-out questions; '': none")
@@ -108,30 +115,30 @@ class Config:
     resume: str = setting("", "run folder to continue, with its settings")
     seed: int = setting(0, "seeds data order, permutations and sampling")
     dry_run: bool = setting(False, "check data and settings, plan the memory, stop")
-    # permutation (Eq. 1)
+    group("permutation (Eq. 1)")
     n_permutations: int = setting(1, "n_s: permuted orders per question; 0: plain GRPO")
     rollouts_per_order: int = setting(6, "n; if not given, 12 / (n_s + 1)")
     alpha_start: float = setting(1.0, "probability of permuting a question at first")
     alpha_end: float = setting(0.0, "the same at the last step; linear in between")
     alpha_steps: int = setting(0, "steps until alpha reaches its end; 0: all steps")
-    # reward
+    group("reward")
     accuracy_weight: float = setting(0.9, "reward of a right answer")
     format_weight: float = setting(0.1, "reward of <think>...</think>...\\boxed{...}")
-    # filter
+    group("filter")
     filter: str = setting("offline", "none; offline: stage 0's choice; online: bounds")
     filter_low: float = setting(0.1, "online: lowest mean accuracy of a kept group")
     filter_high: float = setting(0.9, "online: highest mean accuracy of a kept group")
-    # advantage and loss (Eq. 4-6)
+    group("advantage and loss (Eq. 4-6)")
     clip_low: float = setting(0.2, "pi / pi_old is clipped below 1 - this")
     clip_high: float = setting(0.2, "pi / pi_old is clipped above 1 + this")
     beta: float = setting(0.01, "weight of the KL term; 0: no reference model")
-    # optimization
+    group("optimization")
     steps: int = setting(0, "training steps; 0: two passes over the data (paper)")
     questions_per_step: int = setting(128, "questions per step, over all processes")
     updates_per_step: int = setting(4, "optimizer updates per step")
     lr: float = setting(1e-6, "AdamW learning rate, constant; LoRA: 10 times the default")
     freeze_vision: bool = setting(False, "do not train the vision tower")
-    # prompts and sampling
+    group("prompts and sampling")
     instruction: str = setting(
         "First think about the question as an internal monologue inside <think> "
         "</think>, then give the final answer inside \\boxed{}.", "text after every question")
@@ -139,7 +146,7 @@ class Config:
     max_prompt_tokens: int = setting(8192, "longer prompts are dropped and counted")
     max_new_tokens: int = setting(2048, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling, and of the loss's log-probabilities")
-    # memory and speed: they change rounding and random draws, not the method
+    group("memory and speed: they change rounding and random draws, not the method")
     share: bool = setting(True, "compute once what rollouts have in common")
     rollout_batch: int = setting(384, "sequences sampled at a time; at least n")
     max_tokens_per_micro_batch: int = setting(16384, "tokens of a training pass")
@@ -148,11 +155,12 @@ class Config:
     optimizer_device: str = setting("auto", "of AdamW's state: gpu, host or auto")
     lora_rank: int = setting(0, "train adapters of this rank instead of all weights")
     gpu_gb: float = setting(0, "with --dry-run: plan for a GPU with this memory")
-    # evaluation, logging, checkpoints; in steps
+    group("evaluation, logging, checkpoints; in steps")
     eval_every: int = setting(50, "evaluate every N steps, at start and end; 0: never")
     eval_orders: int = setting(24, "evaluate a question in at most this many orders")
     log_every: int = setting(10, "print a rollout and log its group every N steps")
     save_every: int = setting(20, "write a checkpoint every N steps, and at the end")
+    keep_checkpoints: int = setting(1, "newest checkpoints to keep; 0: all")
     report_to: str = setting("none", "also log to tensorboard, wandb or trackio")
 
     @property
@@ -193,18 +201,32 @@ LOGGED_HELD_OUT = 3     # held-out questions to log at each evaluation
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
+def nearest(name: str, known) -> str:
+    """The end of an error message: the known name that a misspelt one is close to."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
 def parse_config(argv: list[str] | None = None) -> Config:
     """Command line -> Config. Invalid settings exit with an error message."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      usage="%(prog)s [--setting value ...]")
+    sections = {title: parser.add_argument_group(title) for title in GROUPS}
     for f in dataclasses.fields(Config):
-        prose = f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%")
+        values = repr(f.default)
+        if f.name in MODEL_PRESETS["tiny"]:
+            values += f"; tiny: {MODEL_PRESETS['tiny'][f.name]}"
+        prose = f"{f.metadata['help']} [{values}]".replace("%", "%%")
         options = {"type": f.type, "choices": CHOICES.get(f.name)}
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         # Without defaults, `typed` has only the flags of the command line.
-        parser.add_argument(flag_of(f.name), help=prose, default=argparse.SUPPRESS, **options)
-    typed = vars(parser.parse_args(argv))
+        sections[f.metadata["group"]].add_argument(
+            flag_of(f.name), help=prose, default=argparse.SUPPRESS, **options)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag_of(f.name) for f in dataclasses.fields(Config)]
+        raise UserError(f"no such setting: {unknown[0]}{nearest(unknown[0], flags)}")
+    typed = vars(known)
     for name, value in typed.items():
         if isinstance(value, (int, float)):
             check(0 <= value < math.inf, f"{flag_of(name)} {value} must be 0 or more, and finite")
@@ -456,6 +478,8 @@ class Prompt:
 def load_pretrained(kind, name: str, **options):
     """kind.from_pretrained. Exits if the checkpoint cannot be loaded."""
     path = SHORT_NAMES.get(name, name)
+    check("/" in path or Path(path).is_dir(),
+          f"--model {name}: no such model or folder{nearest(name, SHORT_NAMES)}")
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, SafetensorError, ValueError) as error:
@@ -753,6 +777,14 @@ def set_advantages(groups: list[list[Rollout]]) -> None:
         for rollout, advantage in zip(group, group_advantages(rewards)[0].tolist()):
             rollout.advantage = advantage
 
+def varies_within_order(group: list[Rollout]) -> bool:
+    """Whether the rewards of some order's rollouts differ. If not, a group has a gradient
+    only because its images were permuted."""
+    by_order = {}
+    for rollout in group:
+        by_order.setdefault(rollout.order, set()).add(rollout.reward)
+    return any(len(rewards) > 1 for rewards in by_order.values())
+
 VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat", "surplus")
 
 def verdict(group: list[Rollout], cfg) -> str:
@@ -899,6 +931,7 @@ class Progress:
     pool: list[int]     # numbers of the questions that this epoch has not asked yet
     rng: random.Random  # draws questions and permutations; the same in all processes
     start: str = ""     # the model that training began with, and that KL is measured from
+    best: float = 0.0   # highest eval_worst so far, the start model's included
 
 def draw_questions(progress: Progress, n_questions: int, count: int) -> list[int]:
     """The numbers of the next `count` questions; every epoch is a fresh shuffle."""
@@ -990,6 +1023,10 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     sums, total, metrics = Counter(loss_sums), Counter(), {}
     for name, own in groups.items():
         sums[name] += len(own)
+        for group in own:
+            has_gradient = any(rollout.advantage != 0 for rollout in group)
+            sums.update(groups=1, with_gradient=has_gradient,
+                        by_permutation=has_gradient and not varies_within_order(group))
         for r in flatten(own):
             sums.update(rollouts=1, accuracy=r.accuracy, format=r.format, reward=r.reward,
                         length=len(r.ids), truncated=r.truncated, idle=r.idle)
@@ -1000,6 +1037,9 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     metrics["dropped"] = sum(total[name] for name in VERDICTS[1:])
     for name in ("accuracy", "format", "reward", "length", "truncated"):
         metrics[name] = total[name] / total["rollouts"]
+    # Of the groups with a gradient, GRPO without permutations would have lost this share.
+    metrics["with_gradient"] = total["with_gradient"] / total["groups"]
+    metrics["by_permutation"] = total["by_permutation"] / max(total["with_gradient"], 1)
     # Idle is the part of all decoded tokens that came after the end of a response.
     metrics["idle"] = total["idle"] / (total["length"] + total["idle"])
     # Every statistic of policy_loss becomes a metric: its mean over tokens.
@@ -1013,15 +1053,18 @@ STEP_LINE = (
     "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} ({others}) | "
     "len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} "
     "clip {clip_fraction:.2f} grad {grad_norm:.2f} skipped {skipped} | gen "
-    "{seconds_sample:.1f}s train {seconds_update:.1f}s | {minutes:.0f} min left")
+    "{seconds_sample:.1f}s train {seconds_update:.1f}s | {left} left")
 
-def print_step(metrics: dict, steps: int, accelerator) -> None:
-    """One dense line, with the keys of metrics.jsonl."""
+def print_step(metrics: dict, cfg, seconds_eval: float, accelerator) -> None:
+    """One dense line, with the keys of metrics.jsonl. seconds_eval: of one evaluation."""
     dropped = [f"{metrics[name]} {name}" for name in VERDICTS[1:] if metrics[name]]
     others = ", ".join(dropped).replace("_", " ") or "all"
-    seconds = metrics["seconds_sample"] + metrics["seconds_update"]
-    minutes = (steps - metrics["step"]) * seconds / 60
-    accelerator.print(STEP_LINE.format(**metrics, steps=steps, others=others, minutes=minutes))
+    step, every = metrics["step"], max(cfg.eval_every, 1)
+    evaluations = math.ceil(cfg.steps / every) - (step - 1) // every
+    seconds = (cfg.steps - step) * (metrics["seconds_sample"] + metrics["seconds_update"])
+    minutes = (seconds + evaluations * seconds_eval) / 60
+    left = f"{minutes:.0f} min" if minutes < 60 else f"{minutes / 60:.1f} h"
+    accelerator.print(STEP_LINE.format(**metrics, steps=cfg.steps, others=others, left=left))
 
 def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""
@@ -1038,9 +1081,11 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
         optimizer.load(resumed)
     if is_main and cfg.resume:
         cut_logs(folder, progress.step if resumed else -1)
+    seconds_eval = 0.0
     if held_out and not resumed:
         metrics = evaluate(model, processor, held_out, cfg, accelerator, step=0)
         log_metrics({"step": 0} | metrics, folder, accelerator)
+        progress.best, seconds_eval = metrics["eval_worst"], metrics["seconds_eval"]
 
     for step in range(progress.step + 1, cfg.steps + 1):
         began = time.time()
@@ -1063,12 +1108,17 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
             "seconds_update": time.time() - sampled_at, "grader_timeouts": MATH_JUDGE.timeouts}
         if accelerator.device.type == "cuda":
             metrics["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        print_step(metrics, cfg.steps, accelerator)
+        print_step(metrics, cfg, seconds_eval, accelerator)
         if is_main and (step - 1) % cfg.log_every == 0:
             first = flatten(groups.values())[0]  # a kept one, if there is any
             log_group(folder / "rollouts.jsonl", step, first, show=True)
         if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics |= evaluate(model, processor, held_out, cfg, accelerator, step=step)
+            seconds_eval = metrics["seconds_eval"]
+            if metrics["eval_worst"] > progress.best:
+                progress.best = metrics["eval_worst"]
+                if is_main:
+                    save_weights(folder / "best", model, reference, processor, cfg)
         log_metrics(metrics, folder, accelerator)
         # A preempted job (SIGTERM) saves first, so that it loses nothing.
         stop = was_terminated()
@@ -1130,7 +1180,8 @@ def evaluate(model, processor, samples: list, cfg, accelerator, *, step: int) ->
     eval_accuracy, the mean over orders; eval_worst, right in every order; eval_bias, best
     order minus worst, the paper's p(x_max) - p(x_min) (A.5). Logs a few groups."""
     rows, began = {}, time.time()
-    for start in range(0, len(samples), cfg.questions_per_step):  # a batch fits in memory
+    starts = range(0, len(samples), cfg.questions_per_step)
+    for start in tqdm(starts, "evaluate", leave=False, disable=None):
         batch = samples[start:start + cfg.questions_per_step]
         groups = sample_orders(model, processor, batch, cfg, accelerator,
                                n_orders=cfg.eval_orders, n=1, greedy=True)
@@ -1227,10 +1278,15 @@ def kept_questions(cfg, questions: list[Sample]) -> list[Sample]:
     check(len(chosen) == len(kept), f"{path} is not of {cfg.data}; run stage 0 again")
     return chosen
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint-STEP folders of a run, by step."""
+    def step(path: Path) -> int:
+        return int(path.name.removeprefix("checkpoint-"))
+    return sorted(folder.glob("checkpoint-[0-9]*"), key=step)
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint-STEP with the highest step, if any."""
-    by_step = {int(path.name[11:]): path for path in folder.glob("checkpoint-*")}
-    return by_step[max(by_step)] if by_step else None
+    by_step = checkpoints(folder)
+    return by_step[-1] if by_step else None
 
 def load_policy(cfg, resumed: Path | None, start: str, accelerator) -> tuple:
     """The model to train, and for KL the start model; with LoRA, peft's wrapper of the model."""
@@ -1268,11 +1324,7 @@ def save_checkpoint(cfg, progress, questions, processor, optimizer, *, model, re
     check(all(weight.isfinite().all() for weight in model.parameters()),
           f"step {progress.step}: a weight is not finite; the older checkpoint stays")
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        merged = copy.deepcopy(reference).merge_and_unload() if cfg.lora_rank else model
-        merged.save_pretrained(temporary)
-        processor.tokenizer.save_pretrained(temporary)
-        processor.image_processor.save_pretrained(temporary)
+        save_weights(temporary, model, reference, processor, cfg)
         ids, rng = [question.id for question in questions], progress.rng.getstate()
         # Given a path, torch.save turns a full disk's OSError into a RuntimeError.
         with open(temporary / "training_state.pt", "wb") as file:
@@ -1281,11 +1333,23 @@ def save_checkpoint(cfg, progress, questions, processor, optimizer, *, model, re
     with open(temporary / f"optimizer-{accelerator.process_index}.pt", "wb") as file:
         torch.save(optimizer.state_dict(), file)
     accelerator.wait_for_everyone()
-    # The older checkpoint goes only when the new one is complete.
+    # Older checkpoints go only when the new one is complete.
     if accelerator.is_main_process:
         os.replace(temporary, final)
-        for other in set(cfg.folder.glob("checkpoint-*")) - {final}:
-            shutil.rmtree(other)
+        if cfg.keep_checkpoints:
+            for other in checkpoints(cfg.folder)[:-cfg.keep_checkpoints]:
+                shutil.rmtree(other)
+
+def save_weights(folder: Path, model, reference, processor, cfg) -> None:
+    """The policy as a Hugging Face folder, in place of an older one. LoRA: merged."""
+    temporary = folder.with_name(folder.name + ".half")
+    shutil.rmtree(temporary, ignore_errors=True)
+    merged = copy.deepcopy(reference).merge_and_unload() if cfg.lora_rank else model
+    merged.save_pretrained(temporary)
+    processor.tokenizer.save_pretrained(temporary)
+    processor.image_processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 # ---- Reading answers: skip it on a first reading ---------------------------------------
 def extract_answer(response: str) -> str | None:
@@ -1620,21 +1684,20 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor,
     value = value.repeat_interleave(shared_by, dim=1)
     rows = []
     for b, lengths in enumerate(segment_lengths):
-        padding, prompt, *responses = query[b:b + 1].split(lengths, dim=2)
-        _, prompt_keys, *keys = key[b:b + 1].split(lengths, dim=2)
-        _, prompt_values, *values = value[b:b + 1].split(lengths, dim=2)
-        parts = [padding.to(value.dtype), scaled_dot_product_attention(
-            prompt, prompt_keys, prompt_values, is_causal=True, scale=scaling)]
-        for q, k, v in zip(responses, keys, values):
+        padding, *queries = query[b:b + 1].split(lengths, dim=2)
+        keys = key[b:b + 1].split(lengths, dim=2)[1:]
+        values = value[b:b + 1].split(lengths, dim=2)[1:]
+        attended = [padding.to(value.dtype), scaled_dot_product_attention(
+            queries[0], keys[0], values[0], is_causal=True, scale=scaling)]
+        for q, k, v in zip(queries[1:], keys[1:], values[1:]):
             if q.shape[2] == 0:  # this row has fewer responses than another
                 continue
-            seen_keys = torch.cat([prompt_keys, k], dim=2)
-            seen_values = torch.cat([prompt_values, v], dim=2)
-            mask = q.new_ones(q.shape[2], seen_keys.shape[2], dtype=torch.bool)
-            mask = mask.tril(diagonal=prompt.shape[2])  # the prompt, and itself causally
-            parts.append(scaled_dot_product_attention(
-                q, seen_keys, seen_values, attn_mask=mask, scale=scaling))
-        rows.append(torch.cat(parts, dim=2))
+            # A response sees the prompt, and itself causally.
+            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
+            mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(lengths[1])
+            attended.append(scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scaling))
+        rows.append(torch.cat(attended, dim=2))
     return torch.cat(rows).transpose(1, 2)
 
 # ---- Memory and machines: skip it on a first reading -----------------------------------
@@ -1832,6 +1895,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.data == Config.data and cfg.model != "tiny":
         accelerator.print("NOTE: these are the sample digits; --data names your questions")
     held_out = []
+    if not cfg.eval_data:
+        accelerator.print("NOTE: no evaluation; --eval-data names held-out questions")
     if cfg.eval_data and cfg.eval_every and (cfg.stage > 0 or cfg.dry_run):
         held_out = load_questions(cfg.eval_data, processor, cfg, accelerator)
     if cfg.stage > 0:

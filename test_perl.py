@@ -290,6 +290,12 @@ def test_bad_flags_end_the_program(typed, message, capsys):
         perl.parse_config(typed.split(" "))
     assert end.value.code != 0 and message in str(end.value) + capsys.readouterr().err
 
+@table("typed, meant", [("--bta 0.1", "--beta"), ("--lora-rnk=8", "--lora-rank"),
+                        ("--model Qwen2.5VL-7B", "Qwen2.5-VL-7B"), ("--model tinny", "tiny")])
+def test_a_misspelt_name_gets_the_nearest_one_and_no_network_is_tried(typed, meant, monkeypatch):
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", die)
+    refuses(f"; did you mean {meant}\\?$", perl.main, typed.split())
+
 def saved_run(folder, **changes):
     """A run folder with the settings that a run of 4 steps writes."""
     folder.mkdir(parents=True)
@@ -918,6 +924,26 @@ def test_verdict(accuracies, rewards, bounds, expected):
         cfg.filter = name
         assert perl.verdict(group, cfg) == perl.verdict(group, widest)
 
+RIGHT_ONCE = [("given", 1), ("given", 0), ("moved", 1), ("moved", 1)]
+
+@table("answers, with_gradient, by_permutation", [
+    ([("given", 1), ("given", 1), ("moved", 0), ("moved", 0)], 1, 1), (RIGHT_ONCE, 1, 0),
+    ([("given", 1), ("given", 0), ("given", 0)], 1, 0), ([("given", 1), ("moved", 1)], 0, 0)])
+def test_groups_that_have_a_gradient_and_those_that_owe_it_to_the_permutation(
+        answers, with_gradient, by_permutation):
+    group = [perl.Rollout(None, order, "1", [5], "", False, reward=reward)
+             for order, reward in answers]
+    perl.set_advantages([group])
+    groups = {name: [] for name in perl.VERDICTS}
+    metrics = perl.step_metrics(groups | {"kept": [group]}, Counter())
+    assert (metrics["with_gradient"], metrics["by_permutation"]) == (with_gradient, by_permutation)
+    # A second group, with a gradient that GRPO has as well, halves the second share.
+    other = [perl.Rollout(None, "given", "1", [5], "", False, reward=k) for k in (0, 1)]
+    perl.set_advantages([other])
+    metrics = perl.step_metrics(groups | {"too_easy": [group, other]}, Counter())
+    assert metrics["with_gradient"] == (with_gradient + 1) / 2
+    assert metrics["by_permutation"] == by_permutation / (with_gradient + 1)
+
 def test_resample_by_difficulty():
     rng, scores = random.Random(0), [1.0] * 100 + [0.5] * 10
     target = [0] * 5 + [50] + [0] * 4 + [50]
@@ -1254,7 +1280,7 @@ def halted(half, tmp_path):
 def test_run_folder(straight, data):
     main_script = Path(sys.modules["__main__"].__file__).name  # pytest's, kept like a fork's
     names = {"config.json", "run_id", "perl.py", "metrics.jsonl", "rollouts.jsonl",
-             "held_out.jsonl", "checkpoint-4", main_script}
+             "held_out.jsonl", "checkpoint-4", "best", main_script}
     assert {entry.name for entry in straight.iterdir()} == names
     assert (straight / "perl.py").read_bytes() == (HERE / "perl.py").read_bytes()
     config = json_of(straight / "config.json")
@@ -1294,6 +1320,30 @@ def test_checkpoint_is_a_whole_hugging_face_folder(straight):
     new, old = (GenerationConfig.from_pretrained(path) for path in (checkpoint, TINY))
     assert new.eos_token_id == old.eos_token_id
 
+@table("keep, kept", [(0, [1, 2, 3, 4]), (2, [3, 4])])
+def test_best_weights_and_the_checkpoints_that_are_kept(data, tmp_path, monkeypatch, keep, kept):
+    """best/ has the weights of the step whose eval_worst was the highest, the start included."""
+    worst = iter([0.3, 0.2, 0.5, 0.6, 0.6])  # before training, and after each step
+    def evaluate(*_, **named):
+        return {"eval_accuracy": 0.6, "eval_worst": next(worst), "eval_bias": 0.1, "seconds_eval": 1}
+    monkeypatch.setattr(perl, "evaluate", evaluate)
+    perl.main(arguments(data, tmp_path, save_every=1, eval_every=1, keep_checkpoints=keep))
+    run = tmp_path / "stage1"
+    assert [path.name for path in perl.checkpoints(run)] == [f"checkpoint-{k}" for k in kept]
+    assert torch.equal(weights_of(run / "best"), weights_of(run / "checkpoint-3"))
+    assert not torch.equal(weights_of(run / "best"), weights_of(run / "checkpoint-4"))
+    assert {path.name for path in run.glob("best*")} == {"best"}
+    assert AutoTokenizer.from_pretrained(run / "best").chat_template
+
+@table("step, eval_every, left", [(1, 10, "1.1 h"), (10, 10, "58 min"), (11, 10, "50 min"),
+                                  (40, 10, "7 min"), (1, 0, "39 min"), (33, 15, "14 min")])
+def test_the_time_left_counts_evaluations(straight, capsys, step, eval_every, left):
+    """At a minute a step and seven an evaluation."""
+    metrics = metrics_of(straight)[1] | {"step": step, "seconds_sample": 36, "seconds_update": 24}
+    cfg = tiny_config(steps=40, eval_every=eval_every)
+    perl.print_step(metrics, cfg, 7 * 60.0 if eval_every else 0.0, ACCELERATOR)
+    assert capsys.readouterr().out.rstrip().endswith(f"| {left} left")
+
 # ---- Run folder: killed and resumed ----------------------------------------------------
 def in_a_child(monkeypatch, name, call, event, argv):
     """run_with in a child process, which may die or stop in the middle. Returns its id and wait
@@ -1322,7 +1372,7 @@ def kill_9(monkeypatch, name, call, argv):
 
 # Of os.replace the first two calls are for run_id and config.json.
 @table("name, call, saved", [("update", 4, "checkpoint-2"), ("update", 2, None),
-                             ("torch.save", 2, None), ("os.replace", 4, "checkpoint-2")])
+                             ("torch.save", 2, None), ("os.replace", 6, "checkpoint-2")])
 def test_resume_after_kill_9_equals_no_kill(
         data, straight, tmp_path, monkeypatch, name, call, saved):
     """In step 4 and in step 2; amid the first checkpoint, and as the second one is put in place."""
