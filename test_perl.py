@@ -4384,3 +4384,38 @@ def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
     for size in ((8000, 6000), (900, 8)):
         with pytest.raises(curate.Dropped, match="too large or too thin"):
             curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
+
+# ---- curate2: hold-out, limits, reasons, the recipe ------------------------------------
+PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> Here is a statement "
+             "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
+STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
+              "The digit grew over time.")
+MIXED = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
+
+def write_mixed(folder, n):
+    """5 n rows in the raw formats of MIXED, as data/*/prepare.py of Mantis writes them; every
+    picture is used once, but for the nlvr2 rows 0 and 1, which share one."""
+    rows, contents, digits = {name: [] for name in MIXED}, {}, iter(range(len(DIGITS)))
+    def ask(source, n_images, question, answer):
+        paths = []
+        for j in range(n_images):
+            paths.append(f"{source}/{len(rows[source])}/{j}.png")
+            contents[paths[-1]] = digit(next(digits))
+        if source == "mantis:nlvr2" and len(rows[source]) == 1:
+            paths[0] = f"{source}/0/0.png"
+        rows[source].append(mantis_row(len(rows[source]), paths, question, answer))
+    for k in range(n):
+        ask("mantis:nlvr2", 2, PAIR_TRUE.format(STATEMENTS[k % 3]), "AB"[k % 2])
+        ask("mantis:dreamsim", 3, DREAM.format(2, 1, 3), "AB"[k % 2])
+        ask("mantis:iconqa", 4, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B")
+        ask("mantis:imagecode", 5, "<image>" * 5 + "Given a detailed description, retrieve the "
+            "target image among 10 minimally contrastive images\nDescription:\n"
+            f"A digit with {k} strokes.", f"Answer: Image {k % 5 + 1}")
+        image = image_of(next(digits))
+        rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", str(k), image))
+    for source in MIXED[:4]:
+        name = source.partition(":")[2]
+        own = {path: contents[path] for path in contents if path.startswith(source)}
+        write_mantis(folder, name, rows[source], own)
+    write_parquet(rows["mmk12"], folder / "MMK12" / "data" / "train-00000-of-00001.parquet")
+    return folder
