@@ -74,10 +74,10 @@ def list_reasons(records: list[dict]) -> str:
             lines.append(f"  - `{s['id']}`, answer `{s['answer']}`: `{text}`")
     return "\n".join(lines) or "Every question with several images may be permuted."
 
-def order_words(question: str) -> set[str]:
+def order_words(question: str) -> list[str]:
     """The words of a question that made it `never`; names of images would follow them."""
     text = ev.INSIDE.sub("", ev.NAMED_IMAGE.sub("", question))
-    return {found[0].lower() for found in ev.ORDER_WORDS.finditer(text)}
+    return sorted({found[0].lower() for found in ev.ORDER_WORDS.finditer(text)})
 
 def right_places(samples: list[dict]) -> list[tuple[str, str]]:
     """(source and kind, place) of each answer that has one: the number of the image that it
@@ -172,7 +172,7 @@ def what_moves(record: dict) -> str:
     """Examples: "letter: images 2, 3 may move, the letter is renamed"; "never: one image"."""
     s = record["sample"]
     if s["order_rule"] == "never":
-        words = ", ".join(sorted(order_words(s["question"])))
+        words = ", ".join(order_words(s["question"]))
         return f"never: {record['why']}" + f" ({words})" * record["why"].startswith("words")
     movable = movable_of(s)
     which = "all images may move"
