@@ -4508,9 +4508,11 @@ def test_the_report_says_why_images_may_not_move(tmp_path, capsys):
     ("2, 1", "sequence", "<image><image> Sort the images.", {}, [1, 0], [0, 1]),
     ("B", "letter", "<image>\nA. <image>\nB. <image>", {"movable": [1, 2]}, [2], [1, 2]),
     ("A", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [1], []),
+    ("B", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [2], []),
     ("B", "keep", "<image><image> Which?\nA. <image_2>\nB. <image_1>", {}, [0], [0, 1]),
     ("A", "keep", "<image><image> All red?\nA. Yes\nB. No", {}, [], [0, 1]),
-    ("3", "keep", "<image><image> How many?", {}, [], [0, 1]), ("3", "never", "<image>?", {}, [], [])])
+    ("3", "keep", "<image><image> How many?", {}, [], [0, 1]),
+    ("3", "never", "<image>?", {}, [], [])])
 def test_the_picture_frames_the_right_image(tmp_path, answer, rule, question, extra, right, moves):
     n = question.count("<image>")
     sample = {"id": "q", "source": "s", "images": [f"{k}.png" for k in range(n)], "answer": answer,
@@ -4534,10 +4536,11 @@ def test_the_picture_frames_the_right_image(tmp_path, answer, rule, question, ex
 CHOOSE = "Answer the following multiple-choice question:\n"
 SHORT = "Answer the following question:\nIf image 3 is the reference image, "
 SIMILAR = "which image of the other two is more similar to the reference image?"
-OTHERS = "which image of the other two images <image> <image> is more similar to the reference image? "
+OTHERS = ("which image of the other two images <image> <image> is more similar to the reference "
+          "image? ")
 ASSUME = "(Assume reference image is image 1 and the other two are image 2 and image 3)"
-RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally contrastive "
-            "images\nDescription:\nA man waves.")
+RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally "
+            "contrastive images\nDescription:\nA man waves.")
 THIS_TEXT = ("Given this detailed description:\nA man waves.\n"
              "Which image provided best matches the description?")
 MANTIS_ROWS = [  # config, question, answer; gold, rule, movable. As data/*/prepare.py words them
