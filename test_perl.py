@@ -4501,7 +4501,7 @@ def test_the_report_says_why_images_may_not_move(tmp_path, capsys):
     text = (out / "REPORT.md").read_text()
     assert "0 of 3 with several images can be permuted (none)\nWARNING" in text
     assert text.count("  - `mantis-nlvr2-") == 2, "two examples"
-    assert "WARNING: on the others, PeRL is plain GRPO" in capsys.readouterr().out
+    assert "WARNING: on the others PeRL is plain GRPO" in capsys.readouterr().out
 
 @table("answer, rule, question, extra, right, moves", [
     ("2", "index", "<image><image> Which image shows a cat?", {}, [1], [0, 1]),
