@@ -4371,12 +4371,12 @@ PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> He
              "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
 STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
               "The digit grew over time.")
-MIXED = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
+RAW_SOURCES = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
 
 def write_mixed(folder, n):
-    """5 n rows in the raw formats of MIXED, as data/*/prepare.py of Mantis writes them; every
+    """5 n rows in the raw formats of RAW_SOURCES, as data/*/prepare.py of Mantis writes them; every
     picture is used once, but for the nlvr2 rows 0 and 1, which share one."""
-    rows, contents, digits = {name: [] for name in MIXED}, {}, iter(range(len(DIGITS)))
+    rows, contents, digits = {name: [] for name in RAW_SOURCES}, {}, iter(range(len(DIGITS)))
     def ask(source, n_images, question, answer):
         paths = []
         for j in range(n_images):
@@ -4394,7 +4394,7 @@ def write_mixed(folder, n):
             f"A digit with {k} strokes.", f"Answer: Image {k % 5 + 1}")
         image = image_of(next(digits))
         rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", str(k), image))
-    for source in MIXED[:4]:
+    for source in RAW_SOURCES[:4]:
         name = source.partition(":")[2]
         own = {path: contents[path] for path in contents if path.startswith(source)}
         write_mantis(folder, name, rows[source], own)
@@ -4487,7 +4487,7 @@ def test_a_limit_takes_random_rows_until_enough_are_kept(tmp_path):
 
 def test_the_report_says_why_images_may_not_move(tmp_path, capsys):
     write_mixed(tmp_path / "copies", 3)
-    out = run_curate(tmp_path / "copies", tmp_path / "all", sources=MIXED)
+    out = run_curate(tmp_path / "copies", tmp_path / "all", sources=RAW_SOURCES)
     text = (out / "REPORT.md").read_text()
     assert "11 of 12 with several images can be permuted (index 3, keep 5, letter 3)" in text
     assert "| words that may mean order, time or place | 1 | 0 | 1 |" in text
