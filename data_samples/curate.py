@@ -39,7 +39,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from curate_report import kept, summary, write_report
+from curate_report import kept, write_report
 
 import eval as ev
 import perl
@@ -586,10 +586,10 @@ def score_labels(path: Path) -> None:
 
 def clusters(samples: list[dict]) -> list[list[dict]]:
     """Questions that share pictures, directly or through other questions, in one list."""
-    by_picture = defaultdict(list)  # a path is named by the picture's pixels
+    by_picture = defaultdict(list)  # by the hash of its pixels, as PNG or JPEG
     for sample in samples:
         for path in sample["images"]:
-            by_picture[path].append(sample)
+            by_picture[Path(path).stem].append(sample)
     found, seen = [], set()
     for sample in samples:
         cluster, waiting = [], [sample]
@@ -599,7 +599,7 @@ def clusters(samples: list[dict]) -> list[list[dict]]:
                 seen.add(other["id"])
                 cluster.append(other)
                 for path in other["images"]:
-                    waiting += by_picture.pop(path, [])
+                    waiting += by_picture.pop(Path(path).stem, [])
         if cluster:
             found.append(cluster)
     return found
@@ -694,7 +694,6 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{len(kept(records))} of {len(records)} questions are left, too few "
                          f"to hold out {args.hold_out}; {work} says what was dropped")
     write_results(records, args)
-    print(f"{summary(records)}\nsee {args.out / 'REPORT.md'}")
 
 if __name__ == "__main__":
     main()

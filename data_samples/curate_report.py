@@ -231,7 +231,12 @@ def draw_image(sheet, sample: dict, j: int, out: Path, *, corner: tuple[int, int
         draw.rectangle(box, outline=RIGHT, width=4)
 
 def write_report(records: list[dict], held: set[str], args) -> None:
-    """REPORT.md and ten.jpg in args.out."""
+    """REPORT.md and ten.jpg in args.out; prints a summary."""
     ten = choose_ten(kept(records))
     perl.write_atomic(args.out / "REPORT.md", report(records, ten, held, args))
     draw_ten(ten, args.out)
+    print(summary(records))
+    if len(held) < args.hold_out:
+        print(f"held out {len(held)} of {args.hold_out}: other questions share pictures with "
+              "too many of the rest")
+    print(f"see {args.out / 'REPORT.md'}")
