@@ -16,6 +16,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -28,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
+import numpy as np
 import pyarrow
 import pytest
 import torch
@@ -49,6 +51,7 @@ from perl import Rollout, Sample, flatten
 sys.path.insert(0, str(Path(perl.__file__).parent / "data_samples"))
 import ablate
 import curate
+import curate_report
 
 HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])
 CPU = torch.device("cpu")
@@ -4383,28 +4386,6 @@ def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, 
         assert (out / name).read_bytes() == (curated / name).read_bytes()
     refuses("begun with other sources", run_curate, copies, out, sources=["mmk12"])
 
-def test_a_label_that_a_model_disputes_is_never(copies, tmp_path, monkeypatch):
-    """A stub says that images are options and that order matters: only `letter` is so. A killed
-    run does not ask again; the tiny model, which knows none of this, agrees with none."""
-    asked, out = [], tmp_path / "out"
-    def says_yes(model, processor, samples, orders, cfg, *, n, greedy):
-        asked.extend(samples)
-        assert greedy and n == 1 and all(order == [tuple(range(len(s.images)))]
-                                         for s, order in zip(samples, orders))
-        return [[SimpleNamespace(accuracy=float(s.answer == "Yes"))] for s in samples]
-    with monkeypatch.context() as patch:
-        patch.setattr(perl, "sample_groups", says_yes)
-        for _ in range(2):
-            run_curate(copies, out, "--label-with", "tiny")
-            rules = Counter((s.source, s.order_rule)
-                            for s in perl.load_samples(out / "train.jsonl"))
-            assert rules == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6,
-                             ("mmk12", "never"): 4, ("geometry3k", "never"): 3}
-            assert len(asked) == 2 * 12 and "options to choose from" in asked[1].question
-            assert "| never, not keep | all |" in (out / "REPORT.md").read_text()
-    out = run_curate(copies, tmp_path / "real", "--label-with", "tiny", sources=["mantis:iconqa"])
-    assert {s.order_rule for s in perl.load_samples(out / "train.jsonl")} == {"never"}
-
 @table("sources, message", [
     (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
     (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources have the same name"),
@@ -4434,3 +4415,229 @@ def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
     for size in ((8000, 6000), (900, 8)):
         with pytest.raises(curate.Dropped, match="too large or too thin"):
             curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
+
+# ---- curate2: hold-out, limits, reasons, the recipe ------------------------------------
+PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> Here is a statement "
+             "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
+STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
+              "The digit grew over time.")
+RAW_SOURCES = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
+
+def write_mixed(folder, n):
+    """5 n rows in the raw formats of RAW_SOURCES, as data/*/prepare.py of Mantis writes them; every
+    picture is used once, but for the nlvr2 rows 0 and 1, which share one."""
+    rows, contents, digits = {name: [] for name in RAW_SOURCES}, {}, iter(range(len(DIGITS)))
+    def ask(source, n_images, question, answer):
+        paths = []
+        for j in range(n_images):
+            paths.append(f"{source}/{len(rows[source])}/{j}.png")
+            contents[paths[-1]] = digit(next(digits))
+        if source == "mantis:nlvr2" and len(rows[source]) == 1:
+            paths[0] = f"{source}/0/0.png"
+        rows[source].append(mantis_row(len(rows[source]), paths, question, answer))
+    for k in range(n):
+        ask("mantis:nlvr2", 2, PAIR_TRUE.format(STATEMENTS[k % 3]), "AB"[k % 2])
+        ask("mantis:dreamsim", 3, DREAM.format(2, 1, 3), "AB"[k % 2])
+        ask("mantis:iconqa", 4, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B")
+        ask("mantis:imagecode", 5, "<image>" * 5 + "Given a detailed description, retrieve the "
+            "target image among 10 minimally contrastive images\nDescription:\n"
+            f"A digit with {k} strokes.", f"Answer: Image {k % 5 + 1}")
+        image = image_of(next(digits))
+        rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", str(k), image))
+    for source in RAW_SOURCES[:4]:
+        name = source.partition(":")[2]
+        own = {path: contents[path] for path in contents if path.startswith(source)}
+        write_mantis(folder, name, rows[source], own)
+    write_parquet(rows["mmk12"], folder / "MMK12" / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+def recipe():
+    """The commands of the README's recipe, each as script and arguments."""
+    section = (HERE / "README.md").read_text().partition("## Train the 7B")[2]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
+    commands = []
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            k = next(k for k, word in enumerate(words) if word.endswith(".py"))
+            commands.append((words[k], words[k + 1:]))
+    return commands
+
+def test_the_readmes_recipe_runs(tmp_path, monkeypatch, capsys):
+    """Its own commands, one after the other: the tiny model in the 7B's place, two steps, 200
+    rows in the raw formats, and the held-out questions in the benchmarks' place."""
+    monkeypatch.chdir(tmp_path)
+    write_mixed(tmp_path / "copies", 40)
+    small = ["--steps", "2", "--questions-per-step", "4", "--max-new-tokens", "48",
+             "--eval-orders", "6"]
+    done, last = Counter(), "runs/7b/stage2/checkpoint-2"
+    for script, words in recipe():
+        text = " ".join(words).replace("Qwen2.5-VL-7B", "tiny")
+        text = text.replace("--hold-out 300", "--hold-out 20")
+        text = text.replace("--benchmarks all", "--benchmarks real/heldout.jsonl --orders 6")
+        if not Path("runs/7b/stage2/best").exists():  # written when eval_worst improves
+            text = text.replace("runs/7b/stage2/best", last)
+            text = text.replace("7b-stage2-best", "7b-stage2-checkpoint-2")
+        argv = text.split()
+        if script == "data_samples/curate.py":
+            curate.main([*argv, "--data-dir", "copies"])
+        elif script == "perl.py":
+            perl.main(argv + small)
+        else:
+            ev.main(argv + ["--max-new-tokens", "48"] * ("--model" in argv))
+        done[script] += 1
+    assert done == {"data_samples/curate.py": 1, "perl.py": 4, "eval.py": 4}
+    train, held = read_rows(Path("real/train.jsonl")), read_rows(Path("real/heldout.jsonl"))
+    assert (len(train), len(held)) == (180, 20)
+    out = Path("runs/7b")
+    kept = json.loads((out / "stage0" / "kept.json").read_text())
+    assert len(json.loads((out / "stage0" / "scores.json").read_text())) == 180 > 2 * len(kept) - 2
+    for stage in (1, 2):
+        metrics = read_rows(out / f"stage{stage}" / "metrics.jsonl")
+        assert [row["step"] for row in metrics] == [0, 1, 2] and "eval_worst" in metrics[-1]
+        assert stage == 2 or metrics[1]["kept"] + metrics[2]["kept"] > 0
+    said = capsys.readouterr().out
+    assert "start model: runs/7b/stage1/checkpoint-2" in said
+    assert re.search(r"\| heldout +\| 20 ", said), "the two runs are compared"
+
+def test_held_out_questions_share_no_picture_and_every_source_gives_its_part():
+    def question(k, source, *pictures):
+        return {"id": f"{source}-{k:03d}", "source": source, "images": list(pictures)}
+    apart = [question(k, "apart", f"a{k}") for k in range(60)]
+    pairs = [question(k, "pairs", f"p{k // 2}." + "jp"[k % 2], f"q{k}") for k in range(30)]
+    chain = [question(k, "chain", f"c{k}", f"c{k + 1}") for k in range(30)]
+    samples = apart + pairs + chain
+    held = curate.hold_out(samples, 24)
+    by_source = Counter(name.partition("-")[0] for name in held)
+    # A chain hangs together by its ends, so none of it fits into its part of 6.
+    assert by_source == {"apart": 12, "pairs": 6}
+    pictures = [{Path(path).stem for s in samples if (s["id"] in held) == part
+                 for path in s["images"]} for part in (True, False)]
+    assert not pictures[0] & pictures[1]
+    assert held == curate.hold_out(samples[::-1], 24) != curate.hold_out(samples, 12)
+    assert curate.hold_out(samples, 0) == set()
+
+def test_a_limit_takes_random_rows_until_enough_are_kept(tmp_path):
+    bad = mantis_row(0, ["none.png"], "<image> How many?", "3")
+    good = [one_image(f"How many {word} cows?", "4", f"{k}.png")
+            for k, word in enumerate("red big old wet shy odd sad fat shy2 new".split())]
+    contents = {f"{k}.png": digit(k) for k in range(10)}
+    rows = [row for pair in zip(good, [bad] * 10) for row in pair]
+    write_mantis(tmp_path, "nlvr2", rows, contents)
+    ids = {}
+    for limit in (1, 6, 30):
+        out = run_curate(tmp_path, tmp_path / f"out{limit}", sources=[f"mantis:nlvr2={limit}"])
+        ids[limit] = [s.id for s in perl.load_samples(out / "train.jsonl")]
+        assert len(ids[limit]) == min(limit, 10) and ids[limit] == sorted(ids[limit])
+    assert ids[6] != ids[30][:6] and set(ids[1]) < set(ids[6]) < set(ids[30])
+    log = read_rows(tmp_path / "out1" / ".work" / "mantis-nlvr2.jsonl")
+    assert len(log) < 20, "one question is enough"
+    for text in ("mantis:nlvr2=", "mmk12=0", "mmk12=-3", "mmk12=x"):
+        refuses("the most questions to keep", curate.parse_source, text)
+
+def test_the_report_says_why_images_may_not_move(tmp_path, capsys):
+    write_mixed(tmp_path / "copies", 3)
+    out = run_curate(tmp_path / "copies", tmp_path / "all", sources=RAW_SOURCES)
+    text = (out / "REPORT.md").read_text()
+    assert "11 of 12 with several images can be permuted (index 3, keep 5, letter 3)" in text
+    assert "| words that may mean order, time or place | 1 | 0 | 1 |" in text
+    assert "| one image | 0 | 3 | 3 |" in text
+    assert "place (grew 1, time 1)\n  - `mantis-nlvr2-0000003`, answer `A`" in text
+    assert "WARNING" not in capsys.readouterr().out
+    rows = [mantis_row(k, [f"{k}.png", f"{k + 9}.png"], "<image><image>" + question, "Yes")
+            for k, question in enumerate(["Did it change?", "Is it later?", "Is it the last?"])]
+    write_mantis(tmp_path / "never", "nlvr2", rows, {f"{k}.png": digit(k) for k in range(12)})
+    out = run_curate(tmp_path / "never", tmp_path / "none", sources=["mantis:nlvr2"])
+    text = (out / "REPORT.md").read_text()
+    assert "0 of 3 with several images can be permuted (none)\nWARNING" in text
+    assert text.count("  - `mantis-nlvr2-") == 2, "two examples"
+    assert "WARNING: on the others PeRL is plain GRPO" in capsys.readouterr().out
+
+@table("answer, rule, question, extra, right, moves", [
+    ("2", "index", "<image><image> Which image shows a cat?", {}, [1], [0, 1]),
+    ("2, 1", "sequence", "<image><image> Sort the images.", {}, [1, 0], [0, 1]),
+    ("B", "letter", "<image>\nA. <image>\nB. <image>", {"movable": [1, 2]}, [2], [1, 2]),
+    ("A", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [1], []),
+    ("B", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [2], []),
+    ("B", "keep", "<image><image> Which?\nA. <image_2>\nB. <image_1>", {}, [0], [0, 1]),
+    ("A", "keep", "<image><image> All red?\nA. Yes\nB. No", {}, [], [0, 1]),
+    ("3", "keep", "<image><image> How many?", {}, [], [0, 1]),
+    ("3", "never", "<image>?", {}, [], [])])
+def test_the_picture_frames_the_right_image(tmp_path, answer, rule, question, extra, right, moves):
+    n = question.count("<image>")
+    sample = {"id": "q", "source": "s", "images": [f"{k}.png" for k in range(n)], "answer": answer,
+              "order_rule": rule, "question": question} | extra
+    assert curate_report.right_images(sample) == right
+    assert curate_report.movable_of(sample) == moves
+    for k in range(n):
+        (tmp_path / f"{k}.png").write_bytes(digit(k))
+    record = {"sample": sample, "why": "one image"}
+    curate_report.draw_ten([record], tmp_path)
+    with Image.open(tmp_path / "ten.jpg") as sheet:
+        cells = [sheet.crop((k * curate_report.CELL, 0, (k + 1) * curate_report.CELL, sheet.height))
+                 for k in range(n)]
+    def green(cell):
+        red, green, blue = (np.asarray(band, dtype=int) for band in cell.split())
+        return ((green > red + 60) & (green > blue + 40)).sum()
+    assert [k for k in range(n) if green(cells[k]) > 500] == sorted(right)
+    said = curate_report.what_moves(record)
+    assert said.startswith(rule) and ("2, 3 may move" in said) == bool(extra)
+
+CHOOSE = "Answer the following multiple-choice question:\n"
+SHORT = "Answer the following question:\nIf image 3 is the reference image, "
+SIMILAR = "which image of the other two is more similar to the reference image?"
+OTHERS = ("which image of the other two images <image> <image> is more similar to the reference "
+          "image? ")
+ASSUME = "(Assume reference image is image 1 and the other two are image 2 and image 3)"
+RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally "
+            "contrastive images\nDescription:\nA man waves.")
+THIS_TEXT = ("Given this detailed description:\nA man waves.\n"
+             "Which image provided best matches the description?")
+MANTIS_ROWS = [  # config, question, answer; gold, rule, movable. As data/*/prepare.py words them
+    ("dreamsim", DREAM.format(2, 3, 1), "B", "B", "keep", (0, 1, 2)),
+    ("dreamsim", f"{CHOOSE}If <image> is the reference image, {OTHERS}{ASSUME}\n"
+     "Options:\n(A) Image 2\n(B) Image 3", "A", "A", "keep", (1, 2)),
+    ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
+     "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
+    ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
+     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
+    ("imagecode", "<image>" * 4 + RETRIEVE, "Answer: Image 3", "3", "index", (0, 1, 2, 3)),
+    ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
+    ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
+    ("iconqa", "Which has more?<image>" + OPTIONS, "Answer: A", "A", "letter", (1, 2, 3)),
+    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
+    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
+    ("nlvr2", PAIR_TRUE.format("The right image shows a dog."), "B", "B", "keep", (0, 1))]
+
+def test_rows_of_mantis_in_its_own_wordings(tmp_path):
+    rows, digits = {}, iter(range(200))
+    for config, question, answer, *_ in MANTIS_ROWS:
+        k = len(rows.setdefault(config, []))
+        paths = [f"{k}/{j}.png" for j in range(question.count("<image>"))]
+        rows[config].append(mantis_row(k, paths, question, answer))
+        # Later turns of a conversation refer back to the first, so they are left out.
+        rows[config][-1]["conversation"] += [{"role": "user", "content": "Why?"}]
+    for config in rows:
+        paths = [image["path"] for row in rows[config] for image in row["images"]]
+        write_mantis(tmp_path, config, rows[config], {path: digit(next(digits)) for path in paths})
+    out = run_curate(tmp_path, tmp_path / "out", sources=[f"mantis:{config}" for config in rows])
+    samples = perl.load_samples(out / "train.jsonl")
+    found = [(s.source, s.answer, s.order_rule, s.movable) for s in samples]
+    assert found == [("mantis-" + row[0], *row[3:]) for row in MANTIS_ROWS]
+
+def test_rows_of_k12_with_golds_as_people_write_them(tmp_path):
+    """Golds in the manner of the published rows: which stay, as what, and why others go."""
+    golds = {"$$6$$": "6", r"$2\sin (2x-\frac{\pi }{6})$": r"2\sin (2x-\frac{\pi }{6})", "C": "C",
+             "$40^{\\circ}$": r"40^{\circ}", r"$$\dfrac{35}{4}$$": r"\dfrac{35}{4}",
+             "$$BD=CE$$ (not unique)": "answer is one of many",
+             "(1)3;(2)5": "answer has several parts", "6 or 2": "answer lists alternatives",
+             "$$x \\geqslant 2$$(or $$x > 2$$)": "answer lists alternatives",
+             "It is reasonable because of it": "open answer", "": "no answer"}
+    rows = [k12_row(k, f"As shown in the figure, in $$\\triangle ABC$$, AB = {k}. Find it: ___."
+                    + "\nA. 3\nB. 4\nC. 5\nD. 6" * (gold == "C"), gold, image_of(k))
+            for k, gold in enumerate(golds)]
+    write_parquet(rows, tmp_path / "MMK12" / "data" / "train-00000-of-00003.parquet")
+    out = run_curate(tmp_path, tmp_path / "out", sources=["mmk12"])
+    found = [s.answer for s in perl.load_samples(out / "train.jsonl")]
+    found += [row["rule"] for row in read_rows(out / "dropped.jsonl")]
+    assert found == list(golds.values())

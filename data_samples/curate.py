@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Turns public training sets into the one format that perl.py reads.
 
-    python curate.py mantis:nlvr2 mantis:iconqa mmk12 hiyouga/geometry3k --out DIR
+    python curate.py mantis:nlvr2=6000 mmk12 hiyouga/geometry3k --hold-out 500 --out DIR
     python curate.py mantis:dreamsim --data-dir COPIES --against BENCHMARKS --out DIR
-    python curate.py mmk12 --label-with Qwen2.5-VL-7B --out DIR  # a model checks the labels too
     python curate.py --score-labels    # measures the label rules on order_labels.jsonl
 
 1. An adapter takes the first question of each row. Images become plain RGB files.
@@ -12,18 +11,18 @@
    `never` only loses diversity. So when in doubt, the label is `never`.
 3. Duplicates are dropped, exact and near, and questions with two different answers. --against
    FOLDER also drops what shares a picture or 13 consecutive words with a benchmark.
+4. --hold-out N puts N questions, which share no picture with the others, into a file for
+   perl.py's --eval-data.
 
-DIR gets train.jsonl, images/, dropped.jsonl (examples for each rule), REPORT.md and ten.jpg (ten
-random questions). After a kill, the same command continues. Same input, same bytes.
+DIR gets train.jsonl, heldout.jsonl, images/, dropped.jsonl (examples for each rule), REPORT.md
+and ten.jpg (ten questions). After a kill, the same command continues. Same input, same bytes.
 """
 import argparse
-import dataclasses
 import difflib
 import functools
 import hashlib
 import io
 import json
-import math
 import os
 import random
 import re
@@ -31,17 +30,19 @@ import sys
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from curate_report import kept, write_report
+
+import eval as ev
 import perl
-from eval import IMAGE, NAME, image_number, infer_label, listed_options, pattern
 
 MAX_IMAGES, MAX_TEXT, MAX_ANSWER_WORDS = 16, 4000, 3
 MAX_BYTES, MAX_PIXELS, MAX_ASPECT = 50_000_000, 40_000_000, 100  # of an image
@@ -62,15 +63,21 @@ class Source(NamedTuple):
     name: str    # in ids, and as the samples' source
     hub: str
     config: str  # a folder in it; "": none
+    limit: int   # questions to keep at most; 0: no limit
 
 def parse_source(text: str) -> Source:
-    if mantis := re.fullmatch(r"mantis:([\w.-]+)", text):
-        return Source(f"mantis-{mantis[1]}", "TIGER-Lab/Mantis-Instruct", mantis[1])
-    if text == "mmk12":
-        return Source("mmk12", "FanqingM/MMK12", "")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        return Source(text.split("/")[1], text, "")
-    raise SystemExit(f"{text}: a source is mantis:CONFIG, mmk12 or OWNER/NAME on the Hub")
+    """Example: mantis:nlvr2=6000 is at most 6000 questions of a config of Mantis-Instruct."""
+    name, equals, number = text.partition("=")
+    limit = int(number) if number.isdecimal() else 0
+    if limit or not equals:
+        if mantis := re.fullmatch(r"mantis:([\w.-]+)", name):
+            return Source(f"mantis-{mantis[1]}", "TIGER-Lab/Mantis-Instruct", mantis[1], limit)
+        if name == "mmk12":
+            return Source("mmk12", "FanqingM/MMK12", "", limit)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return Source(name.split("/")[1], name, "", limit)
+    raise SystemExit(f"{text}: a source is mantis:CONFIG, mmk12 or OWNER/NAME on the Hub, "
+                     "and perhaps =N, the most questions to keep of it")
 
 def needed(module: str):
     """Import a package that only some commands need."""
@@ -93,6 +100,10 @@ def find_folder(source: Source, data_dir: str) -> Path:
     if not any(folder.rglob("train*.parquet")):
         raise SystemExit(f"no train*.parquet in {folder}")
     return folder
+
+def count_rows(files: list[Path]) -> int:
+    parquet = needed("pyarrow.parquet")
+    return sum(parquet.ParquetFile(path).metadata.num_rows for path in files)
 
 def read_table(path: Path) -> Iterator[dict]:
     """Rows of a parquet file, a few at a time because they contain images."""
@@ -258,15 +269,15 @@ ONE_OF_MANY = re.compile(
 ALTERNATIVES = re.compile(r"(?i)\S\s*(?:\bor\b|或)\s*\S|^[a-z ]{2,}/[a-z ]{2,}$")
 PARTS = re.compile(r"(?:^|\s)\(?[1-9][).]\s|[;；\n&、]|\\q?quad\b|\\\\|\\begin|\d\.\d\.")
 
-ANSWER_NAME = pattern(
-    rf"""(?:the {IMAGE} that is more similar to the reference {IMAGE} is )?{NAME}
-    (?: is more similar to the reference {IMAGE})?\.?""")
+ANSWER_NAME = ev.pattern(
+    rf"""(?:the {ev.IMAGE} that is more similar to the reference {ev.IMAGE} is )?{ev.NAME}
+    (?: is more similar to the reference {ev.IMAGE})?\.?""")
 
 def gold_of(answer: str, question: str, n_images: int) -> str:
     """A row's answer -> the gold: a listed option's letter, a named image's number, or a
     text; '' if it is not one of the listed options."""
     text = re.sub(r"(?i)^\s*answer\s*:\s*", "", answer).strip()
-    options = listed_options(question)
+    options = ev.listed_options(question)
     if options:
         label = re.fullmatch(r"(?s)\(?([A-Z])\)?(?:[.:]\s.*|\.)?", text)
         texts = [option.casefold().rstrip(".") for option in options]
@@ -276,7 +287,7 @@ def gold_of(answer: str, question: str, n_images: int) -> str:
         return perl.LETTERS[texts.index(wanted)] if texts.count(wanted) == 1 else ""
     name = ANSWER_NAME.fullmatch(text)
     if name:
-        return str(image_number(name)) if image_number(name) <= n_images else ""
+        return str(ev.image_number(name)) if ev.image_number(name) <= n_images else ""
     return text.strip("$ ") or text
 
 def unwrap_gold(gold: str, question: str) -> str:
@@ -320,7 +331,7 @@ def check_gold(gold: str) -> None:
     """Dropped: no natural answer would be graded as right."""
     if not gold:
         raise Dropped("no answer")
-    if re.search(IMAGE, gold, re.IGNORECASE):
+    if re.search(ev.IMAGE, gold, re.IGNORECASE):
         raise Dropped("answer names an image in words")
     if ONE_OF_MANY.search(gold):
         raise Dropped("answer is one of many")
@@ -338,9 +349,10 @@ def check_gold(gold: str) -> None:
 
 # ---- A row becomes a sample, or names the rule that drops it ---------------------------
 
-def make_sample(question: str, answer: str, images: list, *, number: int, source: Source,
+def make_sample(name: str, question: str, answer: str, images: list, *, source: Source,
                 index: dict, out: Path) -> dict:
-    """A question -> {sample, hashes of its images}. Dropped: a rule excludes it."""
+    """A question -> {sample, hashes of its images, why it is `never`}. Dropped: a rule
+    excludes it."""
     question = re.sub(r"\r\n?", "\n", question).strip()
     if not 1 <= len(images) <= MAX_IMAGES:
         raise Dropped(f"not 1 to {MAX_IMAGES} images")
@@ -350,22 +362,22 @@ def make_sample(question: str, answer: str, images: list, *, number: int, source
         raise Dropped(f"question over {MAX_TEXT} characters")
     if re.search(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]|<\|\w+\|>|<image_", question + answer):
         raise Dropped("control characters or tokens in the text")
-    gold, has_options = gold_of(answer, question, len(images)), listed_options(question)
+    gold, has_options = gold_of(answer, question, len(images)), ev.listed_options(question)
     if not has_options:  # with options, it is a letter
         gold = unwrap_gold(gold, question)
         check_gold(gold)
     elif not gold:
         raise Dropped("answer is none of the options")
     # "The first image" became "1", which alone could be a count.
-    names_image = not has_options and re.search(IMAGE, answer, re.IGNORECASE)
+    names_image = not has_options and re.search(ev.IMAGE, answer, re.IGNORECASE)
     named = f"image {gold}" if names_image and gold.isdecimal() else gold
-    label = infer_label(question, named, len(images), source.config)
+    label = ev.infer_label(question, named, len(images), source.config)
     text = label.question
     asks_number = label.order_rule == "index" or names_image
     if asks_number and not re.search("(?i)image number", text):
         text += " Answer with the number of the image."
     stored = [store_image(read_bytes(image, index), out) for image in images]
-    sample = {"id": f"{source.name}-{number:07d}", "images": [path for path, _ in stored],
+    sample = {"id": name, "images": [path for path, _ in stored],
               "question": text, "answer": gold, "order_rule": label.order_rule,
               "source": source.name}
     if label.order_rule != "never" and len(label.movable) < len(images):
@@ -374,36 +386,51 @@ def make_sample(question: str, answer: str, images: list, *, number: int, source
         perl.parse_sample(json.dumps(sample).encode(), out, "row")
     except ValueError as error:
         raise Dropped("perl.py would refuse it: " + str(error).partition(":")[0]) from None
-    return {"sample": sample, "hashes": [bits for _, bits in stored]}
+    record = {"sample": sample, "hashes": [bits for _, bits in stored]}
+    if label.order_rule == "never":
+        record["why"] = ev.label_or_reason(question, named, len(images), source.config)
+    return record
 
 def take_in(source: Source, args, work: Path) -> list[dict]:
     """Rows of a source -> one log line each, kept or dropped. Continues a killed run."""
     folder = find_folder(source, args.data_dir)
     log, index = work / f"{source.name}.jsonl", index_images(folder)
-    records = perl.read_lines(log)
-    write_rows(log, records)  # without a last line that a kill tore
-    number, done = 0, len(records)
-    # The number of a row is part of its id, so rows keep their order over all files.
-    for path in sorted(folder.rglob("train*.parquet")):
-        for row in read_table(path):
-            number += 1
-            if number <= done:
+    logged = perl.read_lines(log)
+    write_rows(log, logged)  # without a last line that a kill tore
+    known = {record["sample"]["id"]: record for record in logged}
+    files = sorted(folder.rglob("train*.parquet"))
+    waiting, records = list(range(1, count_rows(files) + 1)), {}
+    limit = source.limit or len(waiting)
+    if source.limit:
+        random.Random(source.name).shuffle(waiting)
+    # With a limit, random rows are taken in rounds: as many as questions are still missing,
+    # since it is unknown how many of them the rules will drop.
+    while waiting and len(kept(records.values())) < limit:
+        missing = limit - len(kept(records.values()))
+        chosen, waiting = set(waiting[:missing]), waiting[missing:]
+        for number, row in enumerate(chain.from_iterable(map(read_table, files)), 1):
+            if number not in chosen:
                 continue
-            try:
-                question, answer, images = adapt(row, source)
-            except (KeyError, TypeError) as error:
-                raise SystemExit(f"{path}, row {number}: not the columns of {source.name} "
-                                 f"({type(error).__name__}: {error})") from None
-            try:
-                record = make_sample(question, answer, images, number=number, source=source,
-                                     index=index, out=args.out)
-            except Dropped as dropped:
-                record = {"rule": str(dropped), "sample": {
-                    "id": f"{source.name}-{number:07d}", "source": source.name,
-                    "question": question[:MAX_TEXT], "answer": answer[:MAX_TEXT]}}
-            perl.append_line(log, record)
-            records.append(record)
-    return records
+            name = f"{source.name}-{number:07d}"  # rows keep their number over all files
+            if name not in known:
+                try:
+                    asked = adapt(row, source)
+                except (KeyError, TypeError) as error:
+                    raise SystemExit(f"{folder}, row {number}: not the columns of {source.name} "
+                                     f"({type(error).__name__}: {error})") from None
+                known[name] = take_row(name, *asked, source=source, index=index, out=args.out)
+                perl.append_line(log, known[name])
+            records[name] = known[name]
+    return [records[name] for name in sorted(records)]
+
+def take_row(name: str, question: str, answer: str, images: list, **where) -> dict:
+    """The record of a row: its sample, or what remains of it and the rule that drops it."""
+    try:
+        return make_sample(name, question, answer, images, **where)
+    except Dropped as dropped:
+        return {"rule": str(dropped), "sample": {
+            "id": name, "source": where["source"].name,
+            "question": question[:MAX_TEXT], "answer": answer[:MAX_TEXT]}}
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     perl.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -535,54 +562,7 @@ def drop_in_group(group: list[dict]) -> None:
         elif likeness >= NEAR_TEXT:
             record["rule"] = "duplicate" if likeness == 1 else "near duplicate"
 
-def kept(records: list[dict]) -> list[dict]:
-    return [record for record in records if "rule" not in record]
-
-def judge_labels(records: list[dict], args, work: Path) -> None:
-    """Change labels that the model of --label-with disagrees with to `never`."""
-    judge, log = LabelJudge(args.label_with), work / "judged.jsonl"
-    rows = perl.read_lines(log)
-    write_rows(log, rows)
-    agrees = {row["id"]: row["agrees"] for row in rows}
-    for record in records:
-        sample = record["sample"]
-        if sample["order_rule"] == "never":
-            continue
-        if sample["id"] not in agrees:
-            parsed = perl.parse_sample(json.dumps(sample).encode(), args.out, sample["id"])
-            agrees[sample["id"]] = judge.agrees(parsed)
-            perl.append_line(log, {"id": sample["id"], "agrees": agrees[sample["id"]]})
-        if not agrees[sample["id"]]:
-            record["disputed"] = f"never, not {sample['order_rule']}"
-            sample["order_rule"] = "never"
-            sample.pop("movable", None)
-    print(f"{args.label_with} agrees with {sum(agrees.values())} of {len(agrees)} labels")
-
-# ---- The label rules: measured, and checked by a model ---------------------------------
-
-WOULD_CHANGE = ("If the images stood in another order, and the text spoke of them by their "
-                "new numbers, would the right answer to it be another one?")
-ARE_OPTIONS = "Are the images themselves the options to choose from?"
-
-class LabelJudge:
-    """Asks a local model the paper's two questions about a label, in perl.py's format."""
-    def __init__(self, name: str):
-        self.cfg = perl.parse_config(["--model", name])
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        perl.fit_machine(self.cfg, device)
-        self.processor = perl.load_processor(name, self.cfg)
-        self.model = perl.load_model(name, self.cfg, device)
-
-    def agrees(self, sample: perl.Sample) -> bool:
-        """Whether the model confirms the label on both questions; no answer is a no."""
-        rule, asked, as_given = sample.order_rule, [], tuple(range(len(sample.images)))
-        for text, holds in ((WOULD_CHANGE, rule != "keep"), (ARE_OPTIONS, rule == "letter")):
-            text = f"{sample.question}\n\nThis is about the question above. {text} Yes or no?"
-            asked.append(dataclasses.replace(sample, question=text, order_rule="never",
-                                             answer="Yes" if holds else "No"))
-        groups = perl.sample_groups(self.model, self.processor, asked, [[as_given]] * 2,
-                               self.cfg, n=1, greedy=True)
-        return all(rollout.accuracy == 1 for (rollout,) in groups)
+# ---- The label rules, measured ---------------------------------------------------------
 
 def score_labels(path: Path) -> None:
     """Print precision and recall of the rules on labeled questions, and the misses."""
@@ -590,7 +570,7 @@ def score_labels(path: Path) -> None:
     for row in perl.read_lines(path):
         question, rule, part = row["question"], row["order_rule"], row["set"]
         n = question.count("<image>")
-        got = infer_label(question, gold_of(row["answer"], question, n), n, row["style"])
+        got = ev.infer_label(question, gold_of(row["answer"], question, n), n, row["style"])
         mentions = list(map(int, perl.MENTION.findall(got.question)))
         wanted = (row.get("gold"), rule, tuple(row.get("movable", ())))
         right = got[1:] == wanted and mentions == row.get("mentions")
@@ -602,73 +582,50 @@ def score_labels(path: Path) -> None:
         print(f"{part}: of {n['questions']} questions {n['labeled']} labeled other than never, "
               f"{n['right']} right; recall {n['right']} of {n['wanted']}")
 
-# ---- Report ----------------------------------------------------------------------------
+# ---- Held-out questions ----------------------------------------------------------------
 
-def cross_table(pairs: list[tuple], name: str) -> str:
-    """Counts of (row, column) pairs, and their sums, as a Markdown table."""
-    counts = Counter(pairs)
-    columns = sorted({column for _, column in pairs})
-    lines = [[name, *columns, "all"], ["---"] * (len(columns) + 2)]
-    for row in sorted({row for row, _ in pairs}):
-        values = [counts[row, column] for column in columns]
-        lines.append([row, *values, sum(values)])
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def clusters(samples: list[dict]) -> list[list[dict]]:
+    """Questions that share pictures, directly or through other questions, in one list."""
+    by_picture = defaultdict(list)  # by the hash of its pixels, as PNG or JPEG
+    for sample in samples:
+        for path in sample["images"]:
+            by_picture[Path(path).stem].append(sample)
+    found, seen = [], set()
+    for sample in samples:
+        cluster, waiting = [], [sample]
+        while waiting:
+            other = waiting.pop()
+            if other["id"] not in seen:
+                seen.add(other["id"])
+                cluster.append(other)
+                for path in other["images"]:
+                    waiting += by_picture.pop(Path(path).stem, [])
+        if cluster:
+            found.append(cluster)
+    return found
 
-def report(records: list[dict], ten: list[dict], sources: list[str]) -> str:
-    """What was dropped and kept; how many images, which labels, where the answers are."""
-    fates, images, rules, samples = [], [], [], []
-    for record in records:
-        s = record["sample"]
-        fates.append((record.get("rule", "**kept**"), s["source"]))
-        if "rule" not in record:
-            samples.append(s)
-            images.append((s["source"], len(s["images"])))
-            rules.append((s["source"], record.get("disputed", s["order_rule"])))
-    listed = []
-    for k, s in enumerate(ten, 1):
-        text = " ".join(s["question"].split())
-        listed.append(f"{k}. `{s['id']}`, {s['order_rule']}, answer `{s['answer']}`: `{text}`")
-    return "\n\n".join([
-        f"# {len(samples)} of {len(records)} questions of {', '.join(sources)}",
-        "## What became of the rows", cross_table(fates, "rule"),
-        "## Images per question", cross_table(images, "source"),
-        "## Order rules", cross_table(rules, "source"),
-        "## Where the right answer is", cross_table(right_places(samples), "source"),
-        "## Ten random questions", "![](ten.jpg)", "\n".join(listed)]) + "\n"
+def hold_out(samples: list[dict], n: int) -> set[str]:
+    """Ids of about n questions, by source in proportion, that share no picture with the
+    others. A cluster that is larger than what its sources still lack is passed over."""
+    lacking, before = Counter(), 0
+    sizes = Counter(sample["source"] for sample in samples)
+    for source, size in sorted(sizes.items()):
+        # The sums up to here are rounded, so that the parts add up to n.
+        given = lacking.total()
+        before += size
+        lacking[source] = round(n * before / len(samples)) - given
+    held = set()
+    for cluster in sorted(clusters(samples), key=random_key):
+        needs = Counter(sample["source"] for sample in cluster)
+        if needs <= lacking:
+            held.update(sample["id"] for sample in cluster)
+            lacking.subtract(needs)
+    return held
 
-def right_places(samples: list[dict]) -> list[tuple[str, str]]:
-    """(source and kind, place) of each answer that has one: the number of the image that it
-    names, itself or through its option, and the letter of the option."""
-    places = []
-    for s in samples:
-        options = listed_options(s["question"])
-        named = re.fullmatch(r"\d+", s["answer"]) if s["order_rule"] == "index" else None
-        if s["answer"] in list(perl.LETTERS[:len(options)]):
-            kind = "option image" if s["order_rule"] == "letter" else "option"
-            places.append((f"{s['source']}: {kind}", s["answer"]))
-            named = perl.MENTION.fullmatch(options[perl.LETTERS.index(s["answer"])])
-        if named:
-            places.append((f"{s['source']}: image", named[named.lastindex or 0]))
-    return places
-
-def draw_ten(samples: list[dict], out: Path) -> None:
-    """ten.jpg: the images of each question in rows, below its id, answer and text."""
-    side, text_height, columns = 112, 34, 8
-    heights = [text_height + side * math.ceil(len(s["images"]) / columns) for s in samples]
-    sheet = Image.new("RGB", (side * columns, sum(heights)), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
-    for k, (s, height) in enumerate(zip(samples, heights), 1):
-        text = " ".join(s["question"].replace("<image>", "").split())
-        text = f"{k}. {s['id']}, {s['order_rule']}, answer {s['answer']}\n{text[:140]}"
-        # Pillow's built-in font has Latin letters only.
-        draw.text((4, top + 2), text.encode("ascii", "replace").decode(), "black")
-        for j, path in enumerate(s["images"]):
-            row, column = divmod(j, columns)
-            small = perl.read_image(out / path)
-            small.thumbnail((side - 6, side - 6))
-            sheet.paste(small, (column * side + 3, top + text_height + row * side))
-        top += height
-    sheet.save(out / "ten.jpg", quality=85)
+def random_key(cluster: list[dict]) -> str:
+    """Looks random, and depends on the questions' ids only."""
+    first = min(sample["id"] for sample in cluster)
+    return hashlib.sha1(first.encode()).hexdigest()
 
 # ---- Main ------------------------------------------------------------------------------
 
@@ -681,19 +638,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", default="", help="folder of local copies, in place of the Hub")
     add("--against", type=Path, action="append", default=[],
         help="folder of benchmarks; what they contain is dropped")
-    add("--label-with", default="", metavar="MODEL",
-        help="a model checks the order labels; where it disagrees, the label becomes never")
+    add("--hold-out", type=int, default=0, metavar="N",
+        help="put N questions into heldout.jsonl, for --eval-data of perl.py")
     add("--score-labels", action="store_true", help="score the label rules, and stop")
     args = parser.parse_args(argv)
     if not args.score_labels and not (args.sources and args.out):
         parser.error("name a source and --out DIR")
+    if args.hold_out < 0:
+        parser.error("--hold-out must be 0 or more")
     return args
 
 def open_work(args) -> Path:
     """The folder of a run's logs. Exits if other settings or other code began it."""
     work = args.out / ".work"
     code = (HERE / "curate.py").read_bytes() + (HERE.parent / "eval.py").read_bytes()
-    settings = {"sources": args.sources, "data_dir": args.data_dir, "judge": args.label_with,
+    settings = {"sources": args.sources, "data_dir": args.data_dir,
                 "code": hashlib.sha1(code).hexdigest()}
     if (path := work / "settings.json").exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{args.out} was begun with other sources or code; use another --out")
@@ -702,8 +661,13 @@ def open_work(args) -> Path:
     return work
 
 def write_results(records: list[dict], args) -> None:
-    """train.jsonl, examples of what was dropped, report and picture."""
+    """train.jsonl, heldout.jsonl, examples of what was dropped, report and picture."""
     samples = [record["sample"] for record in kept(records)]
+    held = hold_out(samples, args.hold_out)
+    write_rows(args.out / "train.jsonl", [s for s in samples if s["id"] not in held])
+    (args.out / "heldout.jsonl").unlink(missing_ok=True)  # of an earlier --hold-out
+    if held:
+        write_rows(args.out / "heldout.jsonl", [s for s in samples if s["id"] in held])
     shown, examples = Counter(), []
     for record in records:
         case = record.get("rule"), record["sample"]["source"]
@@ -711,10 +675,7 @@ def write_results(records: list[dict], args) -> None:
         if "rule" in record and shown[case] <= EXAMPLES:
             examples.append({"rule": record["rule"], **record["sample"]})
     write_rows(args.out / "dropped.jsonl", examples)
-    write_rows(args.out / "train.jsonl", samples)
-    ten = random.Random(0).sample(samples, min(10, len(samples)))
-    perl.write_atomic(args.out / "REPORT.md", report(records, ten, args.sources))
-    draw_ten(ten, args.out)
+    write_report(records, held, args)
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
@@ -729,12 +690,10 @@ def main(argv: list[str] | None = None) -> None:
     # Each rule works on what the rules before it left.
     drop_benchmarks(kept(records), args.against, args.out)
     drop_duplicates(kept(records))
-    if not kept(records):
-        raise SystemExit(f"none of {len(records)} questions is left; see {work}")
-    if args.label_with:
-        judge_labels(kept(records), args, work)
+    if len(kept(records)) <= args.hold_out:
+        raise SystemExit(f"{len(kept(records))} of {len(records)} questions are left, too few "
+                         f"to hold out {args.hold_out}; {work} says what was dropped")
     write_results(records, args)
-    print(f"kept {len(kept(records))} of {len(records)} questions; see {args.out / 'REPORT.md'}")
 
 if __name__ == "__main__":
     main()
