@@ -3,7 +3,9 @@
 
     python eval.py                                         # tiny, data_samples/, CPU
     python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU downloads 25 GB
+    python eval.py --ask "Which shows a cat?" a.png b.png  # your own question
     python eval.py --compare eval_runs/A eval_runs/B       # two models, paired
+    python eval.py --chart FILE.png eval_runs/A ...        # their scores as bars
     python eval.py --flip --data-dir COPIES                # and published flip rates
     python eval.py --page runs/tiny-seed0                  # a training run as HTML
 
@@ -15,6 +17,7 @@ import argparse
 import base64
 import csv
 import dataclasses
+import difflib
 import functools
 import hashlib
 import io
@@ -678,6 +681,7 @@ def score(folder: Path) -> dict:
     return result
 
 # ---- Asking the model ------------------------------------------------------------------
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 KEPT_SETTINGS = ("instruction", "max_pixels", "max_new_tokens", "rollout_batch", "dtype")
 
 def settings(args) -> perl.Config:
@@ -698,7 +702,7 @@ def plan(question: Question, cap: int, processor, cfg) -> Question:
     try:
         length = perl.prompt_length(question.sample, processor)
         problem = f"{length} tokens" if length > cfg.max_prompt_tokens else ""
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         problem = f"image: {error}"  # a broken image counts as wrong and stops nothing
     return question._replace(orders=all_orders(question.sample, cap), problem=problem)
 
@@ -787,7 +791,8 @@ def percent(value: float, interval=()) -> str:
     return f"{100 * value:.1f} [{', '.join(bounds)}]" if bounds else f"{100 * value:.1f}"
 
 def table(rows: list[list]) -> str:
-    """Rows, the first one the heading, as an aligned Markdown table."""
+    """Rows, the first one the heading, as an aligned Markdown table; empty ones left out."""
+    rows = [row for row in rows if any(map(str, row[1:]))]
     widths = [max(map(len, map(str, column))) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     text = ""
@@ -806,7 +811,7 @@ def report(results: dict[str, dict], model: str) -> str:
         cells = [name, percent(r["score"], r["interval"]), percent(r.get("unread", 0)),
                  percent(r["over questions"]), percent(r["over tasks"]), *benchmark.paper,
                  f"{r['n'] - r['missing']} of {r['expected']}", r["errors"], r["unparsed"],
-                 r["truncated"], orders["bias"]["n"] if orders else 0]
+                 r["truncated"], orders["bias"]["n"] if orders else ""]
         for measure in measures:
             found = orders.get(measure)
             cells.append(percent(found["value"], found["interval"]) if found else "")
@@ -847,6 +852,85 @@ def compare(folder_a: Path, folder_b: Path) -> str:
             lines.append([name, sum(map(len, columns[0].values())), *cells])
     perl.check(len(lines) > 1, f"{folder_a} and {folder_b} have no common answers")
     return f"A = {folder_a}\nB = {folder_b}\n\n{table(lines)}"
+
+COLORS = ("#1a66c9", "#d1600a", "#1a7f37", "#8250df", "#b3261e", "#59636e")  # of models
+
+def chart(file: str, folders: list[str]) -> None:
+    """A bar chart of models by benchmark: mean over orders next to the worst order."""
+    import matplotlib  # needed here only
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(layout="constrained")
+    places, width = {}, 0.4 / len(folders)  # a benchmark's bars are 0.8 wide together
+    for m, (folder, color) in enumerate(zip(folders, COLORS)):
+        axes.bar(0, 0, color=color, label=Path(folder).name)
+        paths = sorted(Path(folder).glob("*/results.json"))
+        perl.check(paths, f"--chart: {folder} has no */results.json; name a model's folder")
+        for path in paths:
+            result = json.loads(path.read_text())
+            # Models that were asked in other numbers of orders do not stand side by side.
+            asked = f"{result['n']} questions\norders: {result['config']['orders']}"
+            place = places.setdefault(f"{path.parent.name}\n{asked}", len(places))
+            orders = result["orders"] or {"mean": result | {"value": result["score"]}}
+            for k, measure in enumerate(("mean", "worst")):
+                if measure in orders:
+                    low, high = (100 * bound for bound in orders[measure]["interval"])
+                    x, value = place + (2 * m + k + 0.5) * width, 100 * orders[measure]["value"]
+                    axes.bar(x, value, 0.9 * width, color=(color, 0.3 if k else 1),
+                             edgecolor=color, hatch="///" if k else "")
+                    axes.plot([x, x], [low, high], color="#24292f", linewidth=1.2)
+                    axes.text(x, high + 1, f"{value:.1f}", ha="center", fontsize=8)
+    axes.bar(0, 0, color="w", edgecolor="#59636e", hatch="///", label="in the worst order")
+    axes.set_xticks(torch.arange(len(places)) + 0.4, places, fontsize=9)
+    axes.set(xlim=(-0.2, len(places)), ylim=(0, 107), ylabel="right answers, %")
+    axes.grid(axis="y", color="#d0d7de", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
+    figure.set_size_inches(3 + len(places) * (0.6 + 0.8 * len(folders)), 4.5)
+    figure.savefig(file, dpi=150)
+
+# ---- --ask: a question about your own images -------------------------------------------
+ASKS_WHICH = re.compile(r"(?i)\bwhich (?:of (?:the|these) )?(?:\w+ )?(?:one|image|picture|photo)")
+
+def own_question(text: str, paths: list[str]) -> Question:
+    """A question without a gold; its order_rule says how an answer names an image."""
+    perl.check(not os.path.isfile(text), f"--ask {text}: the question comes first")
+    text = text if "<image>" in text else "<image>" * len(paths) + text
+    named = NAMED_IMAGE.sub(as_mention, text)  # "image 2" will follow its image
+    row = {"id": "--ask", "images": [*map(os.path.abspath, paths)], "question": named,
+           "answer": "1", "order_rule": "never"}
+    perl.parse_sample(json.dumps(row).encode(), Path("/"), "--ask")  # exits on any error
+    # The rules for order labels need a gold: let it be the first image.
+    options = listed_options(text)
+    gold = "A" if options or LETTER_SLOT.search(text) else "1"
+    question = make_question("--ask", paths, text, gold, "choice" if options else "text",
+                             options=options)
+    if question.sample.order_rule == "never":  # in doubt, all images may move
+        rule = "keep" if options or not ASKS_WHICH.search(text) else "index"
+        question = question._replace(sample=Sample("--ask", paths, named, gold, rule))
+    return question
+
+def ask(args) -> str:
+    """The answer to --ask in each order, the image that it names, and how many agree."""
+    question = own_question(args.ask[0], args.ask[1:])
+    model, processor, cfg = start_model(args)
+    question = plan(question, args.orders or (24 if args.all_orders else 1), processor, cfg)
+    perl.check(not question.problem, f"--ask: {question.problem}")
+    images, said = question.sample.images, Counter()
+    lines, rows = [["images in this order", "answer", "means"]], []
+    for row in answer_batch(model, processor, [question], cfg):
+        row["answer"] = grade_row(row)[0]
+        rows.append(row)
+        choice, = picked(row) or [""]
+        meant = images[choice] if isinstance(choice, int) else ""
+        said[meant or choice] += 1
+        shown = " ".join(images[k] for k in row["order"])
+        lines.append([shown, row["answer"] or "not read", meant])
+    choice, n = said.most_common(1)[0]
+    agreement = f"{n} of {len(rows)} orders agree on {choice or 'no answer'}"
+    return f"{table(lines)}\n{agreement if len(rows) > 1 else rows[0]['response']}"
 
 # ---- --flip: the flip rate of Facet-Probe, next to its published rates -----------------
 # Facet-Probe (arXiv 2606.26079) screened 270 items by hand; its rates are over "keep" and
@@ -1289,17 +1373,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=0, help="longest response [2048; tiny: 64]")
     add("--flip", action="store_true", help="flip rates of Facet-Probe's questions")
     add("--score-only", action="store_true", help="grade saved responses, load no model")
+    add("--ask", nargs="+", metavar=("QUESTION", "IMAGE"), help="about images of your own")
+    add("--all-orders", action="store_true", help="--ask in at most 24 orders, or --orders")
     add("--compare", nargs=2, metavar="RUN", help="two model folders: paired differences")
+    add("--chart", nargs="+", metavar=("FILE.png", "RUN"), help="model folders: a bar chart")
     add("--page", metavar="RUN", help="page.html of a training run: curves and groups")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [perl.flag_of(name) for name in vars(args)]
+        parser.error(f"no such argument: {unknown[0]}{nearest(unknown[0], flags)}")
     if args.flip:  # fixed questions in six orders
         args.benchmarks, args.limit, args.orders = ",".join(FLIP_SETS), 0, 6
     paper = [name for name in BENCHMARKS if BENCHMARKS[name].paper[0]]
     args.benchmarks = paper if args.benchmarks == "all" else args.benchmarks.split(",")
     for name in args.benchmarks:
         if name not in BENCHMARKS and not name.endswith(".jsonl"):
-            parser.error(f"--benchmarks {name}: not all, {', '.join(BENCHMARKS)} or *.jsonl")
+            parser.error(f"--benchmarks {name}: not all, {', '.join(BENCHMARKS)} or *.jsonl"
+                         f"{nearest(name, BENCHMARKS)}")
     return args
+
+def nearest(name: str, names) -> str:
+    """The name that a misspelt one is most like, as the end of an error message."""
+    by_lower = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+def start_model(args) -> tuple:
+    """The model of --model, its processor and its settings. Exits if there is no such."""
+    is_name = args.model in perl.SHORT_NAMES or "/" in args.model or Path(args.model).exists()
+    perl.check(is_name, f"--model {args.model} is no folder, short name or Hub id"
+               f"{nearest(args.model, perl.SHORT_NAMES)}")
+    accelerator, cfg = Accelerator(), settings(args)
+    perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
+    processor = perl.load_processor(args.model, cfg)
+    return perl.load_model(args.model, cfg, accelerator.device), processor, cfg
 
 def ask_and_report(args) -> None:
     """Ask the chosen benchmarks, unless --score-only; then grade and print a table."""
@@ -1310,10 +1417,7 @@ def ask_and_report(args) -> None:
     model_name = "-".join(parts[-n_parts:])
     out = Path(args.out, model_name, "flip" if args.flip else "")
     if not args.score_only:
-        cfg = settings(args)
-        perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
-        processor = perl.load_processor(args.model, cfg)
-        model = perl.load_model(args.model, cfg, accelerator.device)
+        model, processor, cfg = start_model(args)
         # The start of each tensor identifies the weights: others are another run.
         starts = [w.detach().flatten()[:64].float().tolist() for w in model.parameters()]
         weights = hashlib.sha1(str(starts).encode()).hexdigest()
@@ -1331,13 +1435,18 @@ def ask_and_report(args) -> None:
         print(text)
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare two runs, or write a page, or ask the model and report."""
+    """Compare or draw runs, or write a page, or ask the model and report."""
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         if args.compare:
             print(compare(*map(Path, args.compare)))
+        elif args.chart:
+            chart(args.chart[0], args.chart[1:])
+            print(f"wrote {args.chart[0]}")
+        elif args.ask:
+            print(ask(args))
         elif args.page:
             print(f"wrote {write_page(Path(args.page))}")
         else:
