@@ -628,7 +628,6 @@ def order_measures(groups: list[list[dict]]) -> dict:
         picks = [*map(picked, rows)] + [None] * (n - len(rows))
         columns["mean"].append(sum(right) / n)
         columns["worst"].append(min(right))
-        columns["best"].append(max(right))
         columns["bias"].append(max(right) - min(right))  # p(x_max) - p(x_min), A.5
         columns["same choice"].append(len(set(picks)) == 1 and None not in picks)
         columns["flip"].append(len(set(picks[:6]) - {None}) > 1)
@@ -671,7 +670,6 @@ def score(folder: Path) -> dict:
     tasks = {task: summary(as_given[task]) for task in sorted(as_given)}
     result = {
         "score": average(as_given, mean), "interval": bootstrap(as_given, mean),
-        "over questions": average(as_given), "over tasks": average(as_given, "tasks"),
         "n": config["n"], "expected": benchmark.rows or config["n"],
         "missing": config["n"] - len(groups), "errors": counts["errors"],
         "unread": (counts["unread"] + config["n"] - len(groups)) / max(config["n"], 1),
@@ -802,16 +800,15 @@ def table(rows: list[list]) -> str:
 
 def report(results: dict[str, dict], model: str) -> str:
     """A model's results in percent, one column per benchmark, and how each is scored."""
-    measures = ["mean", "worst", "best", "bias", "same choice", "flip", "unread"]
-    columns, notes = [["", "accuracy [95 %]", "no answer read", "over questions",
-                       "over tasks", "paper: start", "paper: PeRL", "answered", "errors",
-                       "unparsed", "truncated", "orders of", *measures, "by position"]], ""
+    measures = ["mean", "worst", "bias", "same choice", "flip", "unread"]
+    columns, notes = [["", "accuracy [95 %]", "no answer read", "paper: start", "paper: PeRL",
+                       "answered", "errors", "unparsed", "truncated", "orders of", *measures,
+                       "by position"]], ""
     for name, r in results.items():
         benchmark, orders = BENCHMARKS.get(name, BENCHMARKS["digits"]), r["orders"]
         cells = [name, percent(r["score"], r["interval"]), percent(r.get("unread", 0)),
-                 percent(r["over questions"]), percent(r["over tasks"]), *benchmark.paper,
-                 f"{r['n'] - r['missing']} of {r['expected']}", r["errors"], r["unparsed"],
-                 r["truncated"], orders["bias"]["n"] if orders else ""]
+                 *benchmark.paper, f"{r['n'] - r['missing']} of {r['expected']}", r["errors"],
+                 r["unparsed"], r["truncated"], orders["bias"]["n"] if orders else ""]
         for measure in measures:
             found = orders.get(measure)
             cells.append(percent(found["value"], found["interval"]) if found else "")
@@ -861,34 +858,38 @@ def chart(file: str, folders: list[str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(layout="constrained")
-    places, width = {}, 0.4 / len(folders)  # a benchmark's bars are 0.8 wide together
-    for m, (folder, color) in enumerate(zip(folders, COLORS)):
+    bars, ticks, x = defaultdict(list), [], 0
+    for folder, color in zip(folders, COLORS):
         axes.bar(0, 0, color=color, label=Path(folder).name)
-        paths = sorted(Path(folder).glob("*/results.json"))
-        perl.check(paths, f"--chart: {folder} has no */results.json; name a model's folder")
-        for path in paths:
+        for path in sorted(Path(folder).glob("*/results.json")):
             result = json.loads(path.read_text())
-            # Models that were asked in other numbers of orders do not stand side by side.
-            asked = f"{result['n']} questions\norders: {result['config']['orders']}"
-            place = places.setdefault(f"{path.parent.name}\n{asked}", len(places))
             orders = result["orders"] or {"mean": result | {"value": result["score"]}}
-            for k, measure in enumerate(("mean", "worst")):
-                if measure in orders:
-                    low, high = (100 * bound for bound in orders[measure]["interval"])
-                    x, value = place + (2 * m + k + 0.5) * width, 100 * orders[measure]["value"]
-                    axes.bar(x, value, 0.9 * width, color=(color, 0.3 if k else 1),
-                             edgecolor=color, hatch="///" if k else "")
-                    axes.plot([x, x], [low, high], color="#24292f", linewidth=1.2)
-                    axes.text(x, high + 1, f"{value:.1f}", ha="center", fontsize=8)
+            # Models that were asked in other numbers of orders do not stand side by side.
+            label = f"{path.parent.name}\n{orders['mean']['n']} questions"
+            label += f"\nup to {result['config']['orders']} orders" if "worst" in orders else ""
+            for name in ("mean", "worst")[:len(orders)]:
+                bars[label].append((color, name == "worst", orders[name]))
+    perl.check(bars, f"--chart: no */results.json in {' '.join(folders) or 'no folder'}")
+    for own in bars.values():
+        ticks.append(x + (len(own) - 1) / 2)
+        for color, is_worst, measure in own:
+            axes.bar(x, 100 * measure["value"], 0.9, color=(color, 0.3 if is_worst else 1),
+                     edgecolor=color, hatch="///" if is_worst else "")
+            low, high = 100 * torch.tensor(measure["interval"])
+            axes.plot([x, x], [low, high], color="#24292f", linewidth=1.2)
+            axes.text(x, high + 1.5, f"{100 * measure['value']:.1f}", ha="center", fontsize=8,
+                      bbox={"color": "w", "pad": 0.2})
+            x += 1
+        x += 0.8
     axes.bar(0, 0, color="w", edgecolor="#59636e", hatch="///", label="in the worst order")
-    axes.set_xticks(torch.arange(len(places)) + 0.4, places, fontsize=9)
-    axes.set(xlim=(-0.2, len(places)), ylim=(0, 107), ylabel="right answers, %")
-    axes.grid(axis="y", color="#d0d7de", linewidth=0.8)
+    axes.set_xticks(ticks, bars, fontsize=9)
+    axes.set(xlim=(-0.9, x - 0.9), ylim=(0, 109), ylabel="right answers, %, 95 % interval")
     axes.set_axisbelow(True)
+    axes.grid(axis="y", color="#d0d7de", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
-    figure.set_size_inches(3 + len(places) * (0.6 + 0.8 * len(folders)), 4.5)
+    figure.set_size_inches(1.5 + 0.45 * max(x, 6), 4.5)
     figure.savefig(file, dpi=150)
 
 # ---- --ask: a question about your own images -------------------------------------------
@@ -902,7 +903,7 @@ def own_question(text: str, paths: list[str]) -> Question:
     row = {"id": "--ask", "images": [*map(os.path.abspath, paths)], "question": named,
            "answer": "1", "order_rule": "never"}
     perl.parse_sample(json.dumps(row).encode(), Path("/"), "--ask")  # exits on any error
-    # The rules for order labels need a gold: let it be the first image.
+    # No gold is known, but the rules for order labels need one: let it be the first image.
     options = listed_options(text)
     gold = "A" if options or LETTER_SLOT.search(text) else "1"
     question = make_question("--ask", paths, text, gold, "choice" if options else "text",
@@ -926,10 +927,10 @@ def ask(args) -> str:
         choice, = picked(row) or [""]
         meant = images[choice] if isinstance(choice, int) else ""
         said[meant or choice] += 1
-        shown = " ".join(images[k] for k in row["order"])
-        lines.append([shown, row["answer"] or "not read", meant])
+        shown = permute(question.sample, row["order"]).images
+        lines.append([" ".join(shown), row["answer"] or "not read", meant])
     choice, n = said.most_common(1)[0]
-    agreement = f"{n} of {len(rows)} orders agree on {choice or 'no answer'}"
+    agreement = f"{n} of {len(rows)} orders agree: {choice or 'no answer'}"
     return f"{table(lines)}\n{agreement if len(rows) > 1 else rows[0]['response']}"
 
 # ---- --flip: the flip rate of Facet-Probe, next to its published rates -----------------
@@ -1016,6 +1017,15 @@ LEFT_OR_RIGHT = pattern(
     (?! of| ?-?(?:most|hand|half|edge|side))""")
 LETTER_SLOT = pattern(rf"\b(?:(?:candidate|option)(?: {IMAGE})? )?([A-J])[:.)] *<image>")
 SLOT_LABEL = pattern(rf"\b{NAME}\s*[:=]\s*<image>")  # "Image 1: <image>"
+def read_words() -> dict[str, re.Pattern]:
+    """The lists of order_words.txt, which says what each is for."""
+    text, words = (perl.SAMPLES / "order_words.txt").read_text(encoding="utf-8"), {}
+    text = text.replace("{IMAGE}", IMAGE).replace("{PLACE}", PLACE).replace("{SIDE}", SIDE)
+    for name, regex in re.findall(r"(?m)^\[(.+)\]\n((?: .*\n)+)", text):
+        words[name] = pattern("\n" + regex.rstrip("\n"))
+    return words
+
+WORDS = read_words()
 BARE_NUMBERS = NUMBER_WORDS[1:] + "i ii iii iv v".split()
 BARE_NAMES = {*BARE_NUMBERS, *"abcdefghij", *map(str, range(100)), "and", "no", "number"}
 # Names of several images or of something else; "@" stands for a clear name of one image.
@@ -1032,50 +1042,6 @@ ODD_NAME = pattern(
     candidate|option|item|plot|diagram|drawing|painting|shot) (?:#?\d|[b-j]\b)|
     (?-i:\b(?i:{IMAGE}|figure|panel|option|candidate)s? [A-Z]\b)|\b(?-i:II|III|IV|VI)\b|
     [\u0400-\u1fff\u2460-\u24ff\u2e80-\ufb06\uff00-\uffef]""")  # "①", "左图"
-ORDER_WORDS = pattern(
-    rf"""\b(?:{PLACE}|{SIDE}|eleventh|twelfth|penultimate|last|latter|former|final(?:ly)?|
-    initial(?:ly)?|foremost|premiere?|lead|opening|secondary|tertiary|primary|original|next|
-    intro(?:duction)?|previous(?:ly)?|subsequent|prior|follow\w*|before|after\w*|then|earl\w+|
-    late\w*|recent|eventual\w*|again|still|already|yet|now|longer|anymore|ago|past|future|
-    current\w*|once|as soon|until|since|twice running|happen\w*|will|going to|modified|edited|
-    updated|chang\w+|differen\w+|becom\w+|became|grow\w*|grew|evol\w+|progress\w*|increas\w+|
-    decreas\w+|added|removed|disappear\w*|missing|vanish\w*|caus\w+|effect|mov(?:es|ed|ing)|
-    move(?! the ruler)|approach\w*|rotat\w+|transform\w*|result|start\w*|begin\w*|begun|began|
-    end(?:s|ed|ing)?|conclu\w+|going from|
-    sequence|series|order\w*|consecutive|chronolog\w+|time(?:line)?|frames?|video|clip|story|
-    steps?|stages?|phases?|comic|panels?|sort\w*|arrang\w+|rank\w*|revers\w+|backwards?|
-    forwards?|numbered|every other|half|index\w*|based|alternat\w+|repeat\w*|duplicat\w+|
-    the pattern|counting|zero|preced\w+|succeed\w*|predecessor|successor|labell?ed|lettered|
-    (?:even|odd) {IMAGE}s?|in sync|ahead of|misplaced|
-    respectively|subtract\w*|ratio|divid\w+|spell\w*|words?|form(?:s|ed)?|
-    across|groups?|rows?|columns?|adjacent|between|position\w*|placed?|outer\w*|inner\w*|
-    inward|outward|stitch\w*|combin\w+|concat\w+|join\w*|stack\w*|each other|one another|
-    opposite|towards?|away|facing|at the other|neighbou?r\w*|separat\w+|apart|diagonal\w*|grid|
-    on (?:one|the other) side|(?:near|far)(?:est|thest)? (?:one|or)|(?:this|that) one|
-    (?:behind|beside|near|by) (?:it|the one)|(?:does|has) this(?! (?:statement|sentence|caption))|
-    (?:one|ones|shown|given|{IMAGE}s?) (?:above|below|beneath|under(?:neath)?)|
-    (?:above|below) {IMAGE}s?)\b""")
-# If no image is named, these may turn what comes first into the answer.
-CHANGE_WORDS = pattern(
-    r"""\b(?:did|would|likely|has been|have been|had been|has just|w(?:as|ere) \w+(?:ed|en)|new|
-    gone|gain\w*|los(?:e|es|ing|t)|enter(?:s|ed|ing)?|leav(?:e|es|ing)|eaten|taken|turn\w* into|
-    (?:pick|put|zoom|dig|dug)\w*(?: \w+)? (?:up|down|in|out)|minus|equation|expression|formula|
-    reads?|-digit|goal|activity|process|procedure|recipe|task|needed|a bit|higher|times the|
-    com(?:e|es|ing)|go(?:es|ing)? (?:up|down)|ris(?:e|es|ing)|sink(?:s|ing)?|fall(?:s|ing)?)\b""")
-# Phrases with such words that speak of the inside of a picture.
-INSIDE = pattern(
-    rf"""\bin order to\b|\bnext to(?: each other)?\b|\bon top of\b|\bsame time\b|
-    \bthe following (?!{IMAGE}\b)|\bbased on (?:the|these)(?: \w+)? {IMAGE}|
-    \bhow many different\b|\bdifferent (?:colou?r|kind|type|breed|size|shape)\w*|
-    \bin (?:a|two|three) rows?\b|\brows? of (?!(?:\w+ )?{IMAGE}|these|them)|
-    \ba(?: \w+)? group of (?!{IMAGE}|\d)|\bcombined(?:,| number| {IMAGE}s)|
-    \bbetween (?:an?|two|its|his|her) (?!(?:\w+ )?(?:{IMAGE}|shot|scene|one)s?\b)|
-    \bfac(?:es?|ing) (?:forwards?|straight ahead|(?:the |away from the )?camera)\b|
-    \b(?:left|right) of an? (?!{IMAGE}|pair|set)|\b(?:front|left|right|top) views?\b|
-    \b(?:his|her|its|their) (?:left|right) (?:hand|arm|leg|foot|paw|eye|ear)\b|
-    \b(?:fac|look|point|turn)(?:es|s|ing|ed) (?:to the )?(?:left|right)\b
-    (?![- ]{IMAGE}|[- ]one)|\bdifferential\b|\bweighted sequences?\b|
-    \b(?:left|right|upper|lower) (?:lung|lobe|kidney|hemisphere|breast|ovary|quadrant)\b""")
 LETTER_NAME = re.compile(r"\b(?:[B-HJ-Z]\b(?![-'.])|A\b(?! [a-z]))|(?<=[a-z] )(?<!letter )A\b")
 SORTS_IMAGES = pattern(
     rf"""\b(?:sort|order|arrange)(?: all)?(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
@@ -1087,29 +1053,14 @@ RETRIEVAL = pattern(rf"""\bgiven (?:a|this) detailed description\b|
     \bwhich {IMAGE} (?:is|do you think) the caption\b""")
 SIDE_OF_IMAGE = pattern(rf"""\b{SIDE}[- ](?:hand )?(?:{IMAGE}|one|option|frame)|
     \b(?:{IMAGE}|one|option|frame) (?:on|in|at|to) the (?:far )?{SIDE}\b""")
-IN_A_PICTURE = pattern(
-    rf"""\b(?:{SIDE}|frame|rows?|away|towards?|each other|facing|words?|group|farthest|nearest|
-    stretch\w*|different|between (?!\w+(?: \w+)? {IMAGE}s|{IMAGE}|these|them))\b""")
 # One unnamed image: which one would depend on the order, unless its content says so.
 LONE_IMAGE = pattern(
     rf"""\b(?:the|this|that)(?: (?!other|same|target)\w+)? {IMAGE}\b
     (?! (?:with|that|which|of|showing|containing|where|in which|on which|numbers)\b)""")
-SEVERAL = pattern(
-    rf"""\b(?:both|all|each|every|any|either|neither|none|one|another|an|only|no|most|pair)
-    (?: of)?(?: the| these| those)?(?: \w+)? {IMAGE}s?\b|<image_\d+>|
-    \b(?:how many|number of|fraction of)(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
-    \b(?:how many|fraction) of them\b|\b(?:same|total|sum|how many)\b[^.?]*\b{IMAGE}s\b|
-    \b{IMAGE}s\b[^.?]*\b(?:same|total)\b""")
 FIXED_OPTION = pattern(r"(?:none|cannot|can't|no (?:correct|right|such)|unknown)\b.*")
 SERIES = pattern(r"\b(?:sequence|series|order|previous|next|after|before|between)\b")
 OF_REFERENCE = pattern(r"\b(?:next in|completes) the (?:pattern|sequence|row)\b|\bthis one\b")
 NO_CHANGE = pattern(rf"\bmost likely\b(?! to)|\b(?:{IMAGE}s|was|were)(?: the {IMAGE}s)? taken\b")
-# What someone does or what becomes of a thing often shows only in what comes first.
-ACTION = pattern(
-    r"""\b(?:doing|actions?|perform\w*|clos(?:es?|ing)|opens?|(?:get|tak|lift|lower|heal)\w*|
-    tries|trying|plot|narrat\w+|mov(?:e|ing)|turn\w*|roll\w*|way|route|walk\w*|direction|
-    how to|about to|more|fewer|less|\w+er or (?:\w+er|not)|sun(?:rise|set)|shr[aiu]nk\w*|
-    develop\w*|(?:has|have) (?:(?:the|an?) )?\w+ (?:\w+ed|\w+wn|\w+en)|demonstrat\w+)\b""")
 STATEMENT = pattern(rf"\btwo {IMAGE}s, is the (?:following )?statement (?:true|right)\b")
 WHICH_IMAGE = pattern(rf"\bwhich\b[^.?]*\b{IMAGE}s?\b")
 ASKS_IMAGE = pattern(
@@ -1117,15 +1068,8 @@ ASKS_IMAGE = pattern(
     {IMAGE} (?:shows?|contains?|ha[sd]|holds|depicts?|features?|includes?|displays?|is|does|
     do you|(?:provided |best )*match(?:es)?|of the other))|\bin which {IMAGE}\b|
     \bretrieve the target {IMAGE}\b|\b(?:find|select|choose|identify) the {IMAGE}\b""")
-SHOWN = pattern(
-    rf"""\b(?:shows?|shown|contains?|depicts?|features?|includes?|displays?|appears?|occurs?|
-    visible|in common|total number|sum|fraction of {IMAGE}s|are (?:both|all) {IMAGE}s)\b""")
 WHICH_IMAGES = pattern(
     rf"\bwhich (?:of (?:the|these) )?(?:\w+ )?{IMAGE}s\b|\b(?:all|those) {IMAGE}s that\b")
-ASKS_MORE = pattern(
-    r"""\b(?:what|how|when|where|who|tell|state|say|report|add|plus|multipl\w+|
-    that (?:number|digit|value)|(?:its|their|the) (?:value|count)|target(?! image among)|
-    template|example|sample|anchor)\b""")
 OF_WHICH = pattern(r"\b(?:one|either|another|each|an image|reference|query)\b|@|<image>")
 ASKS_NUMBER = pattern(r"\b(?:how many|fraction|what is the (?:sum|number|total))\b")
 NUMBER_OF_IMAGE = pattern(rf"\bnumber of (?:the|an?|that) {IMAGE}\b|\b{IMAGE} number\b")
@@ -1212,7 +1156,7 @@ def text_label(never: Label, options: list[str], n_images: int, source: str) -> 
         return keep._replace(order_rule="sequence") if complete and sorts else unclear
     if ASKS_IMAGE.search(question) and not options:
         names_one = answer.isdecimal() and int(answer) - 1 in movable
-        is_clear = names_one and (is_retrieval or not ASKS_MORE.search(question))
+        is_clear = names_one and (is_retrieval or not WORDS["asks more"].search(question))
         return keep._replace(order_rule="index") if is_clear else unclear
     is_count = ASKS_NUMBER.search(question) and not NUMBER_OF_IMAGE.search(question)
     may_name = [is_bare_name(NAMED_IMAGE.sub("", text)) for text in texts or [answer]]
@@ -1222,10 +1166,10 @@ def text_label(never: Label, options: list[str], n_images: int, source: str) -> 
     if numbers:
         return keep  # the names follow
     rest = NO_CHANGE.sub("", rest)
-    is_evidence = source in A_BENCHMARK and options and not ACTION.search(rest)
+    is_evidence = source in A_BENCHMARK and options and not WORDS["action"].search(rest)
     is_about_pair = source == "nlvr2" or STATEMENT.search(question)
-    is_about_all = is_about_pair or SEVERAL.search(named) and SHOWN.search(named)
-    if (is_evidence or is_about_all) and not CHANGE_WORDS.search(rest):
+    is_about_all = is_about_pair or WORDS["several images"].search(named) and WORDS["shown"].search(named)
+    if (is_evidence or is_about_all) and not WORDS["change"].search(rest):
         return keep
     return "perhaps not about all images, or about a change"
 
@@ -1303,10 +1247,10 @@ def is_oddly_named(text: str) -> bool:
 
 def speaks_of_order(text: str, is_retrieval: bool) -> bool:
     """Whether words are left that may mean the order of images, not the inside of one."""
-    plain = INSIDE.sub("", text)
+    plain = WORDS["inside"].sub("", text)
     if is_retrieval and not SIDE_OF_IMAGE.search(text):
-        plain = IN_A_PICTURE.sub("", plain)
-    return ORDER_WORDS.search(plain) is not None
+        plain = WORDS["in a picture"].sub("", plain)
+    return WORDS["order"].search(plain) is not None
 
 # ---- --page: a training run as one HTML file -------------------------------------------
 def write_page(run: Path) -> Path:
@@ -1325,7 +1269,9 @@ def write_page(run: Path) -> Path:
         for path in row["images"]:
             if path not in images:
                 images[path] = as_data(path)
-    groups = [describe(group, SimpleNamespace(**config)) for group in by_group.values()]
+    # A fork's config may have other settings, or lack some.
+    cfg = SimpleNamespace(**vars(perl.Config()) | config)
+    groups = [describe(group, cfg) for group in by_group.values()]
     data = {"run": "/".join(folder.absolute().parts[-2:]), "config": config,
             "metrics": metrics, "groups": groups, "images": images}
     # Model text stays text: a "</script>" in it must not end the script.
@@ -1380,8 +1326,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--page", metavar="RUN", help="page.html of a training run: curves and groups")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [perl.flag_of(name) for name in vars(args)]
-        parser.error(f"no such argument: {unknown[0]}{nearest(unknown[0], flags)}")
+        hint = nearest(unknown[0], map(perl.flag_of, vars(args)))
+        parser.error(f"no such argument: {unknown[0]}{hint}")
     if args.flip:  # fixed questions in six orders
         args.benchmarks, args.limit, args.orders = ",".join(FLIP_SETS), 0, 6
     paper = [name for name in BENCHMARKS if BENCHMARKS[name].paper[0]]
