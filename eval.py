@@ -628,6 +628,7 @@ def order_measures(groups: list[list[dict]]) -> dict:
         picks = [*map(picked, rows)] + [None] * (n - len(rows))
         columns["mean"].append(sum(right) / n)
         columns["worst"].append(min(right))
+        columns["best"].append(max(right))
         columns["bias"].append(max(right) - min(right))  # p(x_max) - p(x_min), A.5
         columns["same choice"].append(len(set(picks)) == 1 and None not in picks)
         columns["flip"].append(len(set(picks[:6]) - {None}) > 1)
@@ -800,7 +801,7 @@ def table(rows: list[list]) -> str:
 
 def report(results: dict[str, dict], model: str) -> str:
     """A model's results in percent, one column per benchmark, and how each is scored."""
-    measures = ["mean", "worst", "bias", "same choice", "flip", "unread"]
+    measures = ["mean", "worst", "best", "bias", "same choice", "flip", "unread"]
     columns, notes = [["", "accuracy [95 %]", "no answer read", "paper: start", "paper: PeRL",
                        "answered", "errors", "unparsed", "truncated", "orders of", *measures,
                        "by position"]], ""
@@ -1017,31 +1018,22 @@ LEFT_OR_RIGHT = pattern(
     (?! of| ?-?(?:most|hand|half|edge|side))""")
 LETTER_SLOT = pattern(rf"\b(?:(?:candidate|option)(?: {IMAGE})? )?([A-J])[:.)] *<image>")
 SLOT_LABEL = pattern(rf"\b{NAME}\s*[:=]\s*<image>")  # "Image 1: <image>"
+BARE_NUMBERS = NUMBER_WORDS[1:] + "i ii iii iv v".split()
+NAMED_WORDS = {"{IMAGE}": IMAGE, "{PLACE}": PLACE, "{SIDE}": SIDE,
+               "{NUMBER}": "|".join(BARE_NUMBERS)}
+
 def read_words() -> dict[str, re.Pattern]:
-    """The lists of order_words.txt, which says what each is for."""
+    """The lists of order_words.txt, where comments say what each is for."""
     text, words = (perl.SAMPLES / "order_words.txt").read_text(encoding="utf-8"), {}
-    text = text.replace("{IMAGE}", IMAGE).replace("{PLACE}", PLACE).replace("{SIDE}", SIDE)
-    for name, regex in re.findall(r"(?m)^\[(.+)\]\n((?: .*\n)+)", text):
-        words[name] = pattern("\n" + regex.rstrip("\n"))
+    for name, regex in NAMED_WORDS.items():
+        text = text.replace(name, regex)
+    # A list is its name in brackets, then indented lines.
+    for name, lines in re.findall(r"(?m)^\[(.+)\]\n((?: .*\n)+)", text):
+        words[name] = pattern("\n" + lines.rstrip("\n"))
     return words
 
 WORDS = read_words()
-BARE_NUMBERS = NUMBER_WORDS[1:] + "i ii iii iv v".split()
 BARE_NAMES = {*BARE_NUMBERS, *"abcdefghij", *map(str, range(100)), "and", "no", "number"}
-# Names of several images or of something else; "@" stands for a clear name of one image.
-ODD_NAME = pattern(
-    rf"""\b{IMAGE}s?\.? ?(?:number|no\.?|num)?[-_(]? ?#?\d|
-    \b{IMAGE}s? (?:{'|'.join(BARE_NUMBERS)})\b|\b(?:number|no\.?) ?#?\d|#\s?\d|\((?-i:[\da-j])\)|
-    \b(?:except|besides|but|than)(?: for)? #?\d+[.,?]|\b(?:except|besides|but)(?: for)? #?\d|
-    \b(?:is|does|has|was) #?\d|\b\d+ (?:or|and|vs\.?) \d+\b|
-    @\s*(?:,|and|or|to|through|[-–&/])\s*#?\d|@\s*(?:to|through|[-–])\s*@|
-    @(?:'s)? (?:on|in|hanging|from|to|of|at|pair|group|set|row|column|series|half)\b|
-    @ (?:with|that|which|where|showing|containing|ever|taken|album|book|gallery)\b|
-    \b(?:an?|another|each|every|any|no) @|
-    \b(?:figure|fig\.|panel|frame|scene|screenshot|chart|graph|table|map|document|page|slide|view|
-    candidate|option|item|plot|diagram|drawing|painting|shot) (?:#?\d|[b-j]\b)|
-    (?-i:\b(?i:{IMAGE}|figure|panel|option|candidate)s? [A-Z]\b)|\b(?-i:II|III|IV|VI)\b|
-    [\u0400-\u1fff\u2460-\u24ff\u2e80-\ufb06\uff00-\uffef]""")  # "①", "左图"
 LETTER_NAME = re.compile(r"\b(?:[B-HJ-Z]\b(?![-'.])|A\b(?! [a-z]))|(?<=[a-z] )(?<!letter )A\b")
 SORTS_IMAGES = pattern(
     rf"""\b(?:sort|order|arrange)(?: all)?(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
@@ -1243,7 +1235,7 @@ def is_oddly_named(text: str) -> bool:
     other = re.search(r"(?i)\bthe other\b", text)
     if other and not OF_WHICH.search(text, 0, other.start()):
         return True  # the other one of which?
-    return ODD_NAME.search(text) is not None or LETTER_NAME.search(asked) is not None
+    return WORDS["odd name"].search(text) is not None or LETTER_NAME.search(asked) is not None
 
 def speaks_of_order(text: str, is_retrieval: bool) -> bool:
     """Whether words are left that may mean the order of images, not the inside of one."""
@@ -1272,7 +1264,7 @@ def write_page(run: Path) -> Path:
     # A fork's config may have other settings, or lack some.
     cfg = SimpleNamespace(**vars(perl.Config()) | config)
     groups = [describe(group, cfg) for group in by_group.values()]
-    data = {"run": "/".join(folder.absolute().parts[-2:]), "config": config,
+    data = {"run": "/".join(folder.resolve().parts[-2:]), "config": config,
             "metrics": metrics, "groups": groups, "images": images}
     # Model text stays text: a "</script>" in it must not end the script.
     content = json.dumps(data).replace("<", "\\u003c")
@@ -1346,9 +1338,11 @@ def nearest(name: str, names) -> str:
 
 def start_model(args) -> tuple:
     """The model of --model, its processor and its settings. Exits if there is no such."""
-    is_name = args.model in perl.SHORT_NAMES or "/" in args.model or Path(args.model).exists()
-    perl.check(is_name, f"--model {args.model} is no folder, short name or Hub id"
-               f"{nearest(args.model, perl.SHORT_NAMES)}")
+    folder = Path(args.model)
+    is_hub_id = args.model.count("/") == 1 and not folder.parent.is_dir()
+    names = [*perl.SHORT_NAMES, *map(str, folder.parent.glob("*"))]
+    perl.check(args.model in perl.SHORT_NAMES or is_hub_id or folder.is_dir(), f"--model "
+               f"{args.model} is no folder, short name or Hub id{nearest(args.model, names)}")
     accelerator, cfg = Accelerator(), settings(args)
     perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
     processor = perl.load_processor(args.model, cfg)

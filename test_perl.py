@@ -3412,7 +3412,7 @@ def in_browser(page, profile, width):
 def test_the_page_in_a_browser(paged, tmp_path):
     """Its script runs: curves are drawn, the group is shown, and model text is text."""
     shown = in_browser(paged, tmp_path, 1200)
-    assert shown.count("<svg") == 6 and "<title>PeRL run</title>" in shown
+    assert shown.count("<figure") == 6 and "<title>PeRL run</title>" in shown
     assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
     assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
     assert shown.count('class="right"') == 2, "the right image is framed in both orders"
