@@ -1253,7 +1253,9 @@ def write_page(run: Path) -> Path:
             rows.append(row | {"held_out": name == "held_out"})
     metrics = perl.read_lines(folder / "metrics.jsonl")
     perl.check(metrics, f"--page {folder}: no metrics.jsonl of a training run there")
+    # A fork may have other settings, or lack some.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = vars(perl.Config()) | config
     by_group, images = defaultdict(list), {}
     for row in rows:
         # A held-out question is one group: its answers are followed through all steps.
@@ -1261,9 +1263,7 @@ def write_page(run: Path) -> Path:
         for path in row["images"]:
             if path not in images:
                 images[path] = as_data(path)
-    # A fork's config may have other settings, or lack some.
-    cfg = SimpleNamespace(**vars(perl.Config()) | config)
-    groups = [describe(group, cfg) for group in by_group.values()]
+    groups = [describe(group, SimpleNamespace(**config)) for group in by_group.values()]
     data = {"run": "/".join(folder.resolve().parts[-2:]), "config": config,
             "metrics": metrics, "groups": groups, "images": images}
     # Model text stays text: a "</script>" in it must not end the script.
