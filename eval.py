@@ -871,6 +871,7 @@ def chart(file: str, folders: list[str]) -> None:
             for name in ("mean", "worst")[:len(orders)]:
                 bars[label].append((color, name == "worst", orders[name]))
     perl.check(bars, f"--chart: no */results.json in {' '.join(folders) or 'no folder'}")
+    # The bars of a benchmark stand together, with a gap before the next one.
     for own in bars.values():
         ticks.append(x + (len(own) - 1) / 2)
         for color, is_worst, measure in own:
@@ -925,6 +926,7 @@ def ask(args) -> str:
     for row in answer_batch(model, processor, [question], cfg):
         row["answer"] = grade_row(row)[0]
         rows.append(row)
+        # A position in the given order, whatever order was asked, or a text.
         choice, = picked(row) or [""]
         meant = images[choice] if isinstance(choice, int) else ""
         said[meant or choice] += 1
