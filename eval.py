@@ -855,10 +855,9 @@ COLORS = ("#1a66c9", "#d1600a", "#1a7f37", "#8250df", "#b3261e", "#59636e")  # o
 
 def chart(file: str, folders: list[str]) -> None:
     """A bar chart of models by benchmark: mean over orders next to the worst order."""
-    import matplotlib  # needed here only
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(layout="constrained")
+    from matplotlib.figure import Figure  # needed here only
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
     bars, ticks, x = defaultdict(list), [], 0
     for folder, color in zip(folders, COLORS):
         axes.bar(0, 0, color=color, label=Path(folder).name)
@@ -921,20 +920,21 @@ def ask(args) -> str:
     model, processor, cfg = start_model(args)
     question = plan(question, args.orders or (24 if args.all_orders else 1), processor, cfg)
     perl.check(not question.problem, f"--ask: {question.problem}")
-    images, said = question.sample.images, Counter()
-    lines, rows = [["images in this order", "answer", "means"]], []
-    for row in answer_batch(model, processor, [question], cfg):
+    images, said, lines = question.sample.images, Counter(), []
+    rows = answer_batch(model, processor, [question], cfg)
+    folder = os.path.join(os.path.dirname(args.ask[-1]), "")  # not to be repeated in each line
+    for row in rows:
         row["answer"] = grade_row(row)[0]
-        rows.append(row)
         # A position in the given order, whatever order was asked, or a text.
         choice, = picked(row) or [""]
-        meant = images[choice] if isinstance(choice, int) else ""
+        meant = images[choice].replace(folder, "") if isinstance(choice, int) else ""
         said[meant or choice] += 1
-        shown = permute(question.sample, row["order"]).images
-        lines.append([" ".join(shown), row["answer"] or "not read", meant])
+        shown = " ".join(permute(question.sample, row["order"]).images).replace(folder, "")
+        lines.append([shown, row["answer"] or "not read", meant])
     choice, n = said.most_common(1)[0]
     agreement = f"{n} of {len(rows)} orders agree: {choice or 'no answer'}"
-    return f"{table(lines)}\n{agreement if len(rows) > 1 else rows[0]['response']}"
+    text = table([["images in this order", "answer", "means"], *lines])
+    return f"{text}\n{agreement if len(rows) > 1 else rows[0]['response']}"
 
 # ---- --flip: the flip rate of Facet-Probe, next to its published rates -----------------
 # Facet-Probe (arXiv 2606.26079) screened 270 items by hand; its rates are over "keep" and
