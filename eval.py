@@ -859,7 +859,7 @@ def chart(file: str, folders: list[str]) -> None:
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     bars, ticks, x = defaultdict(list), [], 0
-    for folder, color in zip(folders, COLORS):
+    for folder, color in zip(folders, COLORS * len(folders)):
         axes.bar(0, 0, color=color, label=Path(folder).name)
         for path in sorted(Path(folder).glob("*/results.json")):
             result = json.loads(path.read_text())
