@@ -3,7 +3,9 @@
 
     python eval.py                                         # tiny, data_samples/, CPU
     python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU downloads 25 GB
+    python eval.py --ask "Which shows a cat?" a.png b.png  # your own question
     python eval.py --compare eval_runs/A eval_runs/B       # two models, paired
+    python eval.py --chart FILE.png eval_runs/A ...        # their scores as bars
     python eval.py --flip --data-dir COPIES                # and published flip rates
     python eval.py --page runs/tiny-seed0                  # a training run as HTML
 
@@ -15,6 +17,7 @@ import argparse
 import base64
 import csv
 import dataclasses
+import difflib
 import functools
 import hashlib
 import io
@@ -668,7 +671,6 @@ def score(folder: Path) -> dict:
     tasks = {task: summary(as_given[task]) for task in sorted(as_given)}
     result = {
         "score": average(as_given, mean), "interval": bootstrap(as_given, mean),
-        "over questions": average(as_given), "over tasks": average(as_given, "tasks"),
         "n": config["n"], "expected": benchmark.rows or config["n"],
         "missing": config["n"] - len(groups), "errors": counts["errors"],
         "unread": (counts["unread"] + config["n"] - len(groups)) / max(config["n"], 1),
@@ -678,6 +680,7 @@ def score(folder: Path) -> dict:
     return result
 
 # ---- Asking the model ------------------------------------------------------------------
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 KEPT_SETTINGS = ("instruction", "max_pixels", "max_new_tokens", "rollout_batch", "dtype")
 
 def settings(args) -> perl.Config:
@@ -698,7 +701,7 @@ def plan(question: Question, cap: int, processor, cfg) -> Question:
     try:
         length = perl.prompt_length(question.sample, processor)
         problem = f"{length} tokens" if length > cfg.max_prompt_tokens else ""
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         problem = f"image: {error}"  # a broken image counts as wrong and stops nothing
     return question._replace(orders=all_orders(question.sample, cap), problem=problem)
 
@@ -787,7 +790,8 @@ def percent(value: float, interval=()) -> str:
     return f"{100 * value:.1f} [{', '.join(bounds)}]" if bounds else f"{100 * value:.1f}"
 
 def table(rows: list[list]) -> str:
-    """Rows, the first one the heading, as an aligned Markdown table."""
+    """Rows, the first one the heading, as an aligned Markdown table; empty ones left out."""
+    rows = [row for row in rows if any(map(str, row[1:]))]
     widths = [max(map(len, map(str, column))) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     text = ""
@@ -798,15 +802,14 @@ def table(rows: list[list]) -> str:
 def report(results: dict[str, dict], model: str) -> str:
     """A model's results in percent, one column per benchmark, and how each is scored."""
     measures = ["mean", "worst", "best", "bias", "same choice", "flip", "unread"]
-    columns, notes = [["", "accuracy [95 %]", "no answer read", "over questions",
-                       "over tasks", "paper: start", "paper: PeRL", "answered", "errors",
-                       "unparsed", "truncated", "orders of", *measures, "by position"]], ""
+    columns, notes = [["", "accuracy [95 %]", "no answer read", "paper: start", "paper: PeRL",
+                       "answered", "errors", "unparsed", "truncated", "orders of", *measures,
+                       "by position"]], ""
     for name, r in results.items():
         benchmark, orders = BENCHMARKS.get(name, BENCHMARKS["digits"]), r["orders"]
         cells = [name, percent(r["score"], r["interval"]), percent(r.get("unread", 0)),
-                 percent(r["over questions"]), percent(r["over tasks"]), *benchmark.paper,
-                 f"{r['n'] - r['missing']} of {r['expected']}", r["errors"], r["unparsed"],
-                 r["truncated"], orders["bias"]["n"] if orders else 0]
+                 *benchmark.paper, f"{r['n'] - r['missing']} of {r['expected']}", r["errors"],
+                 r["unparsed"], r["truncated"], orders["bias"]["n"] if orders else ""]
         for measure in measures:
             found = orders.get(measure)
             cells.append(percent(found["value"], found["interval"]) if found else "")
@@ -847,6 +850,91 @@ def compare(folder_a: Path, folder_b: Path) -> str:
             lines.append([name, sum(map(len, columns[0].values())), *cells])
     perl.check(len(lines) > 1, f"{folder_a} and {folder_b} have no common answers")
     return f"A = {folder_a}\nB = {folder_b}\n\n{table(lines)}"
+
+COLORS = ("#1a66c9", "#d1600a", "#1a7f37", "#8250df", "#b3261e", "#59636e")  # of models
+
+def chart(file: str, folders: list[str]) -> None:
+    """A bar chart of models by benchmark: mean over orders next to the worst order."""
+    from matplotlib.figure import Figure  # needed here only
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    bars, ticks, x = defaultdict(list), [], 0
+    for folder, color in zip(folders, COLORS * len(folders)):
+        axes.bar(0, 0, color=color, label=Path(folder).name)
+        for path in sorted(Path(folder).glob("*/results.json")):
+            result = json.loads(path.read_text())
+            orders = result["orders"] or {"mean": result | {"value": result["score"]}}
+            # Models that were asked in other numbers of orders do not stand side by side.
+            label = f"{path.parent.name}\n{orders['mean']['n']} questions"
+            label += f"\nup to {result['config']['orders']} orders" if "worst" in orders else ""
+            for name in ("mean", "worst")[:len(orders)]:
+                bars[label].append((color, name == "worst", orders[name]))
+    perl.check(bars, f"--chart: no */results.json in {' '.join(folders) or 'no folder'}")
+    # The bars of a benchmark stand together, with a gap before the next one.
+    for own in bars.values():
+        ticks.append(x + (len(own) - 1) / 2)
+        for color, is_worst, measure in own:
+            axes.bar(x, 100 * measure["value"], 0.9, color=(color, 0.3 if is_worst else 1),
+                     edgecolor=color, hatch="///" if is_worst else "")
+            low, high = 100 * torch.tensor(measure["interval"])
+            axes.plot([x, x], [low, high], color="#24292f", linewidth=1.2)
+            axes.text(x, high + 1.5, f"{100 * measure['value']:.1f}", ha="center", fontsize=8,
+                      bbox={"color": "w", "pad": 0.2})
+            x += 1
+        x += 0.8
+    axes.bar(0, 0, color="w", edgecolor="#59636e", hatch="///", label="in the worst order")
+    axes.set_xticks(ticks, bars, fontsize=9)
+    axes.set(xlim=(-0.9, x - 0.9), ylim=(0, 109), ylabel="right answers, %, 95 % interval")
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color="#d0d7de", linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
+    figure.set_size_inches(1.5 + 0.45 * max(x, 6), 4.5)
+    figure.savefig(file, dpi=150)
+
+# ---- --ask: a question about your own images -------------------------------------------
+ASKS_WHICH = re.compile(r"(?i)\bwhich (?:of (?:the|these) )?(?:\w+ )?(?:one|image|picture|photo)")
+
+def own_question(text: str, paths: list[str]) -> Question:
+    """A question without a gold; its order_rule says how an answer names an image."""
+    perl.check(not os.path.isfile(text), f"--ask {text}: the question comes first")
+    text = text if "<image>" in text else "<image>" * len(paths) + text
+    named = NAMED_IMAGE.sub(as_mention, text)  # "image 2" will follow its image
+    row = {"id": "--ask", "images": [*map(os.path.abspath, paths)], "question": named,
+           "answer": "1", "order_rule": "never"}
+    perl.parse_sample(json.dumps(row).encode(), Path("/"), "--ask")  # exits on any error
+    # No gold is known, but the rules for order labels need one: let it be the first image.
+    options = listed_options(text)
+    gold = "A" if options or LETTER_SLOT.search(text) else "1"
+    question = make_question("--ask", paths, text, gold, "choice" if options else "text",
+                             options=options)
+    if question.sample.order_rule == "never":  # in doubt, all images may move
+        rule = "keep" if options or not ASKS_WHICH.search(text) else "index"
+        question = question._replace(sample=Sample("--ask", paths, named, gold, rule))
+    return question
+
+def ask(args) -> str:
+    """The answer to --ask in each order, the image that it names, and how many agree."""
+    question = own_question(args.ask[0], args.ask[1:])
+    model, processor, cfg = start_model(args)
+    question = plan(question, args.orders or (24 if args.all_orders else 1), processor, cfg)
+    perl.check(not question.problem, f"--ask: {question.problem}")
+    images, said, lines = question.sample.images, Counter(), []
+    rows = answer_batch(model, processor, [question], cfg)
+    folder = os.path.join(os.path.dirname(args.ask[-1]), "")  # not to be repeated in each line
+    for row in rows:
+        row["answer"] = grade_row(row)[0]
+        # A position in the given order, whatever order was asked, or a text.
+        choice, = picked(row) or [""]
+        meant = images[choice].replace(folder, "") if isinstance(choice, int) else ""
+        said[meant or choice] += 1
+        shown = " ".join(permute(question.sample, row["order"]).images).replace(folder, "")
+        lines.append([shown, row["answer"] or "not read", meant])
+    choice, n = said.most_common(1)[0]
+    agreement = f"{n} of {len(rows)} orders agree: {choice or 'no answer'}"
+    text = table([["images in this order", "answer", "means"], *lines])
+    return f"{text}\n{agreement if len(rows) > 1 else rows[0]['response']}"
 
 # ---- --flip: the flip rate of Facet-Probe, next to its published rates -----------------
 # Facet-Probe (arXiv 2606.26079) screened 270 items by hand; its rates are over "keep" and
@@ -933,65 +1021,21 @@ LEFT_OR_RIGHT = pattern(
 LETTER_SLOT = pattern(rf"\b(?:(?:candidate|option)(?: {IMAGE})? )?([A-J])[:.)] *<image>")
 SLOT_LABEL = pattern(rf"\b{NAME}\s*[:=]\s*<image>")  # "Image 1: <image>"
 BARE_NUMBERS = NUMBER_WORDS[1:] + "i ii iii iv v".split()
+NAMED_WORDS = {"{IMAGE}": IMAGE, "{PLACE}": PLACE, "{SIDE}": SIDE,
+               "{NUMBER}": "|".join(BARE_NUMBERS)}
+
+def read_words() -> dict[str, re.Pattern]:
+    """The lists of order_words.txt, where comments say what each is for."""
+    text, words = (perl.SAMPLES / "order_words.txt").read_text(encoding="utf-8"), {}
+    for name, regex in NAMED_WORDS.items():
+        text = text.replace(name, regex)
+    # A list is its name in brackets, then indented lines.
+    for name, lines in re.findall(r"(?m)^\[(.+)\]\n((?: .*\n)+)", text):
+        words[name] = pattern("\n" + lines.rstrip("\n"))
+    return words
+
+WORDS = read_words()
 BARE_NAMES = {*BARE_NUMBERS, *"abcdefghij", *map(str, range(100)), "and", "no", "number"}
-# Names of several images or of something else; "@" stands for a clear name of one image.
-ODD_NAME = pattern(
-    rf"""\b{IMAGE}s?\.? ?(?:number|no\.?|num)?[-_(]? ?#?\d|
-    \b{IMAGE}s? (?:{'|'.join(BARE_NUMBERS)})\b|\b(?:number|no\.?) ?#?\d|#\s?\d|\((?-i:[\da-j])\)|
-    \b(?:except|besides|but|than)(?: for)? #?\d+[.,?]|\b(?:except|besides|but)(?: for)? #?\d|
-    \b(?:is|does|has|was) #?\d|\b\d+ (?:or|and|vs\.?) \d+\b|
-    @\s*(?:,|and|or|to|through|[-–&/])\s*#?\d|@\s*(?:to|through|[-–])\s*@|
-    @(?:'s)? (?:on|in|hanging|from|to|of|at|pair|group|set|row|column|series|half)\b|
-    @ (?:with|that|which|where|showing|containing|ever|taken|album|book|gallery)\b|
-    \b(?:an?|another|each|every|any|no) @|
-    \b(?:figure|fig\.|panel|frame|scene|screenshot|chart|graph|table|map|document|page|slide|view|
-    candidate|option|item|plot|diagram|drawing|painting|shot) (?:#?\d|[b-j]\b)|
-    (?-i:\b(?i:{IMAGE}|figure|panel|option|candidate)s? [A-Z]\b)|\b(?-i:II|III|IV|VI)\b|
-    [\u0400-\u1fff\u2460-\u24ff\u2e80-\ufb06\uff00-\uffef]""")  # "①", "左图"
-ORDER_WORDS = pattern(
-    rf"""\b(?:{PLACE}|{SIDE}|eleventh|twelfth|penultimate|last|latter|former|final(?:ly)?|
-    initial(?:ly)?|foremost|premiere?|lead|opening|secondary|tertiary|primary|original|next|
-    intro(?:duction)?|previous(?:ly)?|subsequent|prior|follow\w*|before|after\w*|then|earl\w+|
-    late\w*|recent|eventual\w*|again|still|already|yet|now|longer|anymore|ago|past|future|
-    current\w*|once|as soon|until|since|twice running|happen\w*|will|going to|modified|edited|
-    updated|chang\w+|differen\w+|becom\w+|became|grow\w*|grew|evol\w+|progress\w*|increas\w+|
-    decreas\w+|added|removed|disappear\w*|missing|vanish\w*|caus\w+|effect|mov(?:es|ed|ing)|
-    move(?! the ruler)|approach\w*|rotat\w+|transform\w*|result|start\w*|begin\w*|begun|began|
-    end(?:s|ed|ing)?|conclu\w+|going from|
-    sequence|series|order\w*|consecutive|chronolog\w+|time(?:line)?|frames?|video|clip|story|
-    steps?|stages?|phases?|comic|panels?|sort\w*|arrang\w+|rank\w*|revers\w+|backwards?|
-    forwards?|numbered|every other|half|index\w*|based|alternat\w+|repeat\w*|duplicat\w+|
-    the pattern|counting|zero|preced\w+|succeed\w*|predecessor|successor|labell?ed|lettered|
-    (?:even|odd) {IMAGE}s?|in sync|ahead of|misplaced|
-    respectively|subtract\w*|ratio|divid\w+|spell\w*|words?|form(?:s|ed)?|
-    across|groups?|rows?|columns?|adjacent|between|position\w*|placed?|outer\w*|inner\w*|
-    inward|outward|stitch\w*|combin\w+|concat\w+|join\w*|stack\w*|each other|one another|
-    opposite|towards?|away|facing|at the other|neighbou?r\w*|separat\w+|apart|diagonal\w*|grid|
-    on (?:one|the other) side|(?:near|far)(?:est|thest)? (?:one|or)|(?:this|that) one|
-    (?:behind|beside|near|by) (?:it|the one)|(?:does|has) this(?! (?:statement|sentence|caption))|
-    (?:one|ones|shown|given|{IMAGE}s?) (?:above|below|beneath|under(?:neath)?)|
-    (?:above|below) {IMAGE}s?)\b""")
-# If no image is named, these may turn what comes first into the answer.
-CHANGE_WORDS = pattern(
-    r"""\b(?:did|would|likely|has been|have been|had been|has just|w(?:as|ere) \w+(?:ed|en)|new|
-    gone|gain\w*|los(?:e|es|ing|t)|enter(?:s|ed|ing)?|leav(?:e|es|ing)|eaten|taken|turn\w* into|
-    (?:pick|put|zoom|dig|dug)\w*(?: \w+)? (?:up|down|in|out)|minus|equation|expression|formula|
-    reads?|-digit|goal|activity|process|procedure|recipe|task|needed|a bit|higher|times the|
-    com(?:e|es|ing)|go(?:es|ing)? (?:up|down)|ris(?:e|es|ing)|sink(?:s|ing)?|fall(?:s|ing)?)\b""")
-# Phrases with such words that speak of the inside of a picture.
-INSIDE = pattern(
-    rf"""\bin order to\b|\bnext to(?: each other)?\b|\bon top of\b|\bsame time\b|
-    \bthe following (?!{IMAGE}\b)|\bbased on (?:the|these)(?: \w+)? {IMAGE}|
-    \bhow many different\b|\bdifferent (?:colou?r|kind|type|breed|size|shape)\w*|
-    \bin (?:a|two|three) rows?\b|\brows? of (?!(?:\w+ )?{IMAGE}|these|them)|
-    \ba(?: \w+)? group of (?!{IMAGE}|\d)|\bcombined(?:,| number| {IMAGE}s)|
-    \bbetween (?:an?|two|its|his|her) (?!(?:\w+ )?(?:{IMAGE}|shot|scene|one)s?\b)|
-    \bfac(?:es?|ing) (?:forwards?|straight ahead|(?:the |away from the )?camera)\b|
-    \b(?:left|right) of an? (?!{IMAGE}|pair|set)|\b(?:front|left|right|top) views?\b|
-    \b(?:his|her|its|their) (?:left|right) (?:hand|arm|leg|foot|paw|eye|ear)\b|
-    \b(?:fac|look|point|turn)(?:es|s|ing|ed) (?:to the )?(?:left|right)\b
-    (?![- ]{IMAGE}|[- ]one)|\bdifferential\b|\bweighted sequences?\b|
-    \b(?:left|right|upper|lower) (?:lung|lobe|kidney|hemisphere|breast|ovary|quadrant)\b""")
 LETTER_NAME = re.compile(r"\b(?:[B-HJ-Z]\b(?![-'.])|A\b(?! [a-z]))|(?<=[a-z] )(?<!letter )A\b")
 SORTS_IMAGES = pattern(
     rf"""\b(?:sort|order|arrange)(?: all)?(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
@@ -1003,29 +1047,14 @@ RETRIEVAL = pattern(rf"""\bgiven (?:a|this) detailed description\b|
     \bwhich {IMAGE} (?:is|do you think) the caption\b""")
 SIDE_OF_IMAGE = pattern(rf"""\b{SIDE}[- ](?:hand )?(?:{IMAGE}|one|option|frame)|
     \b(?:{IMAGE}|one|option|frame) (?:on|in|at|to) the (?:far )?{SIDE}\b""")
-IN_A_PICTURE = pattern(
-    rf"""\b(?:{SIDE}|frame|rows?|away|towards?|each other|facing|words?|group|farthest|nearest|
-    stretch\w*|different|between (?!\w+(?: \w+)? {IMAGE}s|{IMAGE}|these|them))\b""")
 # One unnamed image: which one would depend on the order, unless its content says so.
 LONE_IMAGE = pattern(
     rf"""\b(?:the|this|that)(?: (?!other|same|target)\w+)? {IMAGE}\b
     (?! (?:with|that|which|of|showing|containing|where|in which|on which|numbers)\b)""")
-SEVERAL = pattern(
-    rf"""\b(?:both|all|each|every|any|either|neither|none|one|another|an|only|no|most|pair)
-    (?: of)?(?: the| these| those)?(?: \w+)? {IMAGE}s?\b|<image_\d+>|
-    \b(?:how many|number of|fraction of)(?: of)?(?: the| these)?(?: \w+)? {IMAGE}s\b|
-    \b(?:how many|fraction) of them\b|\b(?:same|total|sum|how many)\b[^.?]*\b{IMAGE}s\b|
-    \b{IMAGE}s\b[^.?]*\b(?:same|total)\b""")
 FIXED_OPTION = pattern(r"(?:none|cannot|can't|no (?:correct|right|such)|unknown)\b.*")
 SERIES = pattern(r"\b(?:sequence|series|order|previous|next|after|before|between)\b")
 OF_REFERENCE = pattern(r"\b(?:next in|completes) the (?:pattern|sequence|row)\b|\bthis one\b")
 NO_CHANGE = pattern(rf"\bmost likely\b(?! to)|\b(?:{IMAGE}s|was|were)(?: the {IMAGE}s)? taken\b")
-# What someone does or what becomes of a thing often shows only in what comes first.
-ACTION = pattern(
-    r"""\b(?:doing|actions?|perform\w*|clos(?:es?|ing)|opens?|(?:get|tak|lift|lower|heal)\w*|
-    tries|trying|plot|narrat\w+|mov(?:e|ing)|turn\w*|roll\w*|way|route|walk\w*|direction|
-    how to|about to|more|fewer|less|\w+er or (?:\w+er|not)|sun(?:rise|set)|shr[aiu]nk\w*|
-    develop\w*|(?:has|have) (?:(?:the|an?) )?\w+ (?:\w+ed|\w+wn|\w+en)|demonstrat\w+)\b""")
 STATEMENT = pattern(rf"\btwo {IMAGE}s, is the (?:following )?statement (?:true|right)\b")
 WHICH_IMAGE = pattern(rf"\bwhich\b[^.?]*\b{IMAGE}s?\b")
 ASKS_IMAGE = pattern(
@@ -1033,15 +1062,8 @@ ASKS_IMAGE = pattern(
     {IMAGE} (?:shows?|contains?|ha[sd]|holds|depicts?|features?|includes?|displays?|is|does|
     do you|(?:provided |best )*match(?:es)?|of the other))|\bin which {IMAGE}\b|
     \bretrieve the target {IMAGE}\b|\b(?:find|select|choose|identify) the {IMAGE}\b""")
-SHOWN = pattern(
-    rf"""\b(?:shows?|shown|contains?|depicts?|features?|includes?|displays?|appears?|occurs?|
-    visible|in common|total number|sum|fraction of {IMAGE}s|are (?:both|all) {IMAGE}s)\b""")
 WHICH_IMAGES = pattern(
     rf"\bwhich (?:of (?:the|these) )?(?:\w+ )?{IMAGE}s\b|\b(?:all|those) {IMAGE}s that\b")
-ASKS_MORE = pattern(
-    r"""\b(?:what|how|when|where|who|tell|state|say|report|add|plus|multipl\w+|
-    that (?:number|digit|value)|(?:its|their|the) (?:value|count)|target(?! image among)|
-    template|example|sample|anchor)\b""")
 OF_WHICH = pattern(r"\b(?:one|either|another|each|an image|reference|query)\b|@|<image>")
 ASKS_NUMBER = pattern(r"\b(?:how many|fraction|what is the (?:sum|number|total))\b")
 NUMBER_OF_IMAGE = pattern(rf"\bnumber of (?:the|an?|that) {IMAGE}\b|\b{IMAGE} number\b")
@@ -1128,7 +1150,7 @@ def text_label(never: Label, options: list[str], n_images: int, source: str) -> 
         return keep._replace(order_rule="sequence") if complete and sorts else unclear
     if ASKS_IMAGE.search(question) and not options:
         names_one = answer.isdecimal() and int(answer) - 1 in movable
-        is_clear = names_one and (is_retrieval or not ASKS_MORE.search(question))
+        is_clear = names_one and (is_retrieval or not WORDS["asks more"].search(question))
         return keep._replace(order_rule="index") if is_clear else unclear
     is_count = ASKS_NUMBER.search(question) and not NUMBER_OF_IMAGE.search(question)
     may_name = [is_bare_name(NAMED_IMAGE.sub("", text)) for text in texts or [answer]]
@@ -1138,10 +1160,10 @@ def text_label(never: Label, options: list[str], n_images: int, source: str) -> 
     if numbers:
         return keep  # the names follow
     rest = NO_CHANGE.sub("", rest)
-    is_evidence = source in A_BENCHMARK and options and not ACTION.search(rest)
+    is_evidence = source in A_BENCHMARK and options and not WORDS["action"].search(rest)
     is_about_pair = source == "nlvr2" or STATEMENT.search(question)
-    is_about_all = is_about_pair or SEVERAL.search(named) and SHOWN.search(named)
-    if (is_evidence or is_about_all) and not CHANGE_WORDS.search(rest):
+    is_about_all = is_about_pair or WORDS["several images"].search(named) and WORDS["shown"].search(named)
+    if (is_evidence or is_about_all) and not WORDS["change"].search(rest):
         return keep
     return "perhaps not about all images, or about a change"
 
@@ -1215,14 +1237,14 @@ def is_oddly_named(text: str) -> bool:
     other = re.search(r"(?i)\bthe other\b", text)
     if other and not OF_WHICH.search(text, 0, other.start()):
         return True  # the other one of which?
-    return ODD_NAME.search(text) is not None or LETTER_NAME.search(asked) is not None
+    return WORDS["odd name"].search(text) is not None or LETTER_NAME.search(asked) is not None
 
 def speaks_of_order(text: str, is_retrieval: bool) -> bool:
     """Whether words are left that may mean the order of images, not the inside of one."""
-    plain = INSIDE.sub("", text)
+    plain = WORDS["inside"].sub("", text)
     if is_retrieval and not SIDE_OF_IMAGE.search(text):
-        plain = IN_A_PICTURE.sub("", plain)
-    return ORDER_WORDS.search(plain) is not None
+        plain = WORDS["in a picture"].sub("", plain)
+    return WORDS["order"].search(plain) is not None
 
 # ---- --page: a training run as one HTML file -------------------------------------------
 def write_page(run: Path) -> Path:
@@ -1233,7 +1255,9 @@ def write_page(run: Path) -> Path:
             rows.append(row | {"held_out": name == "held_out"})
     metrics = perl.read_lines(folder / "metrics.jsonl")
     perl.check(metrics, f"--page {folder}: no metrics.jsonl of a training run there")
+    # A fork may have other settings, or lack some.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = vars(perl.Config()) | config
     by_group, images = defaultdict(list), {}
     for row in rows:
         # A held-out question is one group: its answers are followed through all steps.
@@ -1242,7 +1266,7 @@ def write_page(run: Path) -> Path:
             if path not in images:
                 images[path] = as_data(path)
     groups = [describe(group, SimpleNamespace(**config)) for group in by_group.values()]
-    data = {"run": "/".join(folder.absolute().parts[-2:]), "config": config,
+    data = {"run": "/".join(folder.resolve().parts[-2:]), "config": config,
             "metrics": metrics, "groups": groups, "images": images}
     # Model text stays text: a "</script>" in it must not end the script.
     content = json.dumps(data).replace("<", "\\u003c")
@@ -1289,17 +1313,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=0, help="longest response [2048; tiny: 64]")
     add("--flip", action="store_true", help="flip rates of Facet-Probe's questions")
     add("--score-only", action="store_true", help="grade saved responses, load no model")
+    add("--ask", nargs="+", metavar=("QUESTION", "IMAGE"), help="about images of your own")
+    add("--all-orders", action="store_true", help="--ask in at most 24 orders, or --orders")
     add("--compare", nargs=2, metavar="RUN", help="two model folders: paired differences")
+    add("--chart", nargs="+", metavar=("FILE.png", "RUN"), help="model folders: a bar chart")
     add("--page", metavar="RUN", help="page.html of a training run: curves and groups")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = nearest(unknown[0], map(perl.flag_of, vars(args)))
+        parser.error(f"no such argument: {unknown[0]}{hint}")
     if args.flip:  # fixed questions in six orders
         args.benchmarks, args.limit, args.orders = ",".join(FLIP_SETS), 0, 6
     paper = [name for name in BENCHMARKS if BENCHMARKS[name].paper[0]]
     args.benchmarks = paper if args.benchmarks == "all" else args.benchmarks.split(",")
     for name in args.benchmarks:
         if name not in BENCHMARKS and not name.endswith(".jsonl"):
-            parser.error(f"--benchmarks {name}: not all, {', '.join(BENCHMARKS)} or *.jsonl")
+            parser.error(f"--benchmarks {name}: not all, {', '.join(BENCHMARKS)} or *.jsonl"
+                         f"{nearest(name, BENCHMARKS)}")
     return args
+
+def nearest(name: str, names) -> str:
+    """The name that a misspelt one is most like, as the end of an error message."""
+    by_lower = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+def start_model(args) -> tuple:
+    """The model of --model, its processor and its settings. Exits if there is no such."""
+    folder = Path(args.model)
+    is_hub_id = args.model.count("/") == 1 and not folder.parent.is_dir()
+    names = [*perl.SHORT_NAMES, *map(str, folder.parent.glob("*"))]
+    perl.check(args.model in perl.SHORT_NAMES or is_hub_id or folder.is_dir(), f"--model "
+               f"{args.model} is no folder, short name or Hub id{nearest(args.model, names)}")
+    accelerator, cfg = Accelerator(), settings(args)
+    perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
+    processor = perl.load_processor(args.model, cfg)
+    return perl.load_model(args.model, cfg, accelerator.device), processor, cfg
 
 def ask_and_report(args) -> None:
     """Ask the chosen benchmarks, unless --score-only; then grade and print a table."""
@@ -1310,10 +1359,7 @@ def ask_and_report(args) -> None:
     model_name = "-".join(parts[-n_parts:])
     out = Path(args.out, model_name, "flip" if args.flip else "")
     if not args.score_only:
-        cfg = settings(args)
-        perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
-        processor = perl.load_processor(args.model, cfg)
-        model = perl.load_model(args.model, cfg, accelerator.device)
+        model, processor, cfg = start_model(args)
         # The start of each tensor identifies the weights: others are another run.
         starts = [w.detach().flatten()[:64].float().tolist() for w in model.parameters()]
         weights = hashlib.sha1(str(starts).encode()).hexdigest()
@@ -1331,13 +1377,18 @@ def ask_and_report(args) -> None:
         print(text)
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare two runs, or write a page, or ask the model and report."""
+    """Compare or draw runs, or write a page, or ask the model and report."""
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         if args.compare:
             print(compare(*map(Path, args.compare)))
+        elif args.chart:
+            chart(args.chart[0], args.chart[1:])
+            print(f"wrote {args.chart[0]}")
+        elif args.ask:
+            print(ask(args))
         elif args.page:
             print(f"wrote {write_page(Path(args.page))}")
         else:

@@ -3465,7 +3465,7 @@ def in_browser(page, profile, width):
 def test_the_page_in_a_browser(paged, tmp_path):
     """Its script runs: curves are drawn, the group is shown, and model text is text."""
     shown = in_browser(paged, tmp_path, 1200)
-    assert shown.count("<svg") == 6 and "<title>PeRL run</title>" in shown
+    assert shown.count("<figure") == 6 and "<title>PeRL run</title>" in shown
     assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
     assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
     assert shown.count('class="right"') == 2, "the right image is framed in both orders"
@@ -4641,3 +4641,180 @@ def test_rows_of_k12_with_golds_as_people_write_them(tmp_path):
     found = [s.answer for s in perl.load_samples(out / "train.jsonl")]
     found += [row["rule"] for row in read_rows(out / "dropped.jsonl")]
     assert found == list(golds.values())
+
+# ---- evalpy: --ask, --chart, misspelt names, empty rows; the page of a fork, its layout -------
+@pytest.fixture
+def cat_files(tmp_path, monkeypatch):
+    """Three images, the second one a cat; `say(answer)` sets what the model says: a text, or
+    "cat" for the number of the cat, wherever it stands."""
+    for name in ("a.png", "cat.png", "c.png"):
+        Image.new("RGB", (56, 56)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+
+    def say(answer):
+        def respond(model, processor, samples, orders, cfg, **kwargs):
+            texts = [str(order.index(1) + 1) if answer == "cat" else answer for order in orders[0]]
+            return [[SimpleNamespace(text=rf"\boxed{{{text}}}" if text else "well", truncated=False)
+                     for text in texts]]
+        monkeypatch.setattr(ev, "sample_groups", respond)
+    return say
+
+WHICH, SLOTS = "Which image shows a cat?", "Which is the cat? A: <image> B: <image> C: <image>"
+@table("question, says, agree, means", [
+    (WHICH, "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
+    (WHICH, "1", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    ("Which one is a cat?", "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
+    (WHICH, "7", "6 of 6 orders agree: no answer", {""}),
+    (SLOTS, "A", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    (SLOTS.replace("A:", "Reference:").replace("B:", "A:").replace("C:", "B:"), "A",
+     "1 of 2 orders agree: ", {"cat.png", "c.png"}),
+    (WHICH + "\nA. the first image\nB. the second image\nC. the third image", "B",
+     "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    ("How many cats are there?", "2", "6 of 6 orders agree: 2", {""}),
+    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""}),
+    (WHICH, "", "6 of 6 orders agree: no answer", {""})])
+def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, agree, means):
+    cat_files(says)
+    ev.main(["--ask", question, "a.png", "cat.png", "c.png", "--all-orders"])
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
+    assert agree in out and {row[2] for row in rows[2:]} == means
+    assert rows[2][0] == "a.png cat.png c.png", "the given order comes first"
+    assert len({row[0] for row in rows[2:]}) == len(rows) - 2 == int(agree.split()[2])
+
+def test_ask_in_one_order_shows_the_response_and_orders_is_a_limit(cat_files, capsys):
+    cat_files("2")
+    ev.main(["--ask", WHICH, "a.png", "cat.png"])
+    assert r"\boxed{2}" in (out := capsys.readouterr().out) and "| cat.png |" in out
+    ev.main(["--ask", WHICH, "a.png", "cat.png", "c.png", "--all-orders", "--orders", "4"])
+    assert "of 4 orders agree" in capsys.readouterr().out
+
+def test_ask_moves_what_the_question_names(cat_files):
+    text = "Is image 2 sharper than the third picture?"
+    sample = ev.own_question(text, ["a.png", "cat.png", "c.png"]).sample
+    asked = perl.permute(sample, (2, 0, 1)).question
+    assert asked == "<image><image><image>Is <image_3> sharper than <image_1>?"
+
+@table("asked, message", [
+    ((WHICH, "gone.png"), "gone.png is not a file"), (("a.png", "cat.png"), "the question comes first"),
+    ((WHICH, "a.png", "bad.png"), "bad.png cannot identify"),
+    ((WHICH, "a.png", "cut.png"), "cut.png image file is truncated"),
+    (("<image> or what?", "a.png", "c.png"), "has 1 <image> for 2 images"),
+    (("Is image 4 dark?", "a.png"), "mentions image 4 of 1"),
+    (("Is it <|im_end|>?", "a.png"), "field question: contains")])
+def test_ask_names_what_cannot_be_asked_before_a_model_is_loaded(cat_files, asked, message,
+                                                                monkeypatch):
+    monkeypatch.setattr(ev, "start_model", lambda args: pytest.fail("too late"))
+    monkeypatch.setattr(ev.ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    Path("bad.png").write_text("no image")
+    noise = torch.randint(0, 255, (90, 90, 3), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.byte().numpy()).save("whole.png")
+    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:9000])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        ev.main(["--ask", *asked])
+
+@table("flags, message", [
+    (("--bencmarks", "digits"), "no such argument: --bencmarks; did you mean --benchmarks?"),
+    (("--qqq",), "no such argument: --qqq\n"),
+    (("--benchmarks", "digits,Blnk"), "; did you mean blink?"),
+    (("--model", "Qwen2.5-VL-7b"), "short name or Hub id; did you mean Qwen2.5-VL-7B?"),
+    (("--model", "runs/tiny-sed0"), "; did you mean runs/tiny-seed0?"),
+    (("--model", "runs/tiny-seed0/stage1/checkpoint-40"), "short name or Hub id")])
+def test_a_misspelt_name_gets_the_nearest_one_and_the_network_is_not_tried(
+        tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(perl, "load_processor", lambda *args: pytest.fail("loads"))
+    monkeypatch.chdir(tmp_path)
+    Path("runs/tiny-seed0").mkdir(parents=True)
+    with pytest.raises(SystemExit) as error:
+        ev.main(list(flags))
+    assert message in f"{error.value}{capsys.readouterr().err}"
+
+def test_a_hub_id_is_looked_up(monkeypatch):
+    monkeypatch.setattr(perl, "load_processor", lambda name, cfg: (_ for _ in ()).throw(KeyError(name)))
+    with pytest.raises(KeyError, match="someone/model"):
+        ev.main(["--model", "someone/model"])
+
+def test_empty_rows_are_omitted():
+    text = ev.table([["", "a", "b"], ["one", "", ""], ["two", "", 0], ["three", "x", ""]])
+    assert [line.split()[1] for line in text.splitlines()[2:]] == ["two", "three"]
+
+def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch, capsys):
+    """Mean next to worst order; a benchmark asked in one order has one bar a model."""
+    from matplotlib.axes import Axes
+    share = lambda value: {"value": value, "interval": [value - .1, value + .1], "n": 7}
+    for model, value in (("A", .4), ("B", .6)):
+        for name, orders in (("blink", {"mean": share(value), "worst": share(value - .2)}), ("remi", {})):
+            folder = tmp_path / model / name
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps({
+                **share(value + .1), "score": value + .1, "orders": orders, "config": {"orders": 6}}))
+    drawn, spans, ticks, bar, plot = [], [], [], Axes.bar, Axes.plot
+    monkeypatch.setattr(Axes, "bar", lambda axes, x, height, *a, **kw: drawn.append(
+        (x, round(height), bool(kw["hatch"]))) if "label" not in kw else bar(axes, x, height, *a, **kw))
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **kw: spans.append(
+        [round(float(bound)) for bound in y]) or plot(axes, x, y, **kw))
+    monkeypatch.setattr(Axes, "set_xticks", lambda axes, at, labels, **kw: ticks.extend(zip(at, labels)))
+    ev.main(["--chart", str(tmp_path / "c.png"), str(tmp_path / "A"), str(tmp_path / "B")])
+    assert [bar[1:] for bar in drawn] == [
+        (40, False), (20, True), (60, False), (40, True), (50, False), (70, False)]
+    assert spans == [[30, 50], [10, 30], [50, 70], [30, 50], [40, 60], [60, 80]]
+    assert [label for _, label in ticks] == ["blink\n7 questions\nup to 6 orders", "remi\n7 questions"]
+    assert [at for at, _ in ticks] == [(drawn[0][0] + drawn[3][0]) / 2, (drawn[4][0] + drawn[5][0]) / 2]
+    assert Image.open(tmp_path / "c.png").width > 500
+    with pytest.raises(SystemExit, match="no .*results.json in .*gone"):
+        ev.main(["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
+
+@pytest.fixture
+def forked(paged, tmp_path):
+    """The page of a fork with a flag and metrics of its own, without one of our settings."""
+    for file in paged.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"my_flag": {"a": [1]}}
+    del config["filter_low"], config["beta"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = dict(with_gradient=.5, by_permutation=None, my_gap=-.3, my_word="x", my_nan=math.nan)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").unlink()
+    write_rows(tmp_path / "metrics.jsonl", rows[0], rows[1] | own,
+               rows[1] | own | dict(step=2, by_permutation=.25, my_gap=.3))
+    ev.main(["--page", str(tmp_path)])
+    return tmp_path / "page.html"
+
+def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_path):
+    shown = in_browser(forked, tmp_path / "profile", 1280)
+    titles = re.findall("<figcaption[^>]*>(.*?)</figcaption>", shown)
+    assert titles[3] == "Groups that give a gradient" and titles[-1] == "my_gap"
+    assert "my_nan" not in titles and "my_word" not in titles and "NaN" not in shown.split("</script>")[-1]
+    assert not re.search(r'd="[^"]*NaN', shown)
+    of_these = shown[shown.index("Groups that give a gradient"):]
+    assert "owed to the permutation alone" in of_these[:of_these.index("</figure>")]
+    first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
+    assert first == tuple(sorted(first)), "the group, the curves, the glossary"
+    dashes = re.findall('stroke-dasharray="([^"]*)"', shown[shown.index("Held-out questions</fig"):])
+    assert len(set(dashes[:6])) == 3, "three lines, and their signs in the legend, all different"
+
+LAYOUT = """<script>
+  const tops = [...document.querySelectorAll("#curves figure")].map(card => card.offsetTop), lone = [];
+  for (const node of document.querySelectorAll("p, dd, figcaption, h2, strong, .scores, pre")) {
+    const words = [], walk = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\S+/g)) {
+      const range = document.createRange();
+      range.setStart(walk.currentNode, word.index);
+      range.setEnd(walk.currentNode, word.index + word[0].length);
+      words.push(range.getBoundingClientRect().bottom);
+    }
+    const last = words.filter(bottom => Math.abs(bottom - words[words.length - 1]) < 6);
+    if (last.length === 1 && words.length > 1) lone.push(node.textContent);
+  }
+  document.title = JSON.stringify([tops, lone, document.documentElement.scrollWidth]);
+</script>"""
+
+@table("name, beta", [("paged", 0.01), ("paged", 0.0), ("forked", 0.01), ("forked", 0.0)])
+def test_no_card_and_no_word_stands_alone(request, tmp_path, name, beta):
+    page, text = tmp_path / "layout.html", request.getfixturevalue(name).read_text()
+    page.write_text(text.replace('"beta": 0.01', f'"beta": {beta}') + LAYOUT)
+    for width in (1280, 400):
+        shown = in_browser(page, tmp_path / f"profile{width}", width)
+        tops, lone, scroll = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+        assert not lone and scroll <= max(width, 500)
+        assert width < 500 or min(Counter(tops).values()) > 1, "a card alone in its row"
