@@ -683,11 +683,15 @@ def score(folder: Path) -> dict:
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 KEPT_SETTINGS = ("instruction", "max_pixels", "max_new_tokens", "rollout_batch", "dtype")
 
+def is_checkpoint(model: Path) -> bool:
+    """Whether this is a folder that a run of perl.py wrote: checkpoint-STEP or best."""
+    return model.name.startswith("checkpoint-") or model.name == "best"
+
 def settings(args) -> perl.Config:
     """Config of perl.py. A checkpoint of a run keeps that run's prompt and sizes."""
     chosen = perl.MODEL_PRESETS.get(args.model, {}) | {"model": args.model}
     run = Path(args.model).parent / "config.json"
-    if Path(args.model).name.startswith("checkpoint-") and run.exists():
+    if is_checkpoint(Path(args.model)) and run.exists():
         saved = json.loads(run.read_text())
         chosen = {name: saved[name] for name in ("model", *KEPT_SETTINGS)}
     cfg = perl.Config(**chosen)
@@ -1355,7 +1359,7 @@ def ask_and_report(args) -> None:
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # show as much as there is of a broken image
     accelerator, parts = Accelerator(), Path(args.model).parts
     # RUN/stage1/checkpoint-40: all three parts are needed to tell runs apart.
-    n_parts = 3 if parts[-1].startswith("checkpoint-") else 1
+    n_parts = 3 if is_checkpoint(Path(args.model)) else 1
     model_name = "-".join(parts[-n_parts:])
     out = Path(args.out, model_name, "flip" if args.flip else "")
     if not args.score_only:
