@@ -35,9 +35,10 @@ def draw_curves(axes, kind: str, curves: list) -> None:
 def draw(runs: dict, shares: dict[str, float], path: Path) -> None:
     """Worst order over 40 and over 120 steps; and at the end, by skew of the training set.
     runs: arm -> seed -> line of ablation.jsonl. Nothing is drawn if the picture is of these
-    runs already: another version of matplotlib would write other bytes."""
+    runs and this code already: another version of matplotlib would write other bytes."""
     drawn = [(name, lines) for name, lines in runs.items() if name.split("-")[0] in COLORS]
-    source = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+    code = Path(__file__).read_text(encoding="utf-8")
+    source = hashlib.sha256(json.dumps([code, drawn]).encode()).hexdigest()
     if path.exists():
         with Image.open(path) as picture:
             if picture.info.get("Description") == source:
