@@ -16,6 +16,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -52,6 +53,8 @@ sys.path.insert(0, str(Path(perl.__file__).parent / "data_samples"))
 import ablate
 import curate
 import curate_report
+
+from ablation import cost, stats
 
 HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])
 CPU = torch.device("cpu")
@@ -3834,17 +3837,30 @@ def update_at_lr_0(model, groups, cfg):
     adamw_updates(model, [groups], cfg, lr=0.0)
 
 # ---- data_samples/ablate.py ------------------------------------------------------------
-def test_the_t_interval():
+def test_the_t_interval_and_test():
     """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
-    of its distribution, integrated by trapezoids."""
-    assert ablate.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
-    assert ablate.interval([5.0]) == (5.0, math.inf)
-    for freedom, quantile in enumerate(ablate.T_QUANTILES, 1):
+    of its distribution, integrated by trapezoids; a mean of just that size has p = 5 %."""
+    assert stats.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
+    assert stats.interval([5.0]) == (5.0, math.inf)
+    for freedom, quantile in enumerate(stats.T_QUANTILES, 1):
         constant = math.gamma((freedom + 1) / 2) / (
             math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
         t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
         density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
         assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
+        values = [float(k % 2) for k in range(freedom + 1)]
+        _, half = stats.interval(values)
+        shifted = [value - sum(values) / len(values) - half for value in values]
+        assert stats.p_value(shifted) == pytest.approx(0.05, abs=1e-4)
+    assert stats.p_value([2.0, 2.0]) == 0 and stats.p_value([0.0, 0.0]) == 1
+
+@table("p_values, survivors", [
+    ([0.001, 0.02, 0.04], [0, 1, 2]), ([0.04, 0.001, 0.03], [1]), ([0.02, 0.03, 0.04], []),
+    ([0.04], [0]), ([], [])])
+def test_holms_correction(p_values, survivors, monkeypatch):
+    """The smallest of m p-values is compared with 5 % / m, the next with 5 % / (m - 1), .."""
+    monkeypatch.setattr(stats, "p_value", lambda value: value)
+    assert stats.holm(dict(enumerate(p_values))) == survivors
 
 CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
 
@@ -3853,140 +3869,270 @@ CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
     (CODE.replace('    """What."""\n', ""), True), ('"""Module."""\n' + CODE, True),
     (CODE.replace("+ 1", "+ 2"), False), (CODE + "f(1)\n", False),
     (CODE.replace('"""What."""', 'y = "What."'), False)])
-def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, same):
-    assert (ablate.code_hash(changed) == ablate.code_hash(CODE)) is same
+def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, same, tmp_path):
+    paths = tmp_path / "a.py", tmp_path / "b.py"
+    for path, code in zip(paths, (CODE, changed)):
+        path.write_text(code)
+    assert (ablate.code_hash(paths[0]) == ablate.code_hash(paths[1])) is same
 
 def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
-    arm, base = ablate.Arm("title", ("--seed 1",)), "base"
-    others = [ablate.arm_hash(arm._replace(**change), base) for change in (
-        dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(share="0.5"),
-        dict(share="0.8"), dict(change=ablate.reward_agreement),
-        dict(fork=ablate.permute_by_gap))] + [ablate.arm_hash(arm, "other")]
-    before = ablate.arm_hash(arm._replace(title="other"), base)
-    assert ablate.arm_hash(arm, base) == before and len({before, *others}) == len(others) + 1
+    base = "base"
+    monkeypatch.setattr(ablate, "base_hash", lambda: base)
+    def hash_of(arm):
+        return ablate.heading("name", arm, 0)["hash"]
+    arm = ablate.Arm("title", ("--seed 1",))
+    others = [hash_of(arm._replace(**change)) for change in (
+        dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(data="--first-share 0.5"),
+        dict(data="--first-share 0.8"), dict(more_images=True),
+        dict(fork=ablate.ARMS["agree"].fork), dict(fork=ablate.ARMS["clean"].fork))]
+    before = hash_of(arm._replace(title="other", rival=""))
+    assert hash_of(arm) == before and len({before, *others}) == len(others) + 1
     monkeypatch.setattr(ablate, "EVALUATION", "--eval-orders 2")
-    assert ablate.arm_hash(arm, base) not in others + [before]
+    assert hash_of(arm) not in others + [before]
+    monkeypatch.undo()
+    assert hash_of(arm) not in others + [before], "another base"
 
 def write_run(out, *worst_orders):
     """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
-    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0)
-    evaluation = dict(eval_accuracy=0.75, eval_bias=0.25, places={"1": 1.0, "2": 0.5})
+    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0, by_permutation=0.5)
+    evaluation = dict(eval_accuracy=0.75, eval_bias=0.25)
     for stage, worst in enumerate(worst_orders, 1):
         folder = out / f"stage{stage}"
-        (folder / "checkpoint-2").mkdir(parents=True)
-        write_rows(folder / "metrics.jsonl",
-                   evaluation | dict(step=0, eval_worst=0.25), step | dict(step=1),
-                   step | evaluation | dict(step=2, eval_worst=worst))
+        for name in ("checkpoint-2", "best"):
+            (folder / name).mkdir(parents=True)
+        write_rows(folder / "metrics.jsonl", evaluation | dict(step=0, eval_worst=0.25),
+                   step | dict(step=1, with_gradient=0.5),
+                   step | evaluation | dict(step=2, with_gradient=0.0, eval_worst=worst))
 
 class AtOnce(Executor):
-    """Runs what is submitted before it returns. Threads would not do: ast.parse is not safe."""
+    """Runs what is submitted before it returns, and takes back what a fork did to this process.
+    Threads would not do: ast.parse is not safe."""
     def __init__(self, jobs):
         self.jobs = jobs
 
     def submit(self, task, *args):
         future = Future()
-        try:
-            future.set_result(task(*args))
-        except BaseException as error:
-            future.set_exception(error)
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in ((perl, "main"), (perl, "set_advantages"), (sys, "argv")):
+                patch.setattr(owner, name, getattr(owner, name))
+            patch.setattr(sys, "path", sys.path.copy())
+            try:
+                future.set_result(task(*args))
+            except BaseException as error:
+                future.set_exception(error)
         return future
 
 @pytest.fixture
 def ablation(tmp_path, monkeypatch):
-    """run_all on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO;
-    those in `broken` fail. Returns what is called, the runs started, `broken`, and the file."""
+    """ablate.py on runs without training: worst order .5, .6 .. by seed, minus .1 for plain
+    GRPO; those in `broken` fail. Returns what calls it, the runs started, `broken`, its file."""
     started, broken, path = [], set(), tmp_path / "ablation.jsonl"
-    def trained(argv):
+    def trained(argv=None):
+        argv = argv or sys.argv[1:]
         seed, out = int(argv[argv.index("--seed") + 1]), Path(argv[argv.index("--out") + 1])
         name = out.name.split("-seed")[0]
         started.append((name, seed))
         if (name, seed) in broken:
             raise SystemExit("out of memory")
         write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo"))
-    for name in ("evaluate", "sample_orders"):
-        monkeypatch.setattr(perl, name, getattr(perl, name))  # put back after the test
+    def measured(checkpoint, path, n_orders, max_new_tokens):
+        worst = 0.25
+        if checkpoint != "tiny":
+            worst = read_rows(Path(checkpoint).parent / "metrics.jsonl")[-1]["eval_worst"]
+        return {"all": [0.75, worst, 0.25], "ask": [0.5, worst / 2, 0.25],
+                "places": {"1": 1.0, "2": 0.5}}
     monkeypatch.setattr(perl, "main", trained)
     for name, fake in dict(  # all in this process, whose output is the test's
             redirect_stdout=contextlib.nullcontext, redirect_stderr=contextlib.nullcontext,
-            fresh_processes=AtOnce, base_hash=lambda: "now",
-            training_set=lambda share, scratch: scratch).items():
+            fresh_processes=AtOnce, base_hash=lambda: "now", measure=measured,
+            made_data=lambda flags, scratch: scratch).items():
         monkeypatch.setattr(ablate, name, fake)
-    def run_all(names=("perl", "grpo"), seeds=(0, 1, 2), jobs=1):
+    def main(*flags, arms="perl,grpo", seeds="0-2"):
         started.clear()
-        ablate.run_all(names, seeds, jobs, path, tmp_path / "scratch")
-    return run_all, started, broken, path
+        ablate.main(["--lines", str(path), "--scratch", str(tmp_path / "scratch"), "--jobs", "1",
+                     "--arms", arms, "--seeds", seeds, *flags])
+    return main, started, broken, path
 
-def test_a_finished_run_is_not_run_again_until_its_code_changes(ablation, tmp_path, monkeypatch):
-    run_all, started, _, path = ablation
-    run_all()
-    assert started == [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")], "in pairs"
-    assert not list(tmp_path.glob("scratch/*/*/checkpoint-*")), "their weights are not kept"
-    run_all(seeds=(2, 3), jobs=2)
+def test_a_finished_run_is_not_run_again_until_its_code_changes(
+        ablation, tmp_path, monkeypatch, capsys):
+    main, started, _, path = ablation
+    main(arms="clean,grpo,perl,start")
+    pairs = [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")]
+    assert started == pairs + [("clean", 0), ("clean", 1), ("clean", 2)], "in pairs, these first"
+    assert not list(tmp_path.glob("scratch/*/*/[bc]*")), "their weights are not kept"
+    main(seeds="2-3")
     assert sorted(started) == [("grpo", 3), ("perl", 3)]
-    assert dict(
-        arm="perl", seed=0, hash=ablate.arm_hash(ablate.ARMS["perl"], "now"),
-        flags=["--eval-every 5"], curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]],
-        places={"1": 1.0, "2": 0.5}, kept=0.25, training_seconds=6.0) in read_rows(path)
+    line, = [row for row in read_rows(path) if row["arm"] == "perl" and row["seed"] == 0]
+    assert line.pop("cpu_seconds") > 0
+    assert line == dict(
+        ablate.heading("perl", ablate.ARMS["perl"], 0), flags=["--eval-every 10"], steps=2,
+        curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]], kept=0.25, with_gradient=0.25,
+        by_permutation=0.5, training_seconds=6.0, all=[0.75, 0.5, 0.25], ask=[0.5, 0.25, 0.25],
+        places={"1": 1.0, "2": 0.5}, more_all=[0.75, 0.5, 0.25], more_ask=[0.5, 0.25, 0.25],
+        more_places={"1": 1.0, "2": 0.5})
     monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
-    text = ablate.summary(read_rows(path))
-    assert text == "0 runs; 8 lines of other code or data are left out"
-    run_all(seeds=(0,))
+    capsys.readouterr()
+    main(seeds="0")
     assert started == [("perl", 0), ("grpo", 0)]
-    assert ablate.summary(read_rows(path)).startswith("2 runs; 8 lines of other code or data")
+    before, now = capsys.readouterr().out.split("another perl.py or other data: ")[1].split(
+        "\n2 runs of perl.py changed")
+    assert before.startswith("12 runs of perl.py now.") and "| plain GRPO  | 4 " in before
+    assert "| plain GRPO | 1 " in now, "each code has tables of its own"
 
-def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation, monkeypatch, capsys):
+def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
+        ablation, monkeypatch, capsys):
     """Code that changes during a run makes it fail too."""
-    run_all, started, broken, path = ablation
+    main, started, broken, path = ablation
     broken.add(("perl", 1))
-    refuses("1 runs failed", run_all)
-    assert len(started) == 6 and len(read_rows(path)) == 5
-    assert "perl, seed 1: out of memory" in capsys.readouterr().out
+    main()
+    assert len(started) == 6 and len(read_rows(path)) == 6
+    out = capsys.readouterr().out
+    assert "perl, seed 1: out of memory" in out
+    assert "5 runs of perl.py now. Failed: perl, seed 1 (out of memory)." in out
+    assert re.search(r"PeRL +\| 2 .*\n\| plain GRPO +\| 3 ", out)
+    main("--tables")
+    assert not started and "Failed: perl, seed 1" in capsys.readouterr().out
     broken.clear()
-    run_all()
-    assert started == [("perl", 1)]
-    assert ablate.summary(read_rows(path)).startswith("6 runs; 0 lines")
+    main()
+    assert started == [("perl", 1)] and "6 runs of perl.py now. Failed: none." in (
+        capsys.readouterr().out)
     changes = itertools.count()
     monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
-    refuses("1 runs failed", run_all, names=("perl",), seeds=(0,))
+    main(arms="perl", seeds="0")
     assert "code or data changed during the run" in capsys.readouterr().out
-    assert len(read_rows(path)) == 6
 
 def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
     """perl.py refuses a negative seed: the process starts, ends and says why without training."""
-    with ends("1 runs failed"):
-        ablate.run_all(["clean"], [-1], 1, tmp_path / "a.jsonl", tmp_path / "scratch")
+    ablate.run_all([("clean", ablate.ARMS["clean"], -1)], 1, tmp_path / "a.jsonl",
+                   tmp_path / "scratch")
     assert "clean, seed -1: --seed -1 must be" in capfd.readouterr().out
     assert (tmp_path / "scratch" / "clean-seed-1.log").exists()
-    assert not (tmp_path / "a.jsonl").exists()
+    assert "--seed -1" in read_rows(tmp_path / "a.jsonl")[0]["failed"]
     assert perl.set_advantages.__name__ == "set_advantages", "the fork is not in this process"
+
+def cells_of_table(text):
+    cells = {}
+    for line in text.split("\n"):
+        name, *cells[name] = [cell.strip() for cell in line.strip("| ").split("|")]
+    return cells
 
 def test_tables_by_hand(ablation, tmp_path):
     """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
-    paired difference is over two seeds and without spread. The picture is small."""
-    run_all, _, _, path = ablation
-    run_all(names=("perl", "grpo", "perl-0.5", "grpo-0.5"), seeds=(0, 1))
-    run_all(names=("perl",), seeds=(2,))
-    cells = {}
-    for line in ablate.summary(read_rows(path)).split("\n"):
-        name, *cells[name] = [cell.strip() for cell in line.strip("| ").split("|")]
-    assert cells["PeRL (n_s = 1)"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0",
-                                       "**+10.0 ± 0.0**", "", "100 / 50", "25%", "6"]
-    assert cells["plain GRPO (n_s = 0)"][4:6] == ["", "**-10.0 ± 0.0**"]
-    assert cells["start model"][:4] == ["", "75.0", "25.0", "25.0"]
-    skewed = cells["PeRL, right image first: 0.5"]
-    assert skewed[4:6] == ["**+10.0 ± 0.0**", ""], "against plain GRPO on the same training set"
-    assert ablate.shown([9.0, -1.0, 4.0], "+") == "+4.0 ± 12.4", "not bold: it includes 0"
-    ablate.draw(ablate.present_runs(read_rows(path)), tmp_path / "ablation.png")
-    with Image.open(tmp_path / "ablation.png") as picture:
-        assert picture.width > 1500 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
-    assert (tmp_path / "ablation.png").stat().st_size < 200_000
+    paired difference is over two seeds and without spread."""
+    main, _, _, path = ablation
+    main(arms="start,perl,grpo,perl-0.5,grpo-0.5,perl-120,grpo-120,grpo-images", seeds="0-1")
+    main(arms="perl", seeds="2")
+    texts = ablate.all_tables("now", ablate.last_lines(read_rows(path))["now"])
+    arms, shares = cells_of_table(texts["arms"]), cells_of_table(texts["shares"])
+    assert arms["PeRL"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0", "", "", "25 %",
+                            "25 %", "50 %"]
+    assert arms["plain GRPO"][4:6] == ["+0.0 ± 0.0", "**-10.0 ± 0.0**"]
+    assert arms["start model"][:4] == ["1", "75.0", "25.0", "25.0"] and "n_s = 2" not in arms
+    skewed = shares["plain GRPO, right image first: 0.5"]
+    assert skewed[5] == "**-10.0 ± 0.0**", "against PeRL on the same training set"
+    assert cells_of_table(texts["main"])["plain GRPO, 120 steps"][4] == "**-10.0 ± 0.0**"
+    assert cells_of_table(texts["more"])["PeRL"][-1] == "100 / 50"
+    assert cells_of_table(texts["images"])[ablate.ARMS["grpo-images"].title][2] == "22.5 ± 31.8"
+    assert cells_of_table(texts["longer"])["2"] == [
+        "2", "55.0 ± 63.5", "45.0 ± 63.5", "+10.0 ± 0.0"]
+    assert texts["holm"].startswith("Of 6 paired differences") and (
+        "3 have a 95 % interval without 0, and 3 survive" in texts["holm"])
+    assert "- worst order below PeRL's: plain GRPO; plain GRPO, 120 steps; plain" in texts["holm"]
+    assert "have not been started" in texts["runs"] and texts["runs"].startswith("16 runs")
 
-def test_the_curve_of_several_stages_is_one(tmp_path):
+def test_the_figure_is_small_and_only_drawn_again_for_other_runs(ablation, tmp_path):
+    main, _, _, path = ablation
+    main(arms="start,perl,grpo,perl-0.5,grpo-0.5", seeds="0-1")
+    picture = tmp_path / "ablation.png"
+    with Image.open(picture) as image:
+        assert image.width > 1500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
+    assert picture.stat().st_size < 200_000
+    times = [picture.stat().st_mtime_ns]
+    for seeds in ("0-1", "2"):
+        main(seeds=seeds)
+        times.append(picture.stat().st_mtime_ns)
+    assert times[0] == times[1] < times[2]
+
+def test_tables_are_written_between_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- table: x-1 -->\nold\n<!-- /table -->\nb\n<!-- table: y --><!-- /table -->")
+    ablate.write_tables(path, {"x-1": "\\1 new\n", "y": "Y\n", "z": "not asked for\n"})
+    text = path.read_text()
+    assert text == ("a\n<!-- table: x-1 -->\n\\1 new\n<!-- /table -->\nb\n<!-- table: y -->\nY\n"
+                    "<!-- /table -->")
+    refuses("no table x-1", ablate.write_tables, path, {"y": ""})
+    path.write_text("no marker")
+    ablate.write_tables(path, {})
+    assert path.read_text() == "no marker"
+
+def test_the_readmes_and_the_figure_show_the_runs_of_ablation_jsonl(tmp_path):
+    """Made by `ablate.py --tables`; the figure notes the runs that it shows."""
+    source = HERE / "data_samples"
+    by_code = ablate.last_lines(read_rows(source / "ablation.jsonl"))
+    code = max(reversed(by_code), key=lambda code: len(by_code[code]))
+    texts, marked = ablate.all_tables(code, by_code[code]), ""
+    for readme in (HERE / "README.md", source / "README.md"):
+        copy = Path(shutil.copy(readme, tmp_path / "copy.md"))
+        ablate.write_tables(copy, texts)
+        marked += copy.read_text()
+        assert copy.read_text() == readme.read_text(), f"{readme}: run ablate.py --tables"
+    names = set(re.findall("<!-- table: (.*) -->", marked))
+    assert names >= texts.keys() - {"main", "positions"}
+    shutil.copy(source / "ablation.png", tmp_path / "ablation.png")
+    before = (tmp_path / "ablation.png").stat().st_mtime_ns
+    ablate.draw(ablate.by_arm(by_code[code]), ablate.SHARES, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").stat().st_mtime_ns == before, "run ablate.py --tables"
+
+def test_the_steps_of_several_stages_add_up(tmp_path):
     write_run(tmp_path, 0.5, 0.75)
     (tmp_path / "stage0").mkdir()
     found = ablate.read_run(tmp_path)
-    assert [point[0] for point in found["curve"]] == [0, 2, 4] and found["curve"][-1][2] == 0.75
-    assert (found["kept"], found["training_seconds"]) == (0.25, 12.0)
+    assert (found["steps"], found["kept"], found["training_seconds"]) == (4, 0.25, 12.0)
+
+FORK = """import perl
+def reward_twice(groups):
+    pass
+perl.{name} = reward_twice
+if __name__ == "__main__":
+    perl.main()
+"""
+
+def test_a_users_fork_is_compared_and_changes_no_other_result(ablation, tmp_path, capsys):
+    """From any folder, with a module beside it and a flag of its own. Its lines are not in the
+    committed file; the same file under other flags is another arm."""
+    main, started, _, path = ablation
+    main(seeds="0-1")
+    committed, folder = path.read_text(), tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "beside.py").write_text("NAME = 'set_advantages'\n")
+    fork = folder / "mine.py"
+    fork.write_text("import sys, beside\nsys.argv.remove('--own')\n"
+                    + FORK.replace("__name__ ==", "beside.NAME and __name__ ==").format(
+                        name="set_advantages"))
+    main("--fork", str(fork), "--flags=--own --beta 0.01", seeds="0-1")
+    assert started == [("mine.py-own-beta-0.01", 0), ("mine.py-own-beta-0.01", 1)]
+    main("--fork", str(fork), "--flags=--own", seeds="1-2")
+    assert sorted(started) == [("grpo", 2), ("mine.py-own", 1), ("mine.py-own", 2), ("perl", 2)]
+    assert path.read_text() == committed
+    cells = cells_of_table(capsys.readouterr().out.split("forks:\n")[-1])
+    assert cells["mine.py --own"][0] == "2" and cells["mine.py --own --beta 0.01"][0] == "2"
+    assert cells["PeRL"][0] == "3" and cells["mine.py --own"][-1].startswith("+10.0")
+    assert len(read_rows(tmp_path / "scratch/forks.jsonl")) == 6
+
+@table("text, message", [
+    (FORK.format(name="set_advantage"),
+     "sets perl.set_advantage, which perl.py does not have; did you mean set_advantages"),
+    ("import perl\nperl.set_advantages = len\n", "does not call perl.main"),
+    (FORK.format(name="set_advantages"), "no such setting: --bta; did you mean --beta"),
+    ("", "does not call perl.main"), (None, "there is no such file")])
+def test_a_fork_without_effect_is_refused_before_anything_runs(
+        text, message, ablation, tmp_path, capsys):
+    main, started, _, _ = ablation
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main("--fork", str(tmp_path / "mine.py"), "--flags=--bta 1")
+    assert message in f"{end.value} {capsys.readouterr().err}" and not started
 
 def answered(text, order=(0, 1)):
     """A rollout of the answer `text` to a question of two images, whose first one is right."""
@@ -3995,11 +4141,16 @@ def answered(text, order=(0, 1)):
     return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
                    truncated=False, accuracy=accuracy, reward=accuracy)
 
+def load_fork(name):
+    """Do what the fork of an arm does to perl.py -> its names."""
+    return runpy.run_path(ablate.ARMS[name].fork, run_name="fork")
+
 @table("text, order, given", [
     ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
     ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
-def test_an_answer_moved_back_to_the_given_order(text, order, given):
-    assert ablate.answer_as_given(answered(text, order)) == given
+def test_an_answer_moved_back_to_the_given_order(text, order, given, monkeypatch):
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    assert load_fork("agree")["answer_as_given"](answered(text, order)) == given
 
 def group_of(*texts, orders=((0, 1), (1, 0))):
     """Answers order by order, as many in each."""
@@ -4009,18 +4160,18 @@ def group_of(*texts, orders=((0, 1), (1, 0))):
 ONE_ORDER = group_of("1", "1", "1", "1", orders=((0, 1), (0, 1)))
 
 @table("fork, group, rewards", [  # columns: the first answers of both orders, then the second ones
-    ("reward_agreement", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
-    ("reward_agreement", group_of("2", "9", "1", "9"), [0.9, 0, 0.9, 0]),
-    ("reward_agreement", ONE_ORDER, [1, 1, 1, 1]),
-    ("reward_agree_and_right", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
-    ("reward_agree_and_right", group_of("2", "1", "1", "2"), [0, 1.9, 0, 1.9]),
-    ("reward_agree_and_right", ONE_ORDER, [1, 1, 1, 1])])
+    ("agree", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
+    ("agree", group_of("2", "9", "1", "9"), [0.9, 0, 0.9, 0]),
+    ("agree", ONE_ORDER, [1, 1, 1, 1]),
+    ("agree-right", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
+    ("agree-right", group_of("2", "1", "1", "2"), [0, 1.9, 0, 1.9]),
+    ("agree-right", ONE_ORDER, [1, 1, 1, 1])])
 def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
     """Agreement pays whether right or wrong; being right together pays on top; a question in one
     order only has nothing to agree with."""
     monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
     group = [dataclasses.replace(rollout) for rollout in group]
-    ablate.before_advantages(getattr(ablate, fork))
+    load_fork(fork)
     perl.set_advantages([group])
     assert [rollout.reward for rollout in group] == pytest.approx(rewards)
     assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
@@ -4029,15 +4180,13 @@ def test_the_forks_of_baseline_and_condition(monkeypatch):
     """Advantages of rewards 1, 0, 0, 0, pooled and by order; then what is learned."""
     monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
     group = group_of("1", "9", "9", "9")
-    for expected, answers, fork in (
-            ([ROOT] + [-1 / ROOT] * 3, "1122", ablate.baseline_per_order),
-            ([1, -1, 0, 0], "1122", lambda: ablate.before_advantages(ablate.loss_on_clean_order)),
-            ([1, -1, 0, 0], "1111", None)):
+    for expected, answers, fork in (([ROOT] + [-1 / ROOT] * 3, "1122", "per-order"),
+                                    ([1, -1, 0, 0], "1122", "clean"),
+                                    ([1, -1, 0, 0], "1111", "clean")):
         perl.set_advantages([group])
         assert [r.advantage for r in group] == pytest.approx(expected)
         assert [r.prompt.sample.answer for r in group] == list(answers)
-        if fork:
-            fork()
+        load_fork(fork)
 
 def test_permuting_follows_a_questions_own_gap(monkeypatch):
     """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
@@ -4052,7 +4201,7 @@ def test_permuting_follows_a_questions_own_gap(monkeypatch):
         return groups
     monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
     monkeypatch.setattr(perl, "sample_orders", sample_orders)
-    ablate.permute_by_gap()
+    load_fork("adaptive")
     for stage in (0, 1):
         perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
     assert asked == [(2, 2), (1, 4)]
@@ -4061,31 +4210,82 @@ def test_permuting_follows_a_questions_own_gap(monkeypatch):
         drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
         assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
 
-def test_accuracy_by_the_position_of_the_right_image():
-    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on."""
+def test_a_checkpoint_is_measured_over_orders_kinds_and_positions(monkeypatch):
+    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on.
+    A question whose answer stays counts for `all` only."""
     letter = sample("letter", "B", movable=(1, 2))
     option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
                                  accuracy=0.0)
-    rollouts = group_of("1", "1", "1", "2") + [option]
-    assert ablate.places_of(rollouts) == {"1": 1.0, "2": 0.5, "3": 0.0}
+    kept = dataclasses.replace(option, prompt=perl.Prompt(sample(), [1], []), accuracy=1.0)
+    groups = [group_of("1", "1", "1", "2"), [option], [kept]]
+    def sample_groups(model, processor, samples, orders, cfg, *, n, greedy):
+        assert len(samples) == 321 and max(map(len, orders)) == 6 and (n, greedy) == (1, True)
+        assert cfg.max_new_tokens == 64
+        return groups
+    monkeypatch.setattr(perl, "sample_groups", sample_groups)
+    found = ablate.measure("tiny", HERE / "data_samples/test.jsonl", 6, 64)
+    assert found == {"all": [pytest.approx(1.75 / 3, abs=1e-5), 0.33333, 0.33333],
+                     "ask": [0.375, 0.0, 0.5], "places": {"1": 1.0, "2": 0.5, "3": 0.0}}
 
-def test_an_arm_runs_with_its_fork_and_notes_positions(tmp_path, monkeypatch, data):
-    for target in ("evaluate", "sample_orders", "set_advantages"):
+def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypatch, data):
+    """Two stages of one step each, the second from the first's weights, with a fork of both."""
+    for target in ("main", "set_advantages"):
         monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    measure = ablate.measure
+    monkeypatch.setattr(ablate, "measure", lambda checkpoint, _, n_orders, max_new_tokens: measure(
+        checkpoint, data.with_name("eval.jsonl"), 2, 16))
     short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
     monkeypatch.setattr(ablate, "EVALUATION", short)
-    line = ablate.run("agree", 100, tmp_path)
-    assert [point[0] for point in line["curve"]] == [0, 1] and line["places"]
-    assert "step 1/1" in (tmp_path / "agree-seed100.log").read_text()
+    arm = ablate.ARMS["agree"]._replace(stages=("--filter none", "--stage 2 --filter none"))
+    line = ablate.run("agree", arm, 100, tmp_path)
+    assert [point[0] for point in line["curve"]] == [0, 1, 0, 1] and line["steps"] == 2
+    assert len(line["all"]) == 3 and line["places"] and 0 <= line["with_gradient"] <= 1
+    log = (tmp_path / "agree-seed100.log").read_text()
+    assert log.count("step 1/1") == 2 and "stage1/checkpoint-1" in log
+    assert (tmp_path / "agree-seed100/stage1/agree.py").exists(), "the fork is kept with its run"
+    assert perl.set_advantages.__name__ == "agree"
 
-def test_a_training_set_without_a_favoured_place(tmp_path):
+def test_training_sets_and_more_images_are_made_once(tmp_path, monkeypatch):
+    """The images are drawn once and copied afterwards."""
     pytest.importorskip("sklearn")
-    folder = ablate.training_set("balanced", tmp_path)
+    make_samples, pools = pytest.importorskip("make_samples"), {}
+    save_images, commands = make_samples.save_images, []
+    def images_once(folder):
+        pools.update(pools or save_images(tmp_path / "images"))
+        shutil.copytree(tmp_path / "images", folder)
+        return pools
+    def in_this_process(command):
+        commands.append(command)
+        monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+        make_samples.main()
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(make_samples, "save_images", images_once)
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    folder = ablate.made_data("--first-share balanced", tmp_path)
     assert (folder / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
     answers = [row["answer"] for row in read_rows(folder / "train.jsonl")
                if row["source"] == "largest" and len(row["images"]) == 4]
     assert Counter(answers) == dict.fromkeys("1234", 30)
-    assert ablate.training_set("balanced", tmp_path) == folder, "made once"
+    assert ablate.made_data("--first-share balanced", tmp_path) == folder and len(commands) == 1
+    images = ablate.made_data(ablate.ONLY_IMAGES, tmp_path)
+    rows = read_rows(images / "train.jsonl")
+    assert {row["source"] for row in rows} == {"largest", "smallest", "match"}
+    first = [row["answer"] in "1A" for row in rows]
+    assert len(rows) == 1110 and 0.93 < sum(first) / len(first) < 0.97
+    more = ablate.made_data(ablate.MORE_IMAGES, tmp_path)
+    rows = read_rows(more / "test.jsonl")
+    assert len(rows) == 300 and {len(row["images"]) for row in rows} == {6, 7, 8}
+    assert not (more / "train.jsonl").exists()
+    for kind, n in itertools.product(("largest", "smallest", "match"), (6, 7, 8)):
+        answers = Counter(row["answer"] for row in rows
+                          if row["source"] == kind and len(row["images"]) == n)
+        assert len(set(answers.values())) == 1 and len(answers) == n - (kind == "match")
+    samples = perl.load_samples(more / "test.jsonl")
+    trained = {row["id"] for row in read_rows(folder / "train.jsonl")}
+    assert not trained & {sample.id for sample in samples}
+    assert all(Path(name).name.startswith("test_") for row in rows for name in row["images"])
 
 # ---- data_samples/ablate.py --cost -----------------------------------------------------
 SMALL_STEP = [3, 6, 10]  # images, tokens of each, other tokens
@@ -4105,18 +4305,18 @@ def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
     cfg, model = step_config(**changes), load_tiny()
     endless = SimpleNamespace(**vars(PROCESSOR) | dict(
         banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids))
-    rollouts = ablate.full_rollouts(cfg, SMALL_STEP, model.config.vision_config, 40,
+    rollouts = cost.full_rollouts(cfg, SMALL_STEP, model.config.vision_config, 40,
                                     PROCESSOR.image_id)
     prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
         update_at_lr_0(model, [rollouts], cfg)
-    flops, _ = ablate.count_flops(model.config, cfg, SMALL_STEP)
+    flops, _ = cost.count_flops(model.config, cfg, SMALL_STEP)
     assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 def test_flops_at_the_size_of_the_7b():
     def count(**changes):
-        return ablate.count_flops(ablate.QWEN_7B, step_config(max_new_tokens=256, **changes),
+        return cost.count_flops(cost.QWEN_7B, step_config(max_new_tokens=256, **changes),
                                   [4, 256, 64])
     (shared, minimum), (plain, _) = count(), count(share=False)
     total = sum(shared.values())
@@ -4818,3 +5018,38 @@ def test_no_card_and_no_word_stands_alone(request, tmp_path, name, beta):
         tops, lone, scroll = json.loads(re.search("<title>(.*?)</title>", shown)[1])
         assert not lone and scroll <= max(width, 500)
         assert width < 500 or min(Counter(tops).values()) > 1, "a card alone in its row"
+
+# ---- ablate2: two more forks of data_samples/README.md ---------------------------------
+def judged_rewards():
+    """Of responses of 0, 100 and 300 characters in two groups, which are wrong."""
+    groups = [scored_group([0]), scored_group([0, 0])]
+    for rollout, length in zip(flatten(groups), (0, 100, 300)):
+        rollout.text = "x" * length
+    perl.set_advantages(groups)
+    return flatten((rollout.reward, rollout.advantage) for rollout in flatten(groups))
+
+def tokens_with_gradient():
+    """Which of five tokens of rising entropy have a gradient; by what ten tokens are divided."""
+    hidden = torch.tensor([[9.0, 0], [4, 0], [2, 0], [1, 0], [0.5, 0]], requires_grad=True)
+    logprobs = perl.token_logprobs(lambda rows: rows * 1, hidden, torch.zeros(5).long(),
+                                   torch.zeros(0).long(), 1.0)
+    assert torch.allclose(logprobs, torch.log_softmax(hidden, -1)[:, 0]), "the same values"
+    logprobs.sum().backward()
+    return hidden.grad.any(1).tolist(), perl.loss_denominator(scored_group([0, 0]))
+
+FORKS |= {
+    "judged": (judged_rewards, pytest.approx([0.2, 0, 0.1, 1, 0.05, -1], abs=1e-5)),
+    "high_entropy": (tokens_with_gradient, ([False] * 4 + [True], pytest.approx(0.4)))}
+
+def test_a_judge_is_asked_once_per_batch_and_not_in_evaluation(data, tmp_path, monkeypatch):
+    snippet, = [snippet for snippet in SNIPPETS if "def judged" in snippet]
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    main, asked, names = perl.main, [], {}
+    monkeypatch.setattr(perl, "main", lambda: None)
+    exec(snippet, names)
+    def judge(responses, judge=names["judge"]):
+        asked.append(len(responses))
+        return judge(responses)
+    names["judge"] = judge
+    main(arguments(data, tmp_path, filter="none", steps=2, eval_every=1))
+    assert asked == [3 * 2 * 3] * 2, "questions x orders x rollouts, once in each step"

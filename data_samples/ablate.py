@@ -4,137 +4,48 @@
     python data_samples/ablate.py --short     # PeRL and plain GRPO, 3 seeds
     python data_samples/ablate.py --jobs 4    # all arms, 8 seeds, four runs at a time
     python data_samples/ablate.py --arms perl,clean --seeds 0-3
-    python data_samples/ablate.py --tables    # table and picture of the finished runs
+    python data_samples/ablate.py --fork mine.py --flags="--beta 0.01" --seeds 0-4
+    python data_samples/ablate.py --tables    # tables of both READMEs, and the figure
     python data_samples/ablate.py --cost      # a training step with and without sharing
 
 Every arm trains the tiny model on the same seeds. A finished run is a line of ablation.jsonl,
 with a hash of what it depends on: the code of perl.py (without comments and docstrings), the
 samples, the start model, and the arm's flags and code. While the hash stays the same, the run
-is not repeated, so the file can be committed and continued on another machine.
+is not repeated, so the file can be committed and continued on another machine. With --fork,
+new lines go to SCRATCH/forks.jsonl instead.
 """
 import argparse
 import ast
 import dataclasses
 import functools
 import hashlib
-import inspect
-import json
 import math
 import os
-import resource
+import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Callable, NamedTuple
+from statistics import fmean
+from typing import NamedTuple
 
-import torch
-import transformers
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
-MAKER = HERE / "make_samples.py"
+MAKER, LINES = HERE / "make_samples.py", HERE / "ablation.jsonl"
 sys.path.insert(0, str(HERE.parent))
+from ablation.cost import cost
+from ablation.figure import draw
+from ablation.stats import holm, interval
+
 import perl  # found through the line above
 from eval import table
-
-# ---- Forks: ideas of other papers, each in place of functions of perl.py ---------------
-
-def before_advantages(change: Callable) -> None:
-    """Call change(rollouts by order) on each group before its advantages are computed."""
-    set_advantages = perl.set_advantages
-
-    def with_change(groups):
-        for group in groups:
-            change(orders_of(group))
-        set_advantages(groups)
-
-    perl.set_advantages = with_change
-
-def orders_of(group: list) -> list[list]:
-    """The rollouts of a group, one list per order; the given order first."""
-    by_order = {}
-    for rollout in group:
-        by_order.setdefault(rollout.order, []).append(rollout)
-    return list(by_order.values())
-
-def loss_on_clean_order(by_order: list[list]) -> None:
-    """As in NoisyRollout: sample in every order, but train on the given one."""
-    for rollout in perl.flatten(by_order):
-        rollout.prompt = by_order[0][0].prompt
-
-# The next two forks reward columns: a column has the t-th rollout of every order. A question
-# that is asked in one order only has none.
-def columns(by_order: list[list]) -> list[tuple]:
-    return list(zip(*by_order)) if len(by_order) > 1 else []
-
-def reward_agreement(by_order: list[list]) -> None:
-    """PA-GRPO (arXiv 2603.21016): the answer that most of a column give earns as much as a
-    right answer, whether it is right or wrong (the paper's lambda = 1)."""
-    for column in columns(by_order):
-        answers = [answer_as_given(rollout) for rollout in column]
-        favourite, votes = Counter(answers).most_common(1)[0]
-        for rollout, answer in zip(column, answers):
-            if answer is not None and answer == favourite and votes > len(column) / 2:
-                rollout.reward += perl.Config.accuracy_weight
-
-def answer_as_given(rollout) -> str | None:
-    """A rollout's answer in the given order of images: "1" -> "3" if the first image was the
-    third there. None if there is no answer, or it names no image of the question."""
-    answer, places = perl.extract_answer(rollout.text), range(len(rollout.order))
-    asked = dataclasses.replace(rollout.prompt.sample, answer=answer or "")
-    if answer is None or perl.named_positions(asked) is None:
-        return None
-    back = tuple(rollout.order.index(place) for place in places)
-    return perl.permute(asked, back).answer
-
-def reward_agree_and_right(by_order: list[list]) -> None:
-    """ConsistRoll (arXiv 2606.29812), after its abstract: columns that are right throughout
-    earn a joint reward. Its weight here is that of a right answer."""
-    for column in columns(by_order):
-        if all(rollout.accuracy for rollout in column):
-            for rollout in column:
-                rollout.reward += perl.Config.accuracy_weight
-
-def baseline_per_order() -> None:
-    """Advantages within each order, in place of the whole group."""
-    set_advantages = perl.set_advantages
-
-    def per_order(groups):
-        for group in groups:
-            set_advantages(orders_of(group))
-
-    perl.set_advantages = per_order
-
-def permute_by_gap() -> None:
-    """Permute each question with the probability of its own gap in accuracy between two
-    orders, which stage 0 measures. For one process."""
-    sample_orders, draw_orders, gaps = perl.sample_orders, perl.draw_orders, {}
-
-    def in_two_orders(model, processor, samples, cfg, *more, **named):
-        if cfg.stage > 0:
-            return sample_orders(model, processor, samples, cfg, *more, **named)
-        named |= {"n_orders": 2, "n": named["n"] // 2}
-        groups = sample_orders(model, processor, samples, cfg, *more, **named)
-        for group in groups:
-            means = [fmean(r.accuracy for r in rollouts) for rollouts in orders_of(group)]
-            gaps[group[0].prompt.sample.id] = max(means) - min(means)
-        return groups
-
-    def by_gap(sample, n_permutations, alpha, rng):
-        return draw_orders(sample, n_permutations, gaps.get(sample.id, alpha), rng)
-
-    perl.sample_orders, perl.draw_orders = in_two_orders, by_gap
-
-FORK_CODE = (before_advantages, orders_of, loss_on_clean_order, columns, reward_agreement,
-             answer_as_given, reward_agree_and_right, baseline_per_order, permute_by_gap)
 
 # ---- Arms ------------------------------------------------------------------------------
 
@@ -142,33 +53,45 @@ class Arm(NamedTuple):
     """One experiment, run once per seed."""
     title: str
     stages: tuple[str, ...] = ("",)  # flags of each run of perl.py, in turn
-    share: str = ""                  # right images first, in a training set made for it
-    change: Callable | None = None   # of each group, before its advantages
-    fork: Callable | None = None     # replaces functions of perl.py
+    data: str = ""                   # flags of make_samples.py, for a training set of its own
+    fork: str = ""                   # a file that replaces functions of perl.py
+    rival: str = "perl"              # PeRL with the same data and budget, to compare with
+    more_images: bool = False        # measure it with more images too
 
-# More orders and evaluations would take most of the time.
-EVALUATION = "--eval-orders 6 --eval-every 20"
-OFTEN, GRPO = "--eval-every 5", "--n-permutations 0"
+# The end of a run is measured from its checkpoint; evaluations in between are for the figure.
+EVALUATION, N_ORDERS = "--eval-every 0 --eval-orders 6", 6
+GRPO, LONG = "--n-permutations 0", "--steps 120 --eval-every 20"
+ONLY_IMAGES, MORE_IMAGES = "--kinds largest,smallest,match", "--more-images"
 SHARES = {"balanced": 28.6, "0.5": 50, "0.8": 80, "0.95": 95, "1": 100}  # in percent
 STAGES_1_2 = ("--steps 20", "--stage 2 --steps 20")
-ARMS = {"perl": Arm("PeRL (n_s = 1)", (OFTEN,)),
-        "grpo": Arm("plain GRPO (n_s = 0)", (f"{GRPO} {OFTEN}",))}
+FORKS = str(HERE / "ablation")
+ARMS = {
+    "start": Arm("start model", (), rival="", more_images=True),
+    "perl": Arm("PeRL", ("--eval-every 10",), rival="", more_images=True),
+    "grpo": Arm("plain GRPO", (f"{GRPO} --eval-every 10",), more_images=True),
+    "perl-120": Arm("PeRL, 120 steps", (LONG,), rival=""),
+    "grpo-120": Arm("plain GRPO, 120 steps", (f"{GRPO} {LONG}",), rival="perl-120"),
+    "perl-images": Arm("PeRL, only questions for an image", data=ONLY_IMAGES, rival=""),
+    "grpo-images": Arm("plain GRPO, only questions for an image", (GRPO,), ONLY_IMAGES,
+                       rival="perl-images")}
+FIRST = tuple(ARMS)  # they run before the others
 # 0.95 is the share of data_samples/train.jsonl itself.
 for share in ("balanced", "0.5", "0.8", "1"):
-    ARMS[f"perl-{share}"] = Arm(f"PeRL, right image first: {share}", share=share)
-    ARMS[f"grpo-{share}"] = Arm(f"plain GRPO, right image first: {share}", (GRPO,), share)
+    title, data = f"right image first: {share}", f"--first-share {share}"
+    ARMS[f"perl-{share}"] = Arm(f"PeRL, {title}", data=data, rival="")
+    ARMS[f"grpo-{share}"] = Arm(f"plain GRPO, {title}", (GRPO,), data, rival=f"perl-{share}")
 ARMS |= {
     "orders-3": Arm("n_s = 2", ("--n-permutations 2",)),
     "orders-4": Arm("n_s = 3", ("--n-permutations 3",)),
     "alpha-1": Arm("alpha stays 1", ("--alpha-end 1",)),
-    "per-order": Arm("a baseline for each order", fork=baseline_per_order),
-    "clean": Arm("loss on the clean order", change=loss_on_clean_order),
+    "per-order": Arm("a baseline for each order", fork=f"{FORKS}/per_order.py"),
+    "clean": Arm("loss on the clean order", fork=f"{FORKS}/clean.py"),
     "offline": Arm("filter: offline", ("--stage 0", "--filter offline")),
     "online": Arm("filter: online", ("--filter online",)),
-    "agree": Arm("reward: agreement (PA-GRPO)", change=reward_agreement),
-    "agree-right": Arm("reward: agree, right (ConsistRoll)", change=reward_agree_and_right),
+    "agree": Arm("reward: agreement (PA-GRPO)", fork=f"{FORKS}/agree.py"),
+    "agree-right": Arm("reward: agree, right (ConsistRoll)", fork=f"{FORKS}/agree_right.py"),
     "adaptive": Arm("permuting by gap", ("--stage 0", "--filter none"),
-                    fork=permute_by_gap),
+                    fork=f"{FORKS}/adaptive.py"),
     "stages-1-2": Arm("stages 1, 2: 20 steps each", STAGES_1_2),
     "stages-0-1-2": Arm("stages 0, 1, 2: 20 steps each", ("--stage 0", *STAGES_1_2))}
 
@@ -190,125 +113,155 @@ def syntax(node) -> str:
             text += f" {name}={syntax(value)}"
     return f"({text})"
 
-def code_hash(source: str) -> str:
-    """A hash of Python code that comments, blank lines and docstrings do not change."""
-    return hash_of(syntax(ast.parse(source)))
+def code_hash(path: str | Path) -> str:
+    """Of a Python file. Comments, blank lines and docstrings do not change it."""
+    return hash_of(syntax(ast.parse(Path(path).read_text(encoding="utf-8"), path)))
 
 def hash_of(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 def base_hash() -> str:
     """Of what all arms share: perl.py, the samples, the start model."""
-    parts = [code_hash(Path(perl.__file__).read_text(encoding="utf-8"))]
+    parts = [code_hash(perl.__file__)]
     for pattern in ("train.jsonl", "test.jsonl", "images/*", "tiny/*"):
         for path in sorted(HERE.glob(pattern)):
             parts += [path.name, path.read_bytes()]
     return hash_of(*parts)
 
-def arm_hash(arm: Arm, base: str) -> str:
-    """Of everything that an arm's runs depend on, except the seed."""
-    parts = [base, EVALUATION, *arm.stages]
-    if arm.share:
-        parts += [arm.share, code_hash(MAKER.read_text(encoding="utf-8"))]
-    if arm.change or arm.fork:
-        # All forks' code, because they call each other.
-        parts.append((arm.change or arm.fork).__name__)
-        for code in FORK_CODE:
-            parts.append(code_hash(inspect.getsource(code)))
-    return hash_of(*parts)
-
-def present_runs(lines: list[dict]) -> dict[str, dict[int, dict]]:
-    """Arm -> seed -> the line of its run with the present code and data."""
-    base, runs = base_hash(), {}
-    for name, arm in ARMS.items():
-        present = arm_hash(arm, base)
-        for line in lines:
-            if line["arm"] == name and line["hash"] == present:
-                runs.setdefault(name, {})[line["seed"]] = line
-    return runs
+def heading(name: str, arm: Arm, seed: int) -> dict:
+    """By what a run's line is found: `code` is a hash of what all arms share, `hash` of
+    everything that the arm's runs depend on, except the seed."""
+    base = base_hash()
+    parts = [base, EVALUATION, arm.stages, arm.data, arm.more_images]
+    if arm.data or arm.more_images:
+        parts.append(code_hash(MAKER))
+    if arm.fork:
+        parts.append(code_hash(arm.fork))
+    return {"arm": name, "seed": seed, "hash": hash_of(*parts), "code": base[:8]}
 
 # ---- One run, in a process of its own --------------------------------------------------
 
-def training_set(share: str, scratch: Path) -> Path:
-    """The folder of a training set with another share of right images first, made once."""
-    folder = scratch / f"data-{share}-{code_hash(MAKER.read_text(encoding='utf-8'))}"
+def made_data(flags: str, scratch: Path) -> Path:
+    """The folder of what make_samples.py makes with these flags. It is made once."""
+    name = re.sub("[^a-z0-9.]+", "-", flags).strip("-")
+    folder = scratch / f"{name}-{code_hash(MAKER)}"
     if not folder.exists():
         # It gets its name when it is complete, so a kill leaves no incomplete one.
         half = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(half, ignore_errors=True)
-        command = [sys.executable, MAKER, "--only", "data", "--first-share", share, "--out", half]
+        command = [sys.executable, MAKER, "--only", "data", *flags.split(), "--out", half]
         if subprocess.run(command).returncode != 0:
             raise SystemExit("make_samples.py failed; see above")
         os.replace(half, folder)
     return folder
 
-def places_of(rollouts: list) -> dict[str, float]:
-    """Accuracy by the position of the right image, from 1, where an image is the answer."""
-    found = {}
-    for rollout in rollouts:
-        sample = rollout.prompt.sample
-        if sample.order_rule in ("index", "letter"):
-            place = perl.named_positions(sample)[0] + 1
-            found.setdefault(place, []).append(rollout.accuracy)
-    return {str(place): round(fmean(found[place]), 5) for place in sorted(found)}
+def start_fork(path: str, commands: list[list[str]], dry: bool = False) -> None:
+    """What `python PATH FLAGS` does; with several commands, perl.main() once for each; dry: only
+    the flags are read. Exits if the file sets a name that perl.py does not have, because nothing
+    would use it."""
+    known, main, called = set(vars(perl)), perl.main, []
 
-def note_places() -> None:
-    """Let every evaluation add its accuracy by position to the metrics."""
-    evaluate, sample_orders, answered = perl.evaluate, perl.sample_orders, []
+    def checked_main(own_flags=None):
+        for name in sorted(vars(perl).keys() - known):
+            raise SystemExit(f"{path} sets perl.{name}, which perl.py does not have"
+                             f"{perl.nearest(name, known)}")
+        called.append(path)
+        # One command is in sys.argv, from which the fork may have taken flags of its own.
+        for flags in [own_flags] if len(commands) == 1 else commands:
+            (perl.parse_config if dry else main)(flags)
 
-    def noted(*args, **named):
-        groups = sample_orders(*args, **named)
-        answered.extend(perl.flatten(groups))
-        return groups
-
-    def with_places(*args, **named):
-        answered.clear()
-        metrics = evaluate(*args, **named)
-        return metrics | {"places": places_of(answered)}
-
-    perl.sample_orders, perl.evaluate = noted, with_places
+    perl.main, sys.argv = checked_main, [path, *perl.flatten(commands[:1])]
+    sys.path.insert(0, str(Path(path).parent))  # for modules beside it, as with `python PATH`
+    runpy.run_path(path, run_name="__main__")
+    if not called:
+        raise SystemExit(f"{path} does not call perl.main(): a fork does `import perl`, "
+                         "replaces functions of it, and calls perl.main()")
 
 # It needs a process of its own, because forks change perl.py's functions for good.
-def run(name: str, seed: int, scratch: Path) -> dict:
+def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
     """Train one arm with one seed, in scratch/NAME-seedSEED -> its line of ablation.jsonl."""
-    arm, out, data = ARMS[name], scratch / f"{name}-seed{seed}", []
-    before = arm_hash(arm, base_hash())
-    if arm.share:
-        data = ["--data", str(training_set(arm.share, scratch) / "train.jsonl")]
-    note_places()
-    if arm.change:
-        before_advantages(arm.change)
-    if arm.fork:
-        arm.fork()
+    out = scratch / f"{re.sub('[^A-Za-z0-9.]+', '-', name)}-seed{seed}"
+    line, checkpoint, data, commands = heading(name, arm, seed), "tiny", [], []
+    if arm.data:
+        data = ["--data", str(made_data(arm.data, scratch) / "train.jsonl")]
+    for flags in arm.stages:
+        commands.append([*EVALUATION.split(), *shlex.split(flags), *data, "--seed", str(seed),
+                         "--out", str(out)])
     shutil.rmtree(out, ignore_errors=True)
     with open(f"{out}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
-        for flags in arm.stages:
-            perl.main([*EVALUATION.split(), *flags.split(), *data, "--seed", str(seed),
-                       "--out", str(out)])
-    if arm_hash(arm, base_hash()) != before:
+        if arm.fork:
+            start_fork(arm.fork, commands)
+        else:
+            for flags in commands:
+                perl.main(flags)
+        if arm.stages:
+            line |= {"flags": arm.stages} | read_run(out)
+            checkpoint = str(perl.newest_checkpoint(max(out.glob("stage[12]"))))
+        line |= measure(checkpoint, HERE / "test.jsonl", N_ORDERS, max_new_tokens=64)
+        if arm.more_images:
+            path = made_data(MORE_IMAGES, scratch) / "test.jsonl"
+            for key, value in measure(checkpoint, path, 24, max_new_tokens=96).items():
+                line[f"more_{key}"] = value
+    if heading(name, arm, seed)["hash"] != line["hash"]:
         raise RuntimeError("code or data changed during the run")
-    for checkpoint in out.glob("stage*/checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return {"arm": name, "seed": seed, "hash": before, "flags": arm.stages, **read_run(out)}
+    for weights in [*out.glob("stage*/checkpoint-*"), *out.glob("stage*/best")]:
+        shutil.rmtree(weights)
+    return line | {"cpu_seconds": round(time.process_time(), 1)}
 
 def read_run(out: Path) -> dict:
-    """A run's results: its curve of evaluations [step, accuracy, worst, bias], accuracy by
-    position at the end, share of groups trained on, seconds of sampling and updates."""
-    curve, places, kept, drawn, seconds, before = [], {}, 0, 0, 0.0, 0
+    """From metrics.jsonl: evaluations [step, accuracy, worst order, bias]; shares of groups
+    trained on, of groups with a gradient, and of these, of groups with one by permutation
+    alone; seconds of sampling and updates."""
+    trained, curve, totals = [], [], dict.fromkeys(("with", "by", "kept", "drawn", "seconds"), 0)
     for path in sorted(out.glob("stage[12]/metrics.jsonl")):
-        rows = perl.read_lines(path)
-        for row in rows:
-            # Stage 2 begins with the evaluation that stage 1 ended with.
-            if "eval_accuracy" in row and (row["step"] > 0 or not curve):
+        for row in perl.read_lines(path):
+            if "eval_accuracy" in row:
                 values = row["eval_accuracy"], row["eval_worst"], row["eval_bias"]
-                curve.append([before + row["step"], *[round(value, 5) for value in values]])
-                places = row["places"]
+                curve.append([row["step"], *[round(value, 5) for value in values]])
             if row["step"] > 0:
-                kept, drawn = kept + row["kept"], drawn + row["kept"] + row["dropped"]
-                seconds += row["seconds_sample"] + row["seconds_update"]
-        before += rows[-1]["step"]
-    return {"curve": curve, "places": places, "kept": round(kept / drawn, 4),
-            "training_seconds": round(seconds, 1)}
+                trained.append(row)
+    if not trained:
+        raise RuntimeError("no step of training: the last stage must be 1 or 2")
+    for row in trained:
+        groups = row["kept"] + row["dropped"]
+        totals["kept"] += row["kept"]
+        totals["drawn"] += groups
+        totals["with"] += row.get("with_gradient", 0) * groups
+        totals["by"] += row.get("by_permutation", 0) * row.get("with_gradient", 0) * groups
+        totals["seconds"] += row["seconds_sample"] + row["seconds_update"]
+    return {"steps": len(trained), "curve": curve,
+            "kept": round(totals["kept"] / totals["drawn"], 4),
+            "with_gradient": round(totals["with"] / totals["drawn"], 4),
+            "by_permutation": round(totals["by"] / max(totals["with"], 1e-9), 4),
+            "training_seconds": round(totals["seconds"], 1)}
+
+def measure(checkpoint: str, path: Path, n_orders: int, max_new_tokens: int) -> dict:
+    """Greedy answers to the questions of a file, in at most n_orders orders: accuracy, worst
+    order and bias, over `all` and over those that `ask` for an image; accuracy by the position
+    of the right image, from 1."""
+    cfg = dataclasses.replace(perl.parse_config([]), max_new_tokens=max_new_tokens)
+    device, asking, places = Accelerator().device, [], {}
+    perl.transformers.logging.set_verbosity_error()
+    perl.fit_machine(cfg, device)
+    processor = perl.load_processor(checkpoint, cfg)
+    model = perl.load_model(checkpoint, cfg, device)
+    samples = perl.load_samples(path)
+    orders = [perl.all_orders(sample, n_orders) for sample in samples]
+    groups = perl.sample_groups(model, processor, samples, orders, cfg, n=1, greedy=True)
+    for group in groups:
+        if group[0].prompt.sample.order_rule in ("index", "letter"):
+            asking.append(group)
+            for rollout in group:
+                place = perl.named_positions(rollout.prompt.sample)[0] + 1
+                places.setdefault(place, []).append(rollout.accuracy)
+    by_place = {str(place): round(fmean(places[place]), 5) for place in sorted(places)}
+    return {"all": shares_right(groups), "ask": shares_right(asking), "places": by_place}
+
+def shares_right(groups: list[list]) -> list[float]:
+    """Accuracy, worst order and bias, as perl.evaluate has them."""
+    rows = [[rollout.accuracy for rollout in group] for group in groups]
+    worst, best = fmean(map(min, rows)), fmean(map(max, rows))
+    return [round(value, 5) for value in (fmean(map(fmean, rows)), worst, best - worst)]
 
 # ---- All runs, in a pool of processes --------------------------------------------------
 
@@ -316,31 +269,44 @@ def read_run(out: Path) -> dict:
 fresh_processes = functools.partial(
     ProcessPoolExecutor, mp_context=get_context("spawn"), max_tasks_per_child=1)
 
-def run_all(names: list[str], seeds: list[int], jobs: int, path: Path, scratch: Path) -> None:
-    """Run what is missing, `jobs` at a time. Exits at the end if some failed."""
-    runs, missing, failed, began = present_runs(perl.read_lines(path)), [], 0, time.time()
-    scratch.mkdir(parents=True, exist_ok=True)
+def missing_runs(arms: dict[str, Arm], seeds: list[int], lines: list[dict]) -> list[tuple]:
+    """(name, arm, seed) of the runs that no line has, in the order to run them."""
+    done = {(line["arm"], line["hash"], line["seed"]) for line in lines if "failed" not in line}
+    hashes = {name: heading(name, arm, 0)["hash"] for name, arm in arms.items()}
+    missing = []
     # Seed by seed, so that an interrupted ablation leaves pairs to compare.
-    for seed in seeds:
-        for name in names:
-            if seed not in runs.get(name, ()):
-                missing.append((name, seed))
-                # Training sets come before the pool starts: several runs need the same.
-                if ARMS[name].share:
-                    training_set(ARMS[name].share, scratch)
-    print(f"{len(missing)} of {len(names) * len(seeds)} runs are missing", flush=True)
+    for is_first in (True, False):
+        for seed in seeds:
+            for name, arm in arms.items():
+                is_due = arm.stages or seed == 0  # the start model has no seeds
+                is_done = (name, hashes[name], seed) in done
+                if is_due and not is_done and (name in FIRST) == is_first:
+                    missing.append((name, arm, seed))
+    return missing
+
+def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> None:
+    """Run these, `jobs` at a time. A run that failed gets a line that says why."""
+    began = time.time()
+    scratch.mkdir(parents=True, exist_ok=True)
+    # Data before the pool starts: several runs need the same.
+    for _, arm, _ in missing:
+        for flags in filter(None, (arm.data, arm.more_images and MORE_IMAGES)):
+            made_data(flags, scratch)
+    print(f"{len(missing)} runs are missing", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: each has one core
     with fresh_processes(jobs) as pool:
         waiting = {pool.submit(run, *task, scratch): task for task in missing}
         try:
             for done, future in enumerate(as_completed(waiting), 1):
-                said = future.exception()
-                if said:
-                    failed += 1
+                name, arm, seed = waiting[future]
+                error = future.exception()
+                if error:
+                    line = heading(name, arm, seed) | {"failed": str(error) or repr(error)}
+                    said = f"{line['failed']}; see {scratch}. The same command runs it again"
                 else:
-                    perl.append_line(path, future.result())
-                    said = f"worst order {future.result()['curve'][-1][WORST]:.3f}"
-                name, seed = waiting[future]
+                    line = future.result()
+                    said = f"worst order {line['all'][WORST]:.3f}"
+                perl.append_line(path, line)
                 left = (time.time() - began) / done * (len(missing) - done) / 60
                 print(f"[{done}/{len(missing)}] {name}, seed {seed}: {said}; about {left:.0f} "
                       "minutes left", flush=True)
@@ -349,240 +315,165 @@ def run_all(names: list[str], seeds: list[int], jobs: int, path: Path, scratch: 
             for process in active_children():
                 process.kill()
             raise
-    if failed:
-        raise SystemExit(f"{failed} runs failed, see {scratch}; they are run again next time")
 
-# ---- Table and picture -----------------------------------------------------------------
+# ---- Tables ----------------------------------------------------------------------------
 
-# 97.5 % quantiles of Student's t with 1, 2, .. degrees of freedom; beyond them, the last.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
-ACCURACY, WORST, BIAS = 1, 2, 3  # columns of a curve
+MEASURES = ("accuracy", "worst order", "bias")
+ACCURACY, WORST, BIAS = 0, 1, 2
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % t-interval; infinite for one value."""
-    if len(values) < 2:
-        return fmean(values), math.inf
-    quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
-    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
+def difference(ours: dict, theirs: dict, column: int, part: str = "all") -> list[float]:
+    """A measure of one arm minus that of another in percent, for each seed that both have."""
+    pairs = sorted(ours.keys() & theirs.keys())
+    return [100 * (ours[seed][part][column] - theirs[seed][part][column]) for seed in pairs]
+
+def differences_from_perl(runs: dict) -> dict[tuple, list[float]]:
+    """(arm, measure) -> difference by seed from PeRL with the same data and budget."""
+    found = {}
+    for name in runs:
+        for column in (WORST, ACCURACY):
+            values = difference(runs[name], runs.get(arm_of(name).rival, {}), column)
+            if len(values) > 1:
+                found[name, column] = values
+    return found
+
+def last_lines(lines: list[dict]) -> dict[str, dict[tuple, dict]]:
+    """Code that all arms share -> (arm, seed) -> the run's last line. Of an arm that was
+    changed in between, only the newest form counts."""
+    newest = {(line["code"], line["arm"]): line["hash"] for line in lines}
+    by_code = {}
+    for line in lines:
+        last = by_code.setdefault(line["code"], {})
+        if line["hash"] == newest[line["code"], line["arm"]]:
+            last[line["arm"], line["seed"]] = line
+    return by_code
+
+def by_arm(last: dict[tuple, dict]) -> dict[str, dict[int, dict]]:
+    """Arm, in the order of ARMS -> seed -> the line of a run that did not fail."""
+    runs = {name: {} for name in ARMS}
+    for (name, seed), line in sorted(last.items()):
+        if "failed" not in line:
+            runs.setdefault(name, {})[seed] = line
+    return {name: lines for name, lines in runs.items() if lines}
+
+def arm_of(name: str) -> Arm:
+    """A fork of a user has no title but its name, and PeRL as its rival."""
+    return ARMS.get(name, Arm(name))
 
 def shown(values: list[float], sign: str = "") -> str:
-    """93.1 ± 1.2. With sign "+": +15.1 ± 3.1, in bold if the interval excludes 0."""
+    """93.1 ± 1.2, or with sign "+": +15.1 ± 3.1."""
     if not values:
         return ""
     center, half = interval(values)
-    text = f"{center:{sign}.1f}" + (f" ± {half:.1f}" if half < math.inf else "")
-    return f"**{text}**" if sign and abs(center) > half else text
+    return f"{center:{sign}.1f}" + (f" ± {half:.1f}" if half < math.inf else "")
 
-def at_end(lines: dict[int, dict], column: int) -> list[float]:
-    """Accuracy, worst order or bias at the end of each seed's run, in percent."""
-    return [100 * line["curve"][-1][column] for line in lines.values()]
+NOT_RUN = "not run yet\n"
+MAIN = ("start", "perl", "grpo")
+ALL = ("arm", "seeds", *MEASURES, "accuracy minus PeRL's", "worst order minus PeRL's")
+SHARES_OF_GROUPS = {"groups trained on": "kept", "with a gradient": "with_gradient",
+                    "of these by permutation alone": "by_permutation"}
+BY_SHARE = [f"{kind}-{share}".removesuffix("-0.95") for share in SHARES
+            for kind in ("perl", "grpo")]
+IMAGES = ("start", "perl-images", "grpo-images")
+# Marker in a README -> arms (none: those that differ from PeRL in one thing), part of a run's
+# line, columns.
+TABLES = {
+    "main": ((*MAIN, "perl-120", "grpo-120"), "all",
+             (*ALL[:5], ALL[6], *list(SHARES_OF_GROUPS)[1:])),
+    "positions": (MAIN, "all", ("arm", "by position")),
+    "arms": ((), "all", (*ALL, *SHARES_OF_GROUPS)),
+    "forks": ((), "all", (*ALL, "worst order minus GRPO's")),
+    "shares": (BY_SHARE, "all", ALL),
+    "images": (IMAGES, "ask", (*ALL, *SHARES_OF_GROUPS)),
+    "images-all": (IMAGES, "all", ALL),
+    "more": (MAIN, "more_all", (*ALL, "by position"))}
 
-def difference(runs: dict, name: str, other: str) -> list[float]:
-    """An arm's worst order minus another's, for each seed that both have."""
-    pairs = runs[name].keys() & runs.get(other, {}).keys()
-    ours = at_end({seed: runs[name][seed] for seed in pairs}, WORST)
-    theirs = at_end({seed: runs[other][seed] for seed in pairs}, WORST)
-    return [a - b for a, b in zip(ours, theirs)]
+def cells_of(runs: dict, name: str, part: str) -> dict[str, str]:
+    """All that tables say of an arm. Bold: Holm's correction leaves this difference."""
+    lines, cells = runs[name], {"arm": arm_of(name).title, "seeds": len(runs[name])}
+    survivors = holm(differences_from_perl(runs)) if part == "all" else []
+    for column, its_name in enumerate(MEASURES):
+        cells[its_name] = shown([100 * line[part][column] for line in lines.values()])
+        for other, rival in (("PeRL", arm_of(name).rival), ("GRPO", "grpo")):
+            text = shown(difference(lines, runs.get(rival, {}), column, part), "+")
+            if other == "PeRL" and (name, column) in survivors:
+                text = f"**{text}**"
+            cells[f"{its_name} minus {other}'s"] = "" if name in ("start", rival) else text
+    key, places = "more_places" if part == "more_all" else "places", []
+    for place in next(iter(lines.values()))[key]:
+        places.append(f"{100 * fmean(line[key][place] for line in lines.values()):.0f}")
+    cells["by position"] = " / ".join(places)
+    for head, field in SHARES_OF_GROUPS.items():
+        shares = [line[field] for line in lines.values() if field in line]
+        cells[head] = f"{100 * fmean(shares):.0f} %" if shares else ""
+    return cells
 
-def arms_at(share: str) -> tuple[str, str]:
-    """The arms of PeRL and plain GRPO on the training set of a share."""
-    return (f"perl-{share}", f"grpo-{share}") if f"perl-{share}" in ARMS else ("perl", "grpo")
+def arms_table(runs: dict, which: str) -> str:
+    names, part, heads = TABLES[which]
+    rows = [list(heads)]
+    for name in names or runs:
+        # Without names: PeRL, and the arms to compare with it.
+        is_listed = name in names or name in MAIN or arm_of(name).rival == "perl"
+        if which == "forks":
+            is_listed = name in MAIN or name not in ARMS
+        if is_listed and part in next(iter(runs.get(name, {0: {}}).values())):
+            cells = cells_of(runs, name, part)
+            rows.append([cells[head] for head in heads])
+    return table(rows) if len(rows) > 1 else NOT_RUN
 
-def arm_row(runs: dict, name: str) -> list:
-    """A row of the table: means over an arm's seeds, and differences from the main arms."""
-    lines, row = list(runs[name].values()), [ARMS[name].title, len(runs[name])]
-    for column in (ACCURACY, WORST, BIAS):
-        row.append(shown(at_end(runs[name], column)))
-    for other in arms_at(ARMS[name].share)[::-1]:
-        row.append(shown(difference(runs, name, other), "+") if name != other else "")
-    places = []
-    for place in lines[0]["places"]:
-        places.append(f"{100 * fmean(line['places'][place] for line in lines):.0f}")
-    kept = fmean(line["kept"] for line in lines)
-    seconds = fmean(line["training_seconds"] for line in lines)
-    return row + [" / ".join(places), f"{kept:.0%}", f"{seconds:.0f}"]
+def longer_table(runs: dict) -> str:
+    """Worst order over the steps of the longer budget."""
+    ours, theirs = (runs.get(name, {}) for name in ("perl-120", "grpo-120"))
+    rows = [["step", "seeds", "PeRL", "plain GRPO", "PeRL minus plain GRPO"]]
+    pairs = sorted(ours.keys() & theirs.keys())
+    for k in range(min([len(ours[seed]["curve"]) for seed in pairs], default=0)):
+        points = [[100 * its[seed]["curve"][k][1 + WORST] for seed in pairs]
+                  for its in (ours, theirs)]
+        gaps = [our - their for our, their in zip(*points)]
+        rows.append([ours[pairs[0]]["curve"][k][0], len(pairs), *map(shown, points),
+                     shown(gaps, "+")])
+    return table(rows) if pairs else NOT_RUN
 
-def summary(lines: list[dict]) -> str:
-    """What the runs of the present code and data say, in Markdown."""
-    runs = present_runs(lines)
-    n_runs = sum(map(len, runs.values()))
-    text = f"{n_runs} runs; {len(lines) - n_runs} lines of other code or data are left out"
-    if not runs:
-        return text
-    # Every run begins with the same evaluation, that of the start model.
-    first, *_ = next(iter(runs.values())).values()
-    start = [f"{100 * value:.1f}" for value in first["curve"][0][1:]]
-    rows = [["arm", "seeds", "accuracy", "worst order", "bias", "worst order minus GRPO's",
-             "minus PeRL's", "by position", "groups trained on", "training, s"],
-            ["start model", "", *start, "", "", "", "", ""]]
-    for name in runs:
-        rows.append(arm_row(runs, name))
-    return (f"{text}. Means over seeds with 95 % t-intervals, in percent. Differences are "
-            "paired by seed, on the same training set, and bold if their interval (not "
-            f"corrected for the number of arms) excludes 0.\n\n{table(rows)}")
+def holm_text(runs: dict) -> str:
+    """Which differences from PeRL the correction leaves, in sentences."""
+    differences = differences_from_perl(runs)
+    survivors = holm(differences)
+    n_plain = sum(abs(center) > half for center, half in map(interval, differences.values()))
+    text = (f"Of {len(differences)} paired differences from PeRL with the same data and budget "
+            f"(accuracy and worst order), {n_plain} have a 95 % interval without 0, and "
+            f"{len(survivors)} survive Holm's correction for their number:\n\n")
+    for column in (WORST, ACCURACY):
+        for word, sign in (("below", -1), ("above", 1)):
+            found = [arm_of(name).title for name, which in differences if which == column and
+                     (name, which) in survivors and sign * fmean(differences[name, which]) > 0]
+            text += f"- {MEASURES[column]} {word} PeRL's: {'; '.join(found) or 'none'}\n"
+    return text
 
-COLORS = {"PeRL": "#1a66c9", "GRPO": "#d1610a"}
+def runs_text(code: str, last: dict[tuple, dict]) -> str:
+    """Which code the runs are of, how many there are, and which failed."""
+    failed = [f"{name}, seed {seed} ({line['failed']})"
+              for (name, seed), line in sorted(last.items()) if "failed" in line]
+    wanted = [(name, seed) for name, arm in ARMS.items() for seed in range(8 if arm.stages else 1)]
+    missing = len(wanted) - len(last.keys() & wanted)
+    return (f"{len(last) - len(failed)} runs of perl.py {code}. Failed: "
+            f"{'; '.join(failed) or 'none'}. Of {len(wanted)} runs (every arm, 8 seeds), "
+            f"{missing} have not been started.\n")
 
-def draw_line(axes, title: str, x: list[float], columns: list) -> None:
-    """Means over seeds, a column for each x, in their 95 % band; named at the end."""
-    means, halves = torch.tensor([interval(values) for values in columns]).T
-    halves = halves.nan_to_num(posinf=0.0)  # one seed has no band
-    axes.fill_between(x, means - halves, means + halves, color=COLORS[title], alpha=0.22)
-    axes.plot(x, means, color=COLORS[title], linewidth=2.4, marker="o", markersize=4)
-    axes.annotate(f"{title} {means[-1]:.0f} %", (x[-1], means[-1]), xytext=(8, 0), va="center",
-                  textcoords="offset points", color=COLORS[title], weight="bold")
+def all_tables(code: str, last: dict[tuple, dict]) -> dict[str, str]:
+    """What stands between the markers of the READMEs."""
+    runs = by_arm(last)
+    texts = {name: arms_table(runs, name) for name in TABLES if name != "forks"}
+    return texts | {"longer": longer_table(runs), "holm": holm_text(runs),
+                    "runs": runs_text(code, last)}
 
-def draw(runs: dict, path: Path) -> None:
-    """Left: worst order over steps. Right: at the end, by skew of the training set."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.4, 4.6), sharey=True,
-                                            layout="constrained")
-    for k, title in enumerate(COLORS):
-        curves = []
-        for line in runs[arms_at("0.95")[k]].values():
-            steps, _, worst, _ = zip(*line["curve"])
-            curves.append([100 * value for value in worst])
-            left.plot(steps, curves[-1], color=COLORS[title], alpha=0.25, linewidth=0.8)
-        draw_line(left, title, steps, list(zip(*curves)))
-        ends = {}
-        for share, percent in SHARES.items():
-            if arms_at(share)[k] in runs:
-                ends[percent] = at_end(runs[arms_at(share)[k]], WORST)
-        draw_line(right, title, list(ends), list(ends.values()))
-    for axes in (left, right):
-        axes.axhline(curves[0][0], color="gray", linestyle="--")
-        axes.grid(axis="y", alpha=0.3)
-    left.set(ylim=(0, 100), xlabel="training step (dashed: the start model)",
-             ylabel="right in every order, %", title="During training")
-    right.set(xlabel="training questions with the right image first, % (29: balanced)",
-              title="At the end, by skew of the training set")
-    right.set_xticks(list(SHARES.values()), ["29", "50", "80", "95", "100"])
-    figure.suptitle("Held-out questions answered right in every order of their images",
-                    weight="bold")
-    figure.savefig(path, dpi=150, pil_kwargs={"optimize": True})
+def write_tables(path: Path, texts: dict[str, str]) -> None:
+    """Replace what stands between <!-- table: NAME --> and <!-- /table --> in a file."""
+    def filled(marked: re.Match) -> str:
+        perl.check(marked[1] in texts, f"{path}: no table {marked[1]}, only {sorted(texts)}")
+        return f"<!-- table: {marked[1]} -->\n{texts[marked[1]]}<!-- /table -->"
 
-# ---- Cost of a training step, with and without sharing ---------------------------------
-
-QWEN_7B = transformers.Qwen2_5_VLConfig(
-    text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
-                     num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
-    vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584))
-
-def full_rollouts(cfg, shape: list[int], vision, text_id: int, image_id: int) -> list:
-    """Rollouts of full length. shape: images, tokens of each, other tokens of the prompt."""
-    n_images, tokens, text_tokens = shape
-    side = max(k for k in range(1, math.isqrt(tokens) + 1) if tokens % k == 0)
-    grid = torch.tensor([[1, 2 * side, 2 * tokens // side]])  # patches, nearest to a square
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
-    pixels = torch.randn(4 * tokens, width)
-    pictures = [perl.Picture(pixels, grid, tokens) for _ in range(n_images)]
-    ids = ([text_id] + [image_id] * tokens) * n_images + [text_id] * (text_tokens - n_images)
-    rollouts = []
-    for _ in range(cfg.n_permutations + 1):
-        prompt = perl.Prompt(None, ids, pictures)
-        for k in range(cfg.rollouts_per_order):
-            response = [text_id] * cfg.max_new_tokens
-            rollouts.append(perl.Rollout(prompt, (), "", response, "", truncated=True,
-                                         advantage=(-1.0) ** k))
-    return rollouts
-
-def count_flops(config, cfg, shape: list[int]) -> tuple[dict, dict]:
-    """FLOPs of a step by part, and the least possible: each image and prompt once, and only
-    pairs of tokens that see each other."""
-    with torch.device("meta"):  # shapes without numbers
-        model = perl.FAMILY_MODEL.from_config(config)
-    layers = model.model.language_model.layers
-    rollouts = full_rollouts(cfg, shape, config.vision_config, 0, 1)
-    prompt, P, B = rollouts[0].prompt, cfg.n_permutations + 1, len(rollouts)
-    L, T = len(prompt.ids), cfg.max_new_tokens
-    token = 2 * sum(weight.numel() for weight in layers.parameters() if weight.dim() == 2)
-    pair = 4 * config.text_config.hidden_size * len(layers)  # a token that sees another
-    head = 2 * model.lm_head.weight.numel()                  # the logits of a token
-
-    # The vision tower is counted by torch, the language model by arithmetic.
-    pixels = prompt.pictures[0].pixels.to("meta")
-    places = torch.empty(len(pixels), 2, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        features = model.model.visual(pixels, prompt.pictures[0].grid, position_ids=places)
-        forward = float(shape[0] * counter.get_total_flops())
-        features.pooler_output.sum().backward()
-        both = float(shape[0] * counter.get_total_flops())
-    batches, vision = perl.micro_batches(rollouts, cfg), B * (forward + both)
-    if cfg.share:
-        # Once in each call of generate, and in each micro-batch of the loss.
-        fit = min(4 * cfg.max_tokens_per_micro_batch // L, cfg.rollout_batch * P // B)
-        vision = math.ceil(P / max(fit, 1)) * forward + len(batches) * both
-
-    # Shared: each prompt once, its last token in the first step. Plain: once per rollout.
-    reads, seen, steps = (P, L - 1, T) if cfg.share else (B, L, T - 1)
-    prefill = float(reads * (token * seen + pair * seen ** 2))
-    decode = B * (steps * (token + pair * (seen + (steps + 1) / 2)) + T * head)
-    loss = 0.0
-    for batch in batches:
-        rows = perl.pack(batch, cfg)
-        longest = max(map(perl.row_length, rows))
-        pairs = len(rows) * longest ** 2
-        if len(batch) > len(rows):
-            # Packed: a prompt sees itself, a response the prompt and itself.
-            pairs = len(rows) * L ** 2 + len(batch) * T * (L + T)
-        # Backward takes twice the forward pass; the logits are also made a second time.
-        loss += 3 * (len(rows) * longest * token + pairs * pair)
-        loss += 4 * len(batch) * T * head
-    prompts = P * (token * L + pair * L * (L + 1) / 2)
-    responses = B * T * (token + pair * (L + (T + 1) / 2) + head)
-    return ({"vision": vision, "prefill": prefill, "decode": decode, "loss": loss},
-            {"vision": forward + both, "prefill": prompts, "decode": responses,
-             "loss": 3 * (prompts + responses)})
-
-def time_step(cfg, shape: list[int]) -> dict[str, float]:
-    """Seconds of sampling and update, and this process's peak memory in MB."""
-    transformers.logging.disable_progress_bar()
-    accelerator, processor = Accelerator(), perl.load_processor(cfg.model, cfg)
-    perl.fit_machine(cfg, accelerator.device)
-    # Without end tokens, responses have full length.
-    processor.banned_ids += processor.eos_ids
-    model = perl.load_model(cfg.model, cfg, accelerator.device)
-    text_id, n = processor.tokenizer("a").input_ids[0], cfg.rollouts_per_order
-    rollouts = full_rollouts(cfg, shape, model.config.vision_config, text_id, processor.image_id)
-    optimizer, began = perl.SplitAdamW(model, cfg, accelerator), time.time()
-    prompts = [rollout.prompt for rollout in rollouts[::n]]
-    responses = perl.flatten(perl.generate(model, processor, prompts, n, cfg))
-    sampled = time.time()
-    for rollout, ids in zip(rollouts, responses):
-        rollout.ids = ids
-    perl.update(model, None, optimizer, processor, [rollouts], cfg=cfg)
-    updated, peak = time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 1e6
-    return {"sample": sampled - began, "update": updated - sampled, "peak_mb": peak}
-
-def cost(shape: list[int], perl_flags: list[str]) -> None:
-    """Print FLOPs at the model's size (tiny: the 7B's), and seconds and memory here."""
-    defaults = ("--max-new-tokens 256 --max-tokens-per-micro-batch 16384 --updates-per-step 1 "
-                "--beta 0 --no-gradient-checkpointing --optimizer-device host")
-    cfg = perl.parse_config([*defaults.split(), *perl_flags])
-    if min(shape) < 1 or shape[2] <= shape[0] or cfg.max_new_tokens < 3:
-        raise SystemExit("--cost: images and tokens from 1, more text tokens than images, "
-                         "--max-new-tokens from 3")
-    config = QWEN_7B
-    if cfg.model != "tiny":
-        config = perl.load_pretrained(transformers.AutoConfig, cfg.model)
-    parts, row = {}, {}  # parts: {"flops_shared": {"vision": .., ..}, ..}
-    for way in ("shared", "plain"):
-        its_cfg = dataclasses.replace(cfg, share=way == "shared")
-        print(f"timing a step, {way}", file=sys.stderr, flush=True)
-        # In a fresh process, nothing else has raised the peak memory.
-        with fresh_processes(1) as pool:
-            parts[f"seconds_{way}"] = pool.submit(time_step, its_cfg, shape).result()
-        row[f"peak_mb_{way}"] = parts[f"seconds_{way}"].pop("peak_mb")
-        parts[f"flops_{way}"], parts["flops_minimum"] = count_flops(config, its_cfg, shape)
-    for name, values in parts.items():
-        row[name] = sum(values.values())
-        for part, value in values.items():
-            row[f"{name}_{part}"] = value
-    print(json.dumps(row))
+    text = path.read_text(encoding="utf-8")
+    marker = r"<!-- table: ([\w-]+) -->.*?<!-- /table -->"
+    perl.write_atomic(path, re.sub(marker, filled, text, flags=re.DOTALL))
 
 # ---- Main ------------------------------------------------------------------------------
 
@@ -591,6 +482,15 @@ def seeds_of(text: str) -> list[int]:
     first, _, last = text.partition("-")
     return list(range(int(first), int(last or first) + 1))
 
+def fork_arm(parser, path: str, flags: str) -> dict[str, Arm]:
+    """The arms of --fork: PeRL and plain GRPO, and the user's."""
+    if not Path(path).is_file():
+        parser.error(f"--fork {path}: there is no such file")
+    with fresh_processes(1) as pool:  # misspelt names and flags, before anything runs
+        pool.submit(start_fork, path, [shlex.split(flags)], True).result()
+    arm = Arm(path, (flags,), fork=str(Path(path).resolve()))
+    return {"perl": ARMS["perl"], "grpo": ARMS["grpo"], f"{Path(path).name} {flags}".strip(): arm}
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -598,15 +498,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--short", action="store_true", help="PeRL and plain GRPO, 3 seeds")
     add("--arms", default=",".join(ARMS), help="some of %(default)s")
     add("--seeds", type=seeds_of, default=seeds_of("0-7"), help="A-B [0-7]")
-    add("--tables", action="store_true", help="run nothing, show what is there")
-    add("--lines", type=Path, default=HERE / "ablation.jsonl", help="file of finished runs")
+    add("--fork", help="a file that replaces functions of perl.py, next to PeRL and plain GRPO")
+    add("--flags", default="", help='of the fork: --flags="--beta 0.01"')
+    add("--tables", action="store_true", help="run nothing; write the READMEs' tables")
+    add("--lines", type=Path, default=LINES, help="file of finished runs")
     add("--scratch", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     add("--cost", action="store_true", help="cost of a step; takes perl.py's flags too")
     add("--images", type=int, default=4, help="--cost: images of the question")
     add("--image-tokens", type=int, default=256, help="--cost: tokens of each image")
     add("--text-tokens", type=int, default=64, help="--cost: other tokens of the prompt")
     args, perl_flags = parser.parse_known_args(argv)
-    scratch, names = args.scratch.resolve(), args.arms.split(",")
+    scratch, names, new_lines = args.scratch.resolve(), args.arms.split(","), args.lines
     if not set(names) <= set(ARMS):
         parser.error(f"--arms: some of {', '.join(ARMS)}")
     if args.cost:
@@ -614,14 +516,39 @@ def main(argv: list[str] | None = None) -> None:
     if perl_flags:
         parser.error(f"unknown: {' '.join(perl_flags)}")
     if args.short:
-        names, args.seeds = ["perl", "grpo"], [0, 1, 2]
+        names, args.seeds = MAIN, [0, 1, 2]
+    arms = {name: ARMS[name] for name in ARMS if name in names}
+    if args.fork:
+        arms, new_lines = fork_arm(parser, args.fork, args.flags), scratch / "forks.jsonl"
+    files = dict.fromkeys((args.lines, new_lines))
     if not args.tables:
-        run_all(names, args.seeds, args.jobs, args.lines, scratch)
-    lines = perl.read_lines(args.lines)
-    print(summary(lines))
-    runs = present_runs(lines)
-    if "perl" in runs and "grpo" in runs:
-        draw(runs, args.lines.with_suffix(".png"))
+        lines = perl.flatten(map(perl.read_lines, files))
+        run_all(missing_runs(arms, args.seeds, lines), args.jobs, new_lines, scratch)
+    show(perl.flatten(map(perl.read_lines, files)), args)
+
+def show(lines: list[dict], args) -> None:
+    """Print what the lines say, separately for each code. Update the figure, and with --tables
+    the READMEs: both are of the code with most runs."""
+    by_code, now = last_lines(lines), base_hash()[:8]
+    most = ""
+    for code, last in by_code.items():
+        if len(last) >= len(by_code.get(most, ())):
+            most = code
+    for code, last in by_code.items():
+        texts = all_tables(code, last)
+        of = "" if code == now else "another perl.py or other data: "
+        print(f"\n{of}{texts.pop('runs')}")
+        if args.fork:
+            texts = {"forks": arms_table(by_arm(last), "forks")}
+        elif code != most:
+            texts = {"arms": texts["arms"]}
+        for name, text in texts.items():
+            print(f"{name}:\n{text}")
+    if most and not args.fork:
+        draw(by_arm(by_code[most]), SHARES, args.lines.with_suffix(".png"))
+        if args.tables and args.lines == LINES:
+            for readme in (HERE.parent / "README.md", HERE / "README.md"):
+                write_tables(readme, all_tables(most, by_code[most]))
 
 if __name__ == "__main__":
     try:

@@ -3,6 +3,8 @@ r"""Builds everything else in this folder, the same on every run:
 
     python make_samples.py --only data    # images/, train.jsonl, test.jsonl: seconds
     python make_samples.py --only data --first-share 0.5 --out DIR    # with another skew, elsewhere
+    python make_samples.py --only data --kinds largest,match --out DIR    # only these in train.jsonl
+    python make_samples.py --only data --more-images --out DIR    # a test set with 6 to 8 images
     python make_samples.py --only tiny    # tiny/, the start checkpoint: 7 minutes on one core
     python make_samples.py                # both
 
@@ -61,6 +63,14 @@ KINDS = {
     "count": {2: 14, 3: 18, 4: 14, 5: 14},
     "fraction": {2: 12, 3: 20, 4: 14, 5: 14},
     "order": {2: 4, 3: 4, 4: 4, 5: 4},
+}
+# --more-images: a test set with more images than the model was trained on.
+MORE_IMAGES = {
+    "largest": {6: 18, 7: 21, 8: 24},
+    "smallest": {6: 18, 7: 21, 8: 24},
+    "match": {6: 20, 7: 24, 8: 28},
+    "count": {6: 17, 7: 17, 8: 17},
+    "fraction": {6: 17, 7: 17, 8: 17},
 }
 # {all}: the images in a row; {list}: "<image>, <image> and <image>"; {labelled}: "Image 1: <image>
 # Image 2: ..."; for match, {options}: "A: <image> B: ..." and {row}: the options without letters.
@@ -155,11 +165,12 @@ def make_record(name: str, kind: str, digits: list[int], pool: dict, rng: random
     return record | ({"movable": list(range(1, n))} if kind == "match" else {})
 
 
-def write_split(split: str, pool: dict, first_share: float | None, folder: Path) -> None:
+def write_split(split: str, pool: dict, first_share: float | None, folder: Path,
+                kinds: dict = KINDS) -> None:
     """Write all questions of a split: the right image takes its places in turn (test, and train
     without a first_share), or stands first with probability first_share."""
     rng, records = random.Random(f"{SEED} {split}"), []
-    for kind, counts in KINDS.items():
+    for kind, counts in kinds.items():
         for n, count in counts.items():
             places = n - 1 if kind == "match" else n
             for i in range(count * (TRAIN_COPIES if split == "train" else 1)):
@@ -413,23 +424,39 @@ def share_of(text: str) -> float | None:
     return share
 
 
+def kinds_of(text: str) -> dict:
+    """The value of --kinds -> a part of KINDS."""
+    names = text.split(",")
+    if not set(names) <= set(KINDS):
+        raise argparse.ArgumentTypeError(f"{text} is not of {','.join(KINDS)}")
+    return {kind: counts for kind, counts in KINDS.items() if kind in names}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Builds the sample data and the start checkpoint.")
     parser.add_argument("--only", choices=("data", "tiny"), help="build this part only")
     parser.add_argument("--first-share", type=share_of, default=FIRST_SHARE, metavar="P",
                         help="how often the right image stands first in the train set, or balanced: "
                              "everywhere equally often [%(default)s]")
+    parser.add_argument("--kinds", type=kinds_of, default=KINDS, metavar="A,B",
+                        help=f"kinds of the train set's questions, of {','.join(KINDS)} [all]")
+    parser.add_argument("--more-images", action="store_true",
+                        help="instead, a test set whose questions have 6 to 8 images")
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR",
                         help="a new folder for the data; with --only data")
     args = parser.parse_args()
     if args.out != HERE and (args.only != "data" or args.out.exists()):
         parser.error("--out goes with --only data, and makes a new folder")
+    if args.more_images and args.out == HERE:
+        parser.error("--more-images goes with --out")
     torch.set_num_threads(1)  # the number of threads changes the order of sums, so the checkpoint
     args.out.mkdir(parents=True, exist_ok=True)
     pools = save_images(args.out / "images")
-    if args.only != "tiny":
-        for split, pool in pools.items():
-            write_split(split, pool, args.first_share, args.out)
+    if args.more_images:
+        write_split("test", pools["test"], None, args.out, MORE_IMAGES)
+    elif args.only != "tiny":
+        write_split("test", pools["test"], None, args.out)
+        write_split("train", pools["train"], args.first_share, args.out, args.kinds)
     if args.only != "data":
         cold_start(pools["train"])
 
