@@ -17,7 +17,6 @@ import argparse
 import base64
 import csv
 import dataclasses
-import difflib
 import functools
 import hashlib
 import io
@@ -1324,7 +1323,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--page", metavar="RUN", help="page.html of a training run: curves and groups")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = nearest(unknown[0], map(perl.flag_of, vars(args)))
+        hint = perl.nearest(unknown[0], map(perl.flag_of, vars(args)))
         parser.error(f"no such argument: {unknown[0]}{hint}")
     if args.flip:  # fixed questions in six orders
         args.benchmarks, args.limit, args.orders = ",".join(FLIP_SETS), 0, 6
@@ -1333,14 +1332,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.benchmarks:
         if name not in BENCHMARKS and not name.endswith(".jsonl"):
             parser.error(f"--benchmarks {name}: not all, {', '.join(BENCHMARKS)} or *.jsonl"
-                         f"{nearest(name, BENCHMARKS)}")
+                         f"{perl.nearest(name, BENCHMARKS)}")
     return args
-
-def nearest(name: str, names) -> str:
-    """The name that a misspelt one is most like, as the end of an error message."""
-    by_lower = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 def start_model(args) -> tuple:
     """The model of --model, its processor and its settings. Exits if there is no such."""
@@ -1348,7 +1341,7 @@ def start_model(args) -> tuple:
     is_hub_id = args.model.count("/") == 1 and not folder.parent.is_dir()
     names = [*perl.SHORT_NAMES, *map(str, folder.parent.glob("*"))]
     perl.check(args.model in perl.SHORT_NAMES or is_hub_id or folder.is_dir(), f"--model "
-               f"{args.model} is no folder, short name or Hub id{nearest(args.model, names)}")
+               f"{args.model} is no folder, short name or Hub id{perl.nearest(args.model, names)}")
     accelerator, cfg = Accelerator(), settings(args)
     perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
     processor = perl.load_processor(args.model, cfg)

@@ -53,7 +53,6 @@ sys.path.insert(0, str(Path(perl.__file__).parent / "data_samples"))
 import ablate
 import curate
 import curate_report
-
 from ablation import cost, stats
 
 HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])

@@ -651,7 +651,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def open_work(args) -> Path:
     """The folder of a run's logs. Exits if other settings or other code began it."""
     work = args.out / ".work"
-    code = (HERE / "curate.py").read_bytes() + (HERE.parent / "eval.py").read_bytes()
+    parts = HERE / "curate.py", HERE / "order_words.txt", HERE.parent / "eval.py"
+    code = b"".join(path.read_bytes() for path in parts)
     settings = {"sources": args.sources, "data_dir": args.data_dir,
                 "code": hashlib.sha1(code).hexdigest()}
     if (path := work / "settings.json").exists() and json.loads(path.read_text()) != settings:

@@ -52,8 +52,8 @@ def is_letter(answer: str, options: list[str]) -> bool:
 
 def order_words(question: str) -> list[str]:
     """The words that made a question `never`. Names of images would follow their images."""
-    text = ev.INSIDE.sub("", ev.NAMED_IMAGE.sub("", question))
-    words = re.findall(ev.ORDER_WORDS, text)
+    text = ev.WORDS["inside"].sub("", ev.NAMED_IMAGE.sub("", question))
+    words = ev.WORDS["order"].findall(text)
     return sorted(set(map(str.lower, words)))
 
 def what_moves(record: dict) -> str:
