@@ -1745,10 +1745,12 @@ def add_lora(model, cfg):
     return adapters.eval()
 
 PLACES = ("gpu", "host", "host, with the gradients")  # of AdamW's state
-SIZES = {name: getattr(Config, name) for name in ("rollout_batch", "max_tokens_per_micro_batch")}
-# What may make a run fit. A size that is at its default becomes one that fits.
-REMEDIES = SIZES | dict(optimizer_device="auto", gradient_checkpointing=True, beta=0.0,
-                        max_prompt_tokens=2048, max_new_tokens=512, lora_rank=64)
+# What may make a run fit; the pair is the last resort. Sizes at their default then adapt.
+REMEDIES = (dict(rollout_batch=Config.rollout_batch), dict(optimizer_device="auto"),
+            dict(max_tokens_per_micro_batch=Config.max_tokens_per_micro_batch),
+            dict(gradient_checkpointing=True), dict(beta=0.0), dict(max_prompt_tokens=2048),
+            dict(max_new_tokens=512), dict(lora_rank=64),
+            dict(lora_rank=64, max_prompt_tokens=2048))
 
 def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
     """What a run needs, in GB, from a model without numbers. The whole numbers in the formulas
@@ -1784,18 +1786,18 @@ def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
         gradients, host = 4 * largest, host + gradients
     parts = {
         "weights": weights, "state of AdamW": adamw, "prompts, keys and values": sampling,
-        "gradients on the GPU": gradients, "activations of an update": activations,
-        "in all while sampling": always + sampling,
-        "in all for the KL reference": always + reference + max(tokens * image, logits),
-        "in all in an update": always + gradients + activations,
-        "host memory": (host + reference) * int(os.environ.get("LOCAL_WORLD_SIZE", world)),
-        "disk for two checkpoints": 2 * (weights + 12 * trained)}
+        "gradients on the device": gradients, "activations of an update": activations,
+        "on the device while sampling": always + sampling,
+        "on the device for the KL reference": always + reference + max(tokens * image, logits),
+        "on the device in an update": always + gradients + activations,
+        "of host memory": (host + reference) * int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        "on the disk for checkpoints": (1 if cfg.resume else 2) * (weights + 12 * trained)}
     return {name: count / 1e9 for name, count in parts.items()}
 
 def best_fit(cfg, world: int, room: tuple) -> tuple:
-    """Sizes (a Config) and a place for which there is room in GB (GPU, host, disk), their parts
-    of the memory, and what is lacking: nothing, unless nothing fits."""
-    config = load_pretrained(transformers.AutoConfig, cfg.model)
+    """Sizes (a Config), a place, the memory they need, and what is lacking of `room`, which has
+    GB for the last five parts: the first candidate that fits, else the one that lacks least."""
+    config, fits = load_pretrained(transformers.AutoConfig, cfg.model), []
     with torch.device("meta"):  # shapes without numbers
         model = FAMILY_MODEL.from_config(
             config, dtype=torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
@@ -1803,24 +1805,25 @@ def best_fit(cfg, world: int, room: tuple) -> tuple:
         if cfg.lora_rank:
             add_lora(model, cfg)
     places = {"gpu": PLACES[:1], "host": PLACES[1:]}.get(cfg.optimizer_device, PLACES)
-    # Sizes at their default are halved, but below a quarter only when all else is on the host.
-    tries = [(place, shift) for place in places for shift in range(3)]
-    for place, shift in tries + [(places[-1], shift) for shift in range(3, 6)]:
-        sized = dataclasses.replace(cfg)
-        if cfg.rollout_batch == Config.rollout_batch:
-            sized.rollout_batch = max(cfg.rollout_batch >> shift, cfg.rollouts_per_order)
-        if cfg.max_tokens_per_micro_batch == Config.max_tokens_per_micro_batch:
-            sized.max_tokens_per_micro_batch >>= min(shift, 3)
-        parts = count_memory(model, sized, place, world)
-        *_, sampling, reference, update, host, disk = parts.values()
-        on_gpu = max(sampling, reference, update)
-        host += on_gpu if room[0] == math.inf else 0  # without a GPU, all is there
-        needs = {"on the GPU": on_gpu, "of host memory": host, "of disk": disk}
-        lacks = [f"{need:.1f} GB {where} and has {there:.1f}"
-                 for (where, need), there in zip(needs.items(), room) if need > there]
-        if not lacks:
-            break
-    return sized, place, parts, lacks
+    for place in places:
+        # Sizes at their default are halved, but only in the last place below a quarter, and on
+        # a CPU not at all.
+        halvings = 0 if room[0] == math.inf else 5 if place == places[-1] else 2
+        for shift in range(halvings + 1):
+            sized, lacks, missing = dataclasses.replace(cfg), [], 0
+            if cfg.rollout_batch == Config.rollout_batch:
+                sized.rollout_batch = max(cfg.rollout_batch >> shift, cfg.rollouts_per_order)
+            if cfg.max_tokens_per_micro_batch == Config.max_tokens_per_micro_batch:
+                sized.max_tokens_per_micro_batch >>= min(shift, 3)
+            parts = count_memory(model, sized, place, world)
+            if room[0] == math.inf:
+                parts["of host memory"] += max(list(parts.values())[5:8])
+            for (name, need), there in zip(list(parts.items())[5:], room):
+                if need > there:
+                    lacks.append(f"{need:.1f} GB {name} and has {there:.1f}")
+                    missing += need - there
+            fits.append((missing, len(fits), sized, place, parts, lacks))
+    return min(fits)[2:]
 
 def plan_memory(cfg, accelerator) -> str:
     """Where AdamW's state goes, one of PLACES. Lowers sizes at their default to what fits a GPU.
@@ -1829,9 +1832,10 @@ def plan_memory(cfg, accelerator) -> str:
     free = cfg.gpu_gb or (torch.cuda.mem_get_info()[0] / 1e9 if is_cuda else math.inf)
     folder = next(filter(Path.exists, [cfg.folder, *cfg.folder.absolute().parents]))
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    rest = (host, shutil.disk_usage(folder).free / 1e9)
     # CUDA itself needs 8 %. --gpu-gb plans for another machine. All processes choose alike.
-    room = min(gather_object([(0.92 * free, *((math.inf, math.inf) if cfg.gpu_gb else rest))]))
+    rest = (host, shutil.disk_usage(folder).free / 1e9)
+    rest = (math.inf, math.inf) if cfg.gpu_gb else rest
+    room = min(gather_object([(0.92 * free,) * 3 + rest]))
     sized, place, parts, lacks = best_fit(cfg, world, room)
     if cfg.dry_run:
         rollouts = cfg.steps * cfg.questions_per_step * (cfg.n_permutations + 1)
@@ -1842,8 +1846,7 @@ def plan_memory(cfg, accelerator) -> str:
         for name, gb in parts.items():
             accelerator.print(f"{gb:9.2f}  {name}")
     helps = []
-    single = [{name: value} for name, value in REMEDIES.items()]
-    for changes in single + [dict(lora_rank=64, max_prompt_tokens=2048)] if lacks else ():
+    for changes in REMEDIES if lacks else ():
         other, *_, lacking = best_fit(dataclasses.replace(cfg, **changes), world, room)
         if not lacking and not (helps and len(changes) > 1):
             flags = [f"{flag_of(name)} {getattr(other, name)}" for name in changes]

@@ -57,6 +57,7 @@ HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])
 CPU = torch.device("cpu")
 FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
 table = pytest.mark.parametrize
+HOST, ALL_ON_HOST = perl.PLACES[1:]
 torch.set_num_threads(1)
 
 # ---- Helpers that all sections share ---------------------------------------------------
@@ -2140,7 +2141,8 @@ def test_lora_exports_a_plain_folder(questions, tmp_path):
 def planned(model, capsys, accelerator=ACCELERATOR, **changes):
     """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
     cfg = perl.parse_config(["--model", model, "--dry-run"])
-    perl.plan_memory(dataclasses.replace(cfg, **dict(dtype="bf16") | changes), accelerator)
+    cfg = dataclasses.replace(cfg, **dict(dtype="bf16", gpu_gb=130, optimizer_device="host") | changes)
+    perl.plan_memory(cfg, accelerator)
     text = capsys.readouterr().out
     parts = {name: float(gb) for gb, name in re.findall(r"(?m)^ *([\d.]+)  (.+)$", text)}
     return parts, float(re.search(r"([\d.]+) billion parameters", text)[1])
@@ -2164,44 +2166,89 @@ def model_7b(tmp_path):
 
 def test_the_plan_of_the_7b(model_7b, capsys):
     parts, trained = planned(model_7b, capsys)
+    assert trained == 8.292 and parts["weights"] == pytest.approx(16.58, abs=0.01)
+    assert parts["gradients on the device"] == pytest.approx(4 * 8.292, abs=0.01)
+    assert parts["state of AdamW"] == pytest.approx(12 * 8.292, abs=0.01)
     # A token's keys and values: 2 of them, 28 layers, 4 heads of 128 numbers of 2 bytes.
     cache = 2 * 28 * 4 * 128 * 2 * (384 * 2048 + 4 * 16384) / 1e9
-    assert trained == 8.292 and parts == pytest.approx({
-        "weights": 16.58, "float32 gradients": 33.17, "keys and values of sampling": cache,
-        "AdamW's state": 99.51}, abs=0.01)
-    for changes, factors in ((dict(dtype="float32"), (2, 1, 2, 1)),
-                             (dict(accelerator=process(4)), (1, 1, 1, 1 / 4))):
-        other, _ = planned(model_7b, capsys, **changes)
-        expected = [gb * factor for gb, factor in zip(parts.values(), factors)]
-        assert [*other.values()] == pytest.approx(expected, abs=0.02)
+    assert cache < parts["prompts, keys and values"] < 1.05 * cache
+    assert parts["of host memory"] == pytest.approx((12 + 2) * 8.292, abs=0.02), "AdamW, reference"
+    # Checkpoints: the weights, and 12 bytes for each trained one; two while one is written.
+    assert parts["on the disk for checkpoints"] == pytest.approx(2 * (2 + 12) * 8.292, abs=0.02)
+    double, _ = planned(model_7b, capsys, dtype="float32")
+    assert double["weights"] == pytest.approx(2 * parts["weights"], abs=0.02)
+    four, _ = planned(model_7b, capsys, accelerator=process(4))
+    assert four["state of AdamW"] == pytest.approx(3 * 8.292, abs=0.01)
+    assert four["of host memory"] == pytest.approx((12 + 4 * 2) * 8.292, abs=0.02), "four references"
     # 7.616 is the language model; an adapter adds 64 * (inputs + outputs) numbers.
     for changes, expected in ((dict(freeze_vision=True), 7.616), (dict(lora_rank=64), 0.161)):
         other, fewer = planned(model_7b, capsys, **changes)
         assert fewer == expected
-        assert other["AdamW's state"] == pytest.approx(12 * fewer, abs=0.01)
-        assert other["float32 gradients"] == pytest.approx(4 * fewer, abs=0.01)
+        assert other["state of AdamW"] == pytest.approx(12 * fewer, abs=0.01)
+        assert other["gradients on the device"] == pytest.approx(4 * fewer, abs=0.01)
 
-# The parts are 16.6 + max(33.2, 48.9) + 99.5 GB; 92 % of the free memory are for them.
-FEW = dict(rollout_batch=96)  # a cache of 15.4 GB: the gradients are larger
+ALL = (384, 16384)  # the default sizes
 
-@table("free, world, typed, place", [
-    (180, 1, {}, "gpu"), (179, 1, {}, "host"), (179, 1, dict(optimizer_device="gpu"), None),
-    (200, 1, dict(optimizer_device="host"), "host"), (120, 4, {}, "gpu"),
-    (72, 1, {}, "host"), (71, 1, {}, None), (71, 1, dict(optimizer_device="host"), None),
-    (55, 1, FEW, "host"), (54, 1, FEW, None), (40, 1, FEW | dict(lora_rank=64), "gpu")])
-def test_where_the_state_lies_and_what_does_not_fit(
-        monkeypatch, model_7b, free, world, typed, place):
+@table("free, world, typed, place, sizes", [
+    (200, 1, {}, "gpu", ALL), (120, 4, {}, "gpu", ALL), (141, 1, {}, HOST, ALL),
+    (80, 1, {}, HOST, ALL), (48, 1, {}, ALL_ON_HOST, (192, 8192)),
+    (200, 1, dict(optimizer_device="host"), HOST, ALL), (24, 1, {}, None, None),
+    (141, 1, dict(optimizer_device="gpu"), None, None),
+    (48, 1, dict(optimizer_device="host"), ALL_ON_HOST, (192, 8192)),
+    (48, 1, dict(rollout_batch=300), None, None), (48, 1, dict(rollout_batch=90), ALL_ON_HOST, (90, 16384)),
+    (24, 1, dict(lora_rank=64, max_prompt_tokens=2048), ALL_ON_HOST, (24, 2048))])
+def test_what_fits_a_card(monkeypatch, model_7b, capsys, free, world, typed, place, sizes):
+    """Where AdamW's state and the gradients lie, and sizes where none were typed."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 1e12))
+    rooms(monkeypatch, 999, 999)
     cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
-    planned = dataclasses.replace(cfg, gpu_gb=free)  # without a GPU at hand
-    for its, device in ((cfg, torch.device("cuda")), (planned, CPU)):
+    on_a_laptop = dataclasses.replace(cfg, gpu_gb=free)
+    for its, device in ((cfg, torch.device("cuda")), (on_a_laptop, CPU)):
         if place:
             assert perl.plan_memory(its, process(world, device=device)) == place
+            chosen = its.rollout_batch, its.max_tokens_per_micro_batch
+            assert sizes is None or chosen == sizes
+            assert its.rollout_batch == typed.get("rollout_batch", its.rollout_batch)
+            out = capsys.readouterr().out
+            assert f"{chosen[0]} sequences" in out and f"{chosen[1]} tokens" in out and place in out
         else:
-            with ends("GB.* --rollout-batch .*--lora-rank"):
+            with ends("needs .* GB on the device .* and has") as end:
                 perl.plan_memory(its, process(world, device=device))
-    if not typed:
-        assert perl.plan_memory(cfg, process(1)) == "gpu", "on a CPU, beside the weights"
+    if not place:  # what the message names does help
+        for flags in re.split(" or ", str(end.value).split("what makes it fit: ")[1]):
+            helped = ["--model", model_7b]
+            for name, value in (typed | dict(gpu_gb=free)).items():
+                helped += [perl.flag_of(name), str(value)]
+            fine = dataclasses.replace(perl.parse_config(helped + flags.split()), dtype="bf16")
+            assert perl.plan_memory(fine, process(world)) in perl.PLACES
+
+def rooms(monkeypatch, host, disk):
+    """A machine with this memory and this disk, in GB."""
+    sizes = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": int(host * 1e6)}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=disk * 1e9))
+
+@table("host, disk, typed, world, message", [
+    (100, 999, {}, 1, r"needs 116.1 GB of host memory and has 100.0; .*: --beta 0.0 or --lora-rank"),
+    (120, 999, {}, 1, None), (120, 999, {}, 2, "needs 132.7 GB of host memory"),
+    (999, 200, {}, 1, "needs 232.2 GB on the disk for checkpoints and has 200.0; what makes it fit: --lora-rank 64"),
+    (20, 999, dict(gpu_gb=80), 1, None)])  # planned for another machine
+def test_host_memory_and_disk_are_checked(monkeypatch, model_7b, host, disk, typed, world, message):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    rooms(monkeypatch, host, disk)
+    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
+    accelerator = process(world, device=torch.device("cuda"))
+    with ends(message) if message else contextlib.nullcontext():
+        perl.plan_memory(cfg, accelerator)
+
+def test_on_a_cpu_the_default_sizes_stay(monkeypatch, model_7b):
+    rooms(monkeypatch, 999, 999)
+    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="float32")
+    assert perl.plan_memory(cfg, process(1)) == "gpu", "beside the weights"
+    assert (cfg.rollout_batch, cfg.max_tokens_per_micro_batch) == ALL
+    rooms(monkeypatch, 230, 999)  # weights twice, AdamW and a layer's work: it is one memory
+    with ends("needs 268.* GB of host memory and has 230"):
+        perl.plan_memory(cfg, process(1))
 
 @table("typed, device, dtype", [
     ({}, "cuda", "bf16"), ({}, "cpu", "float32"), (dict(gpu_gb=80.0), "cpu", "bf16"),
@@ -4562,11 +4609,10 @@ def update_at_true_size(model, cfg, times, *, on_host):
         hook.remove()
 
 SMALL = dict(rollout_batch=48, max_tokens_per_micro_batch=4096, max_prompt_tokens=2048)
-HOST, ALL_ON_HOST = perl.PLACES[1:]
 FULL = [("AdamW on the host", {}, HOST), ("gradients there too", {}, ALL_ON_HOST),
         ("--lora-rank 64", dict(lora_rank=64), HOST)]
-PHASES_OF_MEMORY = {"sampling": "in all while sampling", "update": "in all in an update",
-                    "KL reference": "in all for the KL reference"}
+PHASES_OF_MEMORY = {"sampling": "on the device while sampling", "update": "on the device in an update",
+                    "KL reference": "on the device for the KL reference"}
 
 @table("name, cases", [
     ("Qwen2.5-VL-3B", FULL), ("Qwen3-VL-8B", FULL[:2]), ("Qwen2.5-VL-7B", [
@@ -4610,3 +4656,78 @@ def test_true_size(name, cases, monkeypatch):
             measured[what] = max(peaks.values())
     small = measured.get("48 sequences, gradients there too", 0)
     assert small <= 46, "full fine-tuning of the 7B on a card of 48 GB"
+
+def split_run_of_two_passes(device, **changes):
+    """Weights, state and gradient norms after three updates of two passes each."""
+    cfg = tiny_config(lr=1e-3, optimizer_device=device, **changes)
+    model, norms = perl.load_model("tiny", cfg, CPU), []
+    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
+    for seed in range(6):
+        backward(model, seed)
+        if device == ALL_ON_HOST:
+            assert all(weight.grad is None for weight in trained(model)), "none is left"
+        if seed % 2:
+            norms.append(optimizer.step())
+    return flat_weights(model), optimizer.state_dict(), norms
+
+@table("changes", [{}, dict(dtype="bf16"), dict(freeze_vision=True)])
+@table("max_grad_norm", [0.05, 1e9])
+def test_gradients_summed_in_host_memory_give_the_same_weights(monkeypatch, changes, max_grad_norm):
+    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
+    weights, states, norms = split_run_of_two_passes("gpu", **changes)
+    on_host, its_states, its_norms = split_run_of_two_passes(ALL_ON_HOST, **changes)
+    assert norms == its_norms and norms[0] > 0.05 and torch.equal(weights, on_host)
+    for name, state in states.items():
+        assert all(torch.equal(state[key], its_states[name][key]) for key in state)
+
+def test_a_bad_gradient_in_host_memory_is_skipped_and_forgotten():
+    cfg = tiny_config(lr=1e-3, optimizer_device=ALL_ON_HOST)
+    model = perl.load_model("tiny", cfg, CPU)
+    optimizer, before = perl.SplitAdamW(model, cfg, ACCELERATOR), flat_weights(model)
+    backward(model, 0)
+    optimizer.sums["lm_head.weight" if "lm_head.weight" in optimizer.sums else
+                   next(iter(optimizer.sums))].view(-1)[3] = math.nan
+    assert not math.isfinite(optimizer.step()) and torch.equal(before, flat_weights(model))
+    backward(model, 0)
+    assert math.isfinite(optimizer.step()) and not torch.equal(before, flat_weights(model))
+
+def test_host_sums_of_several_processes_are_reduced_where_the_weights_are(monkeypatch):
+    """NCCL takes no tensor of the host. All processes have the same gradients here."""
+    reduced = []
+    def all_reduce(tensor):
+        reduced.append(tensor.device)
+        tensor *= 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, owner: None)
+    norms = {}
+    for device in ("gpu", ALL_ON_HOST):
+        cfg = tiny_config(optimizer_device=device)
+        model = perl.load_model("tiny", cfg, CPU)
+        optimizer = perl.SplitAdamW(model, cfg, process(2))
+        backward(model, 0)
+        norms[device] = optimizer.step()
+    alone = split_run(1)[2]
+    assert norms["gpu"] == norms[ALL_ON_HOST] == pytest.approx(2 * alone[0])
+    assert len(reduced) == 2 * len(trained(model))
+
+def test_chosen_sizes_are_kept_for_resume(data, tmp_path, monkeypatch):
+    """A size at its default is lowered to what fits; config.json has what was chosen."""
+    def best_fit(cfg, *args, real=perl.best_fit):
+        sized, place, parts, lacks = real(cfg, *args)
+        sized.rollout_batch = 6 if cfg.rollout_batch == 384 else cfg.rollout_batch
+        return sized, place, parts, lacks
+    monkeypatch.setattr(perl, "best_fit", best_fit)
+    perl.main(arguments(data, tmp_path, rollout_batch=384, steps=1, eval_every=0))
+    run = tmp_path / "stage1"
+    assert json_of(run / "config.json")["rollout_batch"] == 6
+    assert json_of(run / "config.json")["optimizer_device"] == "auto"
+    assert perl.parse_config(["--resume", str(run)]).rollout_batch == 6
+
+def test_dry_run_prints_steps_rollouts_tokens_and_checkpoints(model_7b, capsys):
+    cfg = perl.parse_config(["--model", model_7b, "--dry-run", "--gpu-gb", "80"])
+    for filter_, rounds in (("none", 1), ("online", 4)):
+        its = dataclasses.replace(cfg, dtype="bf16", steps=31, filter=filter_)
+        perl.plan_memory(its, ACCELERATOR)
+        text = capsys.readouterr().out
+        assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
+        assert "on the disk for checkpoints" in text
