@@ -433,6 +433,7 @@ def all_orders(sample: Sample, cap: int) -> list[Order]:
 # Another family must offer what the lines marked FAMILY use: a vision tower that encodes each
 # image by itself, 3-D positions from get_rope_index, and Qwen's names for image tokens.
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+UNSHARED_FAMILIES = ("qwen3_5",)  # recurrent layers have no keys and values of a prompt
 FAMILY_MODEL = transformers.AutoModelForImageTextToText
 IMAGE_TOKEN = "<|image_pad|>"  # one for each feature vector of an image
 BANNED_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -472,7 +473,10 @@ def optional_json(name: str, file: str) -> dict:
 def load_processor(name: str, cfg) -> SimpleNamespace:
     """What turns samples into prompts, and response tokens into text."""
     config = load_pretrained(transformers.AutoConfig, name)
-    check(config.model_type in FAMILIES, f"{name} is a {config.model_type}, none of {FAMILIES}")
+    check(config.model_type in FAMILIES + UNSHARED_FAMILIES,
+          f"{name} is a {config.model_type}, none of {FAMILIES + UNSHARED_FAMILIES}")
+    check(config.model_type in FAMILIES or not cfg.share,
+          f"{name} is a {config.model_type}, which needs --no-share")
     tokenizer = load_pretrained(transformers.AutoTokenizer, name)
     if IMAGE_TOKEN not in (tokenizer.chat_template or ""):
         # AutoTokenizer found one for text; Qwen keeps the one for images in its own file.

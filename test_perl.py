@@ -1905,6 +1905,15 @@ def random_family(kind, folder):
                       deepstack_visual_indexes=[0, 1, 2])
         text = TEXT | dict(head_dim=24, rope_parameters=ROPE | {"mrope_interleaved": True})
         config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+    elif kind == "qwen3_5":  # three layers of four are recurrent
+        vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=4, patch_size=14,
+                      out_hidden_size=96, num_position_embeddings=64)
+        linear = dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=4,
+                      linear_num_value_heads=4, head_dim=24)
+        rope = ROPE | dict(partial_rotary_factor=1.0, mrope_interleaved=True)
+        text = TEXT | linear | dict(tie_word_embeddings=True, rope_parameters=rope)
+        config = transformers.AutoConfig.for_model(kind, text_config=text, vision_config=vision,
+                                                   **TOKENS)
     else:
         vision = dict(depth=2, embed_dim=48, hidden_size=96, num_heads=4, patch_size=14)
         config = transformers.Qwen2VLConfig(text_config=TEXT | dict(rope_parameters=ROPE),
@@ -4437,12 +4446,12 @@ def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
 
 # ---- memory: the step at true size, gradients on the host, what fits ---------------------
 # Published sizes. Windows of the vision tower take the same bytes as full attention.
-ROPE = dict(rope_type="default", rope_theta=1e6)
-QWEN2_5 = dict(rope_parameters=ROPE | dict(mrope_section=[16, 24, 24]))
+ROPE_LARGE = dict(rope_type="default", rope_theta=1e6)
+QWEN2_5 = dict(rope_parameters=ROPE_LARGE | dict(mrope_section=[16, 24, 24]))
 TOWER_2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
                  fullatt_block_indexes=list(range(32)))
 QWEN3 = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-             num_hidden_layers=36, rope_parameters=ROPE | dict(mrope_section=[24, 20, 20]))
+             num_hidden_layers=36, rope_parameters=ROPE_LARGE | dict(mrope_section=[24, 20, 20]))
 TRUE_SIZES = {  # model type, language model, vision tower
     "Qwen2.5-VL-3B": (
         "qwen2_5_vl", QWEN2_5 | dict(
@@ -4731,3 +4740,29 @@ def test_dry_run_prints_steps_rollouts_tokens_and_checkpoints(model_7b, capsys):
         text = capsys.readouterr().out
         assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
         assert "on the disk for checkpoints" in text
+
+def test_qwen3_5_samples_and_trains_without_sharing_only(questions, tmp_path, monkeypatch):
+    """A left-padded row of a batch has the log-probabilities that it has alone (its recurrent
+    layers round more than attention does), and greedy decoding takes the most likely token."""
+    path = random_family("qwen3_5", tmp_path / "qwen3_5")
+    refuses("qwen3_5, which needs --no-share", perl.load_processor, path, tiny_config())
+    cfg = tiny_config(share=False, max_new_tokens=12, gradient_checkpointing=True)
+    model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
+    orders = [perl.all_orders(question, 2) for question in questions]
+    groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
+    together = {id(r): row for r, row in
+                perl.frozen_logprobs(model, processor, flatten(groups), cfg)}
+    for rollout in flatten(groups):
+        rollout.advantage = 1.0 if rollout.order[:1] == (0,) else -1.0
+        (_, alone), = perl.frozen_logprobs(model, processor, [rollout], cfg)
+        assert torch.allclose(alone, together[id(rollout)], atol=2e-3)
+    sums, (norm,) = run_update(model, perl.SplitAdamW(model, cfg, ACCELERATOR), groups, cfg)
+    assert sums["tokens"] > 0 and math.isfinite(norm) and norm > 0
+    def is_likeliest(lm_head, hidden, targets, banned_ids, temperature):
+        logits = lm_head(hidden)
+        logits[:, banned_ids] = -torch.inf
+        return (logits.argmax(dim=1) == targets).float()
+    monkeypatch.setattr(perl, "token_logprobs", is_likeliest)
+    model = perl.load_model(path, cfg, CPU)
+    rows = [row for _, row in perl.frozen_logprobs(model, processor, flatten(groups), cfg)]
+    assert torch.cat(rows).mean() > 0.98
