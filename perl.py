@@ -148,6 +148,7 @@ class Config:
     temperature: float = setting(1.0, "of sampling, and of the loss's log-probabilities")
     group("memory and speed: they change rounding and random draws, not the method")
     share: bool = setting(True, "compute once what rollouts have in common")
+    # If these two keep their default, a GPU with too little memory gets less of both.
     rollout_batch: int = setting(384, "sequences sampled at a time; at least n")
     max_tokens_per_micro_batch: int = setting(16384, "tokens of a training pass")
     gradient_checkpointing: bool = setting(True, "recompute activations to save memory")
@@ -454,6 +455,7 @@ def all_orders(sample: Sample, cap: int) -> list[Order]:
 # Another family must offer what the lines marked FAMILY use: a vision tower that encodes each
 # image by itself, 3-D positions from get_rope_index, and Qwen's names for image tokens.
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+UNSHARED_FAMILIES = ("qwen3_5",)  # recurrent layers have no keys and values of a prompt
 FAMILY_MODEL = transformers.AutoModelForImageTextToText
 IMAGE_TOKEN = "<|image_pad|>"  # one for each feature vector of an image
 BANNED_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -495,7 +497,10 @@ def optional_json(name: str, file: str) -> dict:
 def load_processor(name: str, cfg) -> SimpleNamespace:
     """What turns samples into prompts, and response tokens into text."""
     config = load_pretrained(transformers.AutoConfig, name)
-    check(config.model_type in FAMILIES, f"{name} is a {config.model_type}, none of {FAMILIES}")
+    check(config.model_type in FAMILIES + UNSHARED_FAMILIES,
+          f"{name} is a {config.model_type}, none of {FAMILIES + UNSHARED_FAMILIES}")
+    check(config.model_type in FAMILIES or not cfg.share,
+          f"{name} is a {config.model_type}, which needs --no-share")
     tokenizer = load_pretrained(transformers.AutoTokenizer, name)
     if IMAGE_TOKEN not in (tokenizer.chat_template or ""):
         # AutoTokenizer found one for text; Qwen keeps the one for images in its own file.
@@ -1703,16 +1708,25 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor,
 # ---- Memory and machines: skip it on a first reading -----------------------------------
 class SplitAdamW:
     """AdamW on float32 copies of the weights, on the GPU or in host memory. A tensor has
-    one owner among the processes (ZeRO-1). FSDP would gather weights for every token."""
+    one owner among the processes (ZeRO-1). FSDP would gather weights for every token.
+    Gradients can be summed in host memory too: then the GPU has one at a time, and a
+    micro-batch moves 4 bytes per trained parameter over the bus (7B: 33 GB)."""
     def __init__(self, model, cfg, accelerator):
         self.world = accelerator.num_processes
         self.weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
         self.owners, self.masters, self.adamw, self.skipped = {}, {}, {}, 0
-        device = torch.device("cpu") if cfg.optimizer_device == "host" else model.device
+        self.sums, self.buffer = {}, None  # of gradients, if they are in host memory
+        on_host = cfg.optimizer_device in PLACES[1:]
+        device = torch.device("cpu") if on_host else model.device
         load = [0] * self.world
         for name in sorted(self.weights, key=lambda name: -self.weights[name].numel()):
             weight = self.weights[name]
             weight.grad_dtype = torch.float32  # sums in bfloat16 lose much
+            if cfg.optimizer_device == PLACES[2]:
+                self.sums[name] = torch.zeros_like(weight, dtype=torch.float32, device="cpu")
+                weight.register_post_accumulate_grad_hook(functools.partial(self.add, name))
+                if weight.is_cuda and self.buffer is None:  # the largest comes first
+                    self.buffer = torch.empty(weight.numel(), pin_memory=True)
             # Largest first, to the process that has least.
             owner = self.owners[name] = load.index(min(load))
             load[owner] += weight.numel()
@@ -1725,27 +1739,43 @@ class SplitAdamW:
                     fused=model.dtype != torch.float32)  # 6 times as fast on a host
 
     @torch.no_grad()
+    def add(self, name: str, weight: Tensor) -> None:
+        """Move a gradient that has just been computed into its sum in host memory."""
+        gradient = weight.grad
+        if weight.is_cuda:  # pinned memory is the fast way over the bus
+            gradient = self.buffer[:weight.numel()].view_as(weight).copy_(gradient)
+        self.sums[name] += gradient
+        weight.grad = None
+
+    @torch.no_grad()
     def step(self) -> float:
         """Sum gradients over processes, clip, update the weights. Returns the norm before
         clipping. If that is not finite, no weight changes, in any process."""
-        for weight in self.weights.values():
-            if weight.grad is None:
+        gradients = {}
+        for name, weight in self.weights.items():
+            if weight.grad is None and not self.sums:
                 weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+            gradients[name] = self.sums[name] if self.sums else weight.grad
             if self.world > 1:
-                torch.distributed.all_reduce(weight.grad)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), MAX_GRAD_NORM))
+                # NCCL reduces only what is on a GPU: a sum of the host goes there and back.
+                on_device = gradients[name].to(weight.device)
+                torch.distributed.all_reduce(on_device)
+                gradients[name].copy_(on_device)
+        total = torch.nn.utils.get_total_norm(gradients.values())
+        scale, norm = (MAX_GRAD_NORM / (total + 1e-6)).clamp(max=1.0), float(total)
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         check(self.skipped < MAX_SKIPPED,
               f"{MAX_SKIPPED} updates in a row had a gradient that is not finite")
         for name, weight in self.weights.items():
             if not self.skipped and name in self.masters:
                 master = self.masters[name]
-                master.grad = weight.grad.to(master.device)
+                master.grad = gradients[name].mul_(scale).to(master.device)
                 self.adamw[name].step()
                 master.grad = None
                 weight.copy_(master)
             if not self.skipped and self.world > 1:
                 torch.distributed.broadcast(weight.detach(), self.owners[name])
+            gradients[name].zero_()
             weight.grad = None
         return norm
 
@@ -1781,37 +1811,129 @@ def add_lora(model, cfg):
     cast_adapter_dtype(model, "default")  # to float32
     return adapters.eval()
 
-def plan_memory(cfg, accelerator) -> str:
-    """Where AdamW's state goes, "gpu" or "host". Exits if a run does not fit on the GPU."""
-    config = load_pretrained(transformers.AutoConfig, cfg.model)
+PLACES = ("gpu", "host", "host, with the gradients")  # of AdamW's state
+
+def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
+    """What a run needs, in GB, from a model without numbers. The whole numbers in the formulas
+    were counted in runs of such models (tests: true_size), where this is 2 % below to 12 above."""
+    text, tower, n = model.config.text_config, model.config.vision_config, cfg.rollouts_per_order
+    size, width, vocabulary = model.dtype.itemsize, text.hidden_size, text.vocab_size
+    head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    weights = sum(weight.nbytes for weight in model.parameters())
+    trained = model.num_parameters(only_trainable=True)
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim  # by a token
+    image_width = tower.spatial_merge_size ** 2 * len(model.model.visual.patch_embed.proj.weight)
+    image = 26 * image_width  # numbers in the tower's widest place for one image token
+    # Prompts are read before their rows grow. To grow, rows are copied, layer by layer.
+    prompts = max(4 * cfg.max_tokens_per_micro_batch, cfg.max_prompt_tokens * (1 if cfg.share else n))
+    rows = cfg.rollout_batch * cfg.max_new_tokens
+    sampling = size * (prompts * cached + max(1.05 * rows * cached, prompts * image))
+    # For the backward pass, an update keeps what each layer computes, or its input to compute
+    # that again. A packed response has its prompt's keys and values; LoRA works in float32.
+    tokens = size * max(cfg.max_tokens_per_micro_batch, cfg.max_prompt_tokens + cfg.max_new_tokens)
+    copies = 2 * n * text.num_attention_heads * head_dim if cfg.share else 0
+    layer = (4 * text.intermediate_size + 12 * width + copies) * (1.4 if cfg.lora_rank else 1)
+    kept, kept_images = text.num_hidden_layers * width, (tower.depth + 12) * image_width
+    if not cfg.gradient_checkpointing:
+        kept, kept_images = text.num_hidden_layers * layer, tower.depth * image
+    kept += 0 if cfg.freeze_vision or cfg.lora_rank else kept_images
+    # At work is a layer, a chunk of logits, or sums of the largest gradient, that of the head.
+    logits, largest = 18 * LOGIT_CHUNK * vocabulary, min(vocabulary * width, trained)
+    activations = tokens * kept + max(1.35 * tokens * layer, logits, 8 * largest)
+    adamw, gradients = 12 * trained / world, 4 * trained
+    reference = weights if cfg.beta and not cfg.lora_rank else 0
+    always, host = (weights + adamw, 0) if place == "gpu" else (weights, adamw)
+    if place == PLACES[2]:
+        gradients, host = 4 * largest, host + gradients
+    parts = {
+        "weights": weights, "AdamW's state": adamw, "prompts, keys and values": sampling,
+        "gradients on the GPU": gradients, "activations of an update": activations,
+        "GPU while sampling": always + sampling,
+        "GPU for the KL reference": always + reference + max(tokens * image, logits),
+        "GPU in an update": always + gradients + activations,
+        "host memory": (host + reference) * int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        "disk for checkpoints": (1 if cfg.resume else 2) * (weights + 12 * trained)}
+    return {name: count / 1e9 for name, count in parts.items()}
+
+def free_memory(cfg, accelerator) -> dict[str, float]:
+    """GB that a run may take, named as in count_memory; on a CPU, the host's are for all."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    folder = next(filter(Path.exists, [cfg.folder, *cfg.folder.absolute().parents]))
+    gpu, disk = math.inf, shutil.disk_usage(folder).free / 1e9
+    if accelerator.device.type == "cuda":
+        gpu = torch.cuda.mem_get_info()[0] / 1e9
+    if cfg.gpu_gb:  # a plan for another machine
+        gpu, host, disk = cfg.gpu_gb, math.inf, math.inf
+    gpu, host, disk = min(gather_object([(0.92 * gpu, host, disk)]))  # CUDA needs 8 % itself
+    return {"GPU while sampling": gpu, "GPU for the KL reference": gpu, "GPU in an update": gpu,
+            "host memory": host, "disk for checkpoints": disk}
+
+def best_fit(cfg, room: dict, world: int) -> tuple:
+    """Sizes (a Config), a place for AdamW's state, the memory they need, and how much of it is
+    missing: the first choice that fits, else the one that lacks least."""
+    config, least = load_pretrained(transformers.AutoConfig, cfg.model), math.inf
     with torch.device("meta"):  # shapes without numbers
-        model = FAMILY_MODEL.from_config(config)
-        model.model.visual.requires_grad_(not cfg.freeze_vision)
+        model = FAMILY_MODEL.from_config(
+            config, dtype=torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
+        model.model.visual.requires_grad_(not cfg.freeze_vision)                # FAMILY
         if cfg.lora_rank:
             add_lora(model, cfg)
-    size, text = 2 if cfg.dtype == "bf16" else 4, config.text_config  # bytes
-    trained = model.num_parameters(only_trainable=True) / 1e9
-    head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    kv_width = 2 * text.num_key_value_heads * head_dim
-    cached = cfg.rollout_batch * cfg.max_new_tokens + 4 * cfg.max_tokens_per_micro_batch
-    weights, gradients = size * model.num_parameters() / 1e9, 4 * trained
-    cache = size * kv_width * text.num_hidden_layers * cached / 1e9
-    adamw = 12 * trained / accelerator.num_processes
-    is_cuda = accelerator.device.type == "cuda"
-    free = cfg.gpu_gb or (torch.cuda.mem_get_info()[0] / 1e9 if is_cuda else math.inf)
-    # Gradients and the cache exist in turn. CUDA itself needs the rest of the memory.
-    room = 0.92 * free - weights - max(gradients, cache)
-    place = cfg.optimizer_device
-    if place == "auto":
-        place = "gpu" if adamw <= room else "host"
+    on_cpu = room["GPU while sampling"] == math.inf
+    places = {"gpu": PLACES[:1], "host": PLACES[1:]}.get(cfg.optimizer_device, PLACES)
+    for place in places[:1] if on_cpu else places:
+        # Sizes at their default are halved; below a quarter only if nothing else helps.
+        halvings = 0 if on_cpu else 5 if place == places[-1] else 2
+        for shift in range(halvings + 1):
+            sized = dataclasses.replace(cfg)
+            if cfg.rollout_batch == Config.rollout_batch:
+                sized.rollout_batch = max(cfg.rollout_batch >> shift, cfg.rollouts_per_order)
+            if cfg.max_tokens_per_micro_batch == Config.max_tokens_per_micro_batch:
+                sized.max_tokens_per_micro_batch >>= min(shift, 3)
+            parts = count_memory(model, sized, place, world)
+            if on_cpu:
+                parts["host memory"] += max(parts["GPU while sampling"], parts["GPU in an update"])
+            missing = sum(max(parts[name] - room[name], 0) for name in room)
+            if missing < least:
+                least, choice = missing, (sized, place, parts, missing)
+    return choice
+
+# What may make a run fit; the pair is the last resort. Sizes at their default then adapt.
+REMEDIES = (dict(rollout_batch=Config.rollout_batch), dict(optimizer_device="auto"),
+            dict(max_tokens_per_micro_batch=Config.max_tokens_per_micro_batch),
+            dict(gradient_checkpointing=True), dict(beta=0.0), dict(max_prompt_tokens=2048),
+            dict(max_new_tokens=512), dict(lora_rank=64),
+            dict(lora_rank=64, max_prompt_tokens=2048))
+
+def plan_memory(cfg, accelerator) -> str:
+    """Where AdamW's state goes, one of PLACES. Lowers sizes at their default to what fits a GPU.
+    Exits if a run does not fit on the GPU, the host or the disk."""
+    world, room = accelerator.num_processes, free_memory(cfg, accelerator)
+    sized, place, parts, missing = best_fit(cfg, room, world)
     if cfg.dry_run:
+        rollouts = cfg.steps * cfg.questions_per_step * (cfg.n_permutations + 1)
+        rollouts *= cfg.rollouts_per_order * (MAX_ROUNDS if cfg.filter == "online" else 1)
+        trained = parts["AdamW's state"] * world / 12
         accelerator.print(
-            f"{trained:.3f} billion parameters to train, AdamW's state on the {place}; in GB, "
-            f"without activations:\n{weights:9.2f}  weights\n{gradients:9.2f}  float32 gradients\n"
-            f"{cache:9.2f}  keys and values of sampling\n{adamw:9.2f}  AdamW's state")
-    check(room >= (adamw if place == "gpu" else 0),
-          f"{cfg.model} needs {-room:.1f} GB more on the GPU, and {adamw:.1f} GB for AdamW "
-          "there or on the host; lower --rollout-batch or --max-new-tokens, or set --lora-rank")
+            f"{trained:.3f} billion parameters to train\n{cfg.steps} steps, at most "
+            f"{rollouts:,} rollouts of {cfg.max_new_tokens} tokens; in GB:")
+        for name, gb in parts.items():
+            accelerator.print(f"{gb:9.2f}  {name}")
+    if missing:
+        lacks = [f"{parts[name]:.1f} GB ({name}; there are {room[name]:.1f})"
+                 for name in room if parts[name] > room[name]]
+        helps = []
+        for changes in REMEDIES:
+            other, *_, missing = best_fit(dataclasses.replace(cfg, **changes), room, world)
+            if not missing and (len(changes) == 1 or not helps):
+                flags = [f"{flag_of(name)} {getattr(other, name)}" for name in changes]
+                helps.append(" ".join(flags).removesuffix(" True"))
+        raise UserError(f"{cfg.model} needs {', '.join(lacks)}; what makes it fit: "
+                        f"{' or '.join(helps) or 'a smaller model'}")
+    cfg.rollout_batch = sized.rollout_batch
+    cfg.max_tokens_per_micro_batch = sized.max_tokens_per_micro_batch
+    where = "host" if room["GPU while sampling"] == math.inf else place
+    accelerator.print(f"memory: {cfg.rollout_batch} sequences at a time, micro-batches of "
+                      f"{cfg.max_tokens_per_micro_batch} tokens, AdamW's state on the {where}")
     return place
 
 def start_processes(cfg) -> accelerate.Accelerator:

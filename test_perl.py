@@ -23,6 +23,7 @@ import signal
 import struct
 import subprocess
 import sys
+import weakref
 import zipfile
 from collections import Counter
 from concurrent.futures import Executor, Future
@@ -42,6 +43,8 @@ from PIL import Image, ImageDraw, ImageFile
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen2_5_VLProcessor
 
@@ -59,6 +62,7 @@ HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])
 CPU = torch.device("cpu")
 FIELDS = {field.name: field for field in dataclasses.fields(perl.Config)}
 table = pytest.mark.parametrize
+HOST, ALL_ON_HOST = perl.PLACES[1:]
 torch.set_num_threads(1)
 
 # ---- Helpers that all sections share ---------------------------------------------------
@@ -1956,6 +1960,15 @@ def random_family(kind, folder):
                       deepstack_visual_indexes=[0, 1, 2])
         text = TEXT | dict(head_dim=24, rope_parameters=ROPE | {"mrope_interleaved": True})
         config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+    elif kind == "qwen3_5":  # three layers of four are recurrent
+        vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=4, patch_size=14,
+                      out_hidden_size=96, num_position_embeddings=64)
+        linear = dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=4,
+                      linear_num_value_heads=4, head_dim=24)
+        rope = ROPE | dict(partial_rotary_factor=1.0, mrope_interleaved=True)
+        text = TEXT | linear | dict(tie_word_embeddings=True, rope_parameters=rope)
+        config = transformers.AutoConfig.for_model(kind, text_config=text, vision_config=vision,
+                                                   **TOKENS)
     else:
         vision = dict(depth=2, embed_dim=48, hidden_size=96, num_heads=4, patch_size=14)
         config = transformers.Qwen2VLConfig(text_config=TEXT | dict(rope_parameters=ROPE),
@@ -2192,7 +2205,8 @@ def test_lora_exports_a_plain_folder(questions, tmp_path):
 def planned(model, capsys, accelerator=ACCELERATOR, **changes):
     """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
     cfg = perl.parse_config(["--model", model, "--dry-run"])
-    perl.plan_memory(dataclasses.replace(cfg, **dict(dtype="bf16") | changes), accelerator)
+    cfg = dataclasses.replace(cfg, **dict(dtype="bf16", gpu_gb=130, optimizer_device="host") | changes)
+    perl.plan_memory(cfg, accelerator)
     text = capsys.readouterr().out
     parts = {name: float(gb) for gb, name in re.findall(r"(?m)^ *([\d.]+)  (.+)$", text)}
     return parts, float(re.search(r"([\d.]+) billion parameters", text)[1])
@@ -2216,44 +2230,89 @@ def model_7b(tmp_path):
 
 def test_the_plan_of_the_7b(model_7b, capsys):
     parts, trained = planned(model_7b, capsys)
+    assert trained == 8.292 and parts["weights"] == pytest.approx(16.58, abs=0.01)
+    assert parts["gradients on the GPU"] == pytest.approx(4 * 8.292, abs=0.01)
+    assert parts["AdamW's state"] == pytest.approx(12 * 8.292, abs=0.01)
     # A token's keys and values: 2 of them, 28 layers, 4 heads of 128 numbers of 2 bytes.
     cache = 2 * 28 * 4 * 128 * 2 * (384 * 2048 + 4 * 16384) / 1e9
-    assert trained == 8.292 and parts == pytest.approx({
-        "weights": 16.58, "float32 gradients": 33.17, "keys and values of sampling": cache,
-        "AdamW's state": 99.51}, abs=0.01)
-    for changes, factors in ((dict(dtype="float32"), (2, 1, 2, 1)),
-                             (dict(accelerator=process(4)), (1, 1, 1, 1 / 4))):
-        other, _ = planned(model_7b, capsys, **changes)
-        expected = [gb * factor for gb, factor in zip(parts.values(), factors)]
-        assert [*other.values()] == pytest.approx(expected, abs=0.02)
+    assert cache < parts["prompts, keys and values"] < 1.05 * cache
+    assert parts["host memory"] == pytest.approx((12 + 2) * 8.292, abs=0.02), "AdamW, reference"
+    # Checkpoints: the weights, and 12 bytes for each trained one; two while one is written.
+    assert parts["disk for checkpoints"] == pytest.approx(2 * (2 + 12) * 8.292, abs=0.02)
+    double, _ = planned(model_7b, capsys, dtype="float32")
+    assert double["weights"] == pytest.approx(2 * parts["weights"], abs=0.02)
+    four, _ = planned(model_7b, capsys, accelerator=process(4))
+    assert four["AdamW's state"] == pytest.approx(3 * 8.292, abs=0.01)
+    assert four["host memory"] == pytest.approx((12 + 4 * 2) * 8.292, abs=0.02), "four references"
     # 7.616 is the language model; an adapter adds 64 * (inputs + outputs) numbers.
     for changes, expected in ((dict(freeze_vision=True), 7.616), (dict(lora_rank=64), 0.161)):
         other, fewer = planned(model_7b, capsys, **changes)
         assert fewer == expected
         assert other["AdamW's state"] == pytest.approx(12 * fewer, abs=0.01)
-        assert other["float32 gradients"] == pytest.approx(4 * fewer, abs=0.01)
+        assert other["gradients on the GPU"] == pytest.approx(4 * fewer, abs=0.01)
 
-# The parts are 16.6 + max(33.2, 48.9) + 99.5 GB; 92 % of the free memory are for them.
-FEW = dict(rollout_batch=96)  # a cache of 15.4 GB: the gradients are larger
+ALL = (384, 16384)  # the default sizes
 
-@table("free, world, typed, place", [
-    (180, 1, {}, "gpu"), (179, 1, {}, "host"), (179, 1, dict(optimizer_device="gpu"), None),
-    (200, 1, dict(optimizer_device="host"), "host"), (120, 4, {}, "gpu"),
-    (72, 1, {}, "host"), (71, 1, {}, None), (71, 1, dict(optimizer_device="host"), None),
-    (55, 1, FEW, "host"), (54, 1, FEW, None), (40, 1, FEW | dict(lora_rank=64), "gpu")])
-def test_where_the_state_lies_and_what_does_not_fit(
-        monkeypatch, model_7b, free, world, typed, place):
+@table("free, world, typed, place, sizes", [
+    (200, 1, {}, "gpu", ALL), (120, 4, {}, "gpu", ALL), (141, 1, {}, HOST, ALL),
+    (80, 1, {}, HOST, ALL), (48, 1, {}, ALL_ON_HOST, (192, 8192)),
+    (200, 1, dict(optimizer_device="host"), HOST, ALL), (24, 1, {}, None, None),
+    (141, 1, dict(optimizer_device="gpu"), None, None),
+    (48, 1, dict(optimizer_device="host"), ALL_ON_HOST, (192, 8192)),
+    (48, 1, dict(rollout_batch=300), None, None), (48, 1, dict(rollout_batch=90), ALL_ON_HOST, (90, 16384)),
+    (24, 1, dict(lora_rank=64, max_prompt_tokens=2048), ALL_ON_HOST, (24, 2048))])
+def test_what_fits_a_card(monkeypatch, model_7b, capsys, free, world, typed, place, sizes):
+    """Where AdamW's state and the gradients lie, and sizes where none were typed."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 1e12))
+    rooms(monkeypatch, 999, 999)
     cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
-    planned = dataclasses.replace(cfg, gpu_gb=free)  # without a GPU at hand
-    for its, device in ((cfg, torch.device("cuda")), (planned, CPU)):
+    on_a_laptop = dataclasses.replace(cfg, gpu_gb=free)
+    for its, device in ((cfg, torch.device("cuda")), (on_a_laptop, CPU)):
         if place:
             assert perl.plan_memory(its, process(world, device=device)) == place
+            chosen = its.rollout_batch, its.max_tokens_per_micro_batch
+            assert sizes is None or chosen == sizes
+            assert its.rollout_batch == typed.get("rollout_batch", its.rollout_batch)
+            out = capsys.readouterr().out
+            assert f"{chosen[0]} sequences" in out and f"{chosen[1]} tokens" in out and place in out
         else:
-            with ends("GB.* --rollout-batch .*--lora-rank"):
+            with ends(r"needs .* GB \(GPU .*; there are") as end:
                 perl.plan_memory(its, process(world, device=device))
-    if not typed:
-        assert perl.plan_memory(cfg, process(1)) == "gpu", "on a CPU, beside the weights"
+    if not place:  # what the message names does help
+        for flags in re.split(" or ", str(end.value).split("what makes it fit: ")[1]):
+            helped = ["--model", model_7b]
+            for name, value in (typed | dict(gpu_gb=free)).items():
+                helped += [perl.flag_of(name), str(value)]
+            fine = dataclasses.replace(perl.parse_config(helped + flags.split()), dtype="bf16")
+            assert perl.plan_memory(fine, process(world)) in perl.PLACES
+
+def rooms(monkeypatch, host, disk):
+    """A machine with this memory and this disk, in GB."""
+    sizes = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": int(host * 1e6)}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=disk * 1e9))
+
+@table("host, disk, typed, world, message", [
+    (100, 999, {}, 1, r"needs 116.1 GB \(host memory; there are 100.0\); .*: --beta 0.0 or --lora-rank"),
+    (120, 999, {}, 1, None), (120, 999, {}, 2, r"needs 132.7 GB \(host memory"),
+    (999, 200, {}, 1, r"232.2 GB \(disk for checkpoints; there are 200.0\); what makes it fit: --lora-rank 64"),
+    (20, 999, dict(gpu_gb=80), 1, None)])  # planned for another machine
+def test_host_memory_and_disk_are_checked(monkeypatch, model_7b, host, disk, typed, world, message):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    rooms(monkeypatch, host, disk)
+    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
+    accelerator = process(world, device=torch.device("cuda"))
+    with ends(message) if message else contextlib.nullcontext():
+        perl.plan_memory(cfg, accelerator)
+
+def test_on_a_cpu_the_default_sizes_stay(monkeypatch, model_7b):
+    rooms(monkeypatch, 999, 999)
+    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="float32")
+    assert perl.plan_memory(cfg, process(1)) == "gpu", "beside the weights"
+    assert (cfg.rollout_batch, cfg.max_tokens_per_micro_batch) == ALL
+    rooms(monkeypatch, 230, 999)  # weights twice, AdamW and a layer's work: it is one memory
+    with ends(r"needs 268.* GB \(host memory; there are 230"):
+        perl.plan_memory(cfg, process(1))
 
 @table("typed, device, dtype", [
     ({}, "cuda", "bf16"), ({}, "cpu", "float32"), (dict(gpu_gb=80.0), "cpu", "bf16"),
@@ -5052,3 +5111,326 @@ def test_a_judge_is_asked_once_per_batch_and_not_in_evaluation(data, tmp_path, m
     names["judge"] = judge
     main(arguments(data, tmp_path, filter="none", steps=2, eval_every=1))
     assert asked == [3 * 2 * 3] * 2, "questions x orders x rollouts, once in each step"
+
+# ---- memory: the step at true size, gradients on the host, what fits ---------------------
+# Published sizes. Windows of the vision tower take the same bytes as full attention.
+ROPE_LARGE = dict(rope_type="default", rope_theta=1e6)
+QWEN2_5 = dict(rope_parameters=ROPE_LARGE | dict(mrope_section=[16, 24, 24]))
+TOWER_2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                 fullatt_block_indexes=list(range(32)))
+QWEN3 = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+             num_hidden_layers=36, rope_parameters=ROPE_LARGE | dict(mrope_section=[24, 20, 20]))
+TRUE_SIZES = {  # model type, language model, vision tower
+    "Qwen2.5-VL-3B": (
+        "qwen2_5_vl", QWEN2_5 | dict(
+            hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, vocab_size=151936,
+            num_key_value_heads=2, intermediate_size=11008, tie_word_embeddings=True),
+        TOWER_2_5 | dict(out_hidden_size=2048)),
+    "Qwen2.5-VL-7B": (
+        "qwen2_5_vl", QWEN2_5 | dict(
+            hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, vocab_size=152064,
+            num_key_value_heads=4, intermediate_size=18944, tie_word_embeddings=False),
+        TOWER_2_5 | dict(out_hidden_size=3584)),
+    "Qwen3-VL-4B": (
+        "qwen3_vl", QWEN3 | dict(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
+        dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16,
+             out_hidden_size=2560, deepstack_visual_indexes=[5, 11, 17])),
+    "Qwen3-VL-8B": (
+        "qwen3_vl", QWEN3 | dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False),
+        dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
+             out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24]))}
+
+def true_config(name, **changes):
+    """A Config on a GPU, and the config of the model."""
+    kind, text, tower = TRUE_SIZES[name]
+    ids = {key: value for key, value in json_of(TINY / "config.json").items()
+           if key.endswith("token_id")}
+    config = transformers.AutoConfig.for_model(
+        kind, text_config=text, vision_config=tower,
+        tie_word_embeddings=text["tie_word_embeddings"], **ids)
+    return perl.Config(model=name, dtype="bf16", **changes), config
+
+aten = torch.ops.aten
+
+def tensors_in(values):
+    """The tensors among them, and in lists of them."""
+    tensors = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            tensors += tensors_in(value)
+    return tensors
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live tensors on the meta device, which have shapes but no numbers.
+    Integers keep their numbers, on the CPU, so that code which reads them runs as it is."""
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = tensors_in([*args, *kwargs.values()])
+        on_meta = [x.is_meta for x in tensors]
+        if func is aten._local_scalar_dense.default and any(on_meta):
+            return 1.0 if tensors[0].is_floating_point() else 1  # any number does
+        if any(on_meta) and func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            places = []  # a mask of true and false says where, and so how many
+            for index in args[1]:
+                is_mask = index is not None and index.dtype == torch.bool
+                places += index.nonzero().unbind(1) if is_mask else [index]
+            args = (args[0], places, *args[2:])
+        if any(on_meta) and not all(on_meta):
+            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to("meta"), (args, kwargs))
+        elif not any(on_meta) and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            dtype = tensors[0].dtype if tensors else kwargs.get("dtype") or torch.float32
+            kwargs = kwargs if dtype.is_floating_point else kwargs | {"device": "cpu"}
+        out = func(*args, **kwargs)
+        for x in tensors_in([out]):
+            if x.is_meta:
+                self.count(x.untyped_storage())
+        return out
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        def freed(_):
+            del self.known[key]
+            self.live -= size
+        if key not in self.known:
+            self.known[key] = weakref.ref(storage, freed)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def peak_of(self, function, *args, **named):
+        """The peak in GB while it runs."""
+        self.peak = self.live
+        function(*args, **named)
+        return self.peak / 1e9
+
+def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                    enable_gqa=False):
+    """The memory of a GPU's kernel: no scores; a mask is copied in the query's dtype."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(q.device).to(q.dtype)
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+def product_of_a_gpu(a, b):
+    return torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32, device=a.device)
+
+def prompt_of_images(length, config):
+    """One large image takes the bytes of many small ones. Its pixels are in host memory."""
+    tower = config.vision_config
+    side = 16 * tower.spatial_merge_size
+    rows = (length - 16) // (side // tower.spatial_merge_size) * tower.spatial_merge_size
+    numbers = tower.in_channels * tower.temporal_patch_size * tower.patch_size ** 2
+    tokens = rows * side // tower.spatial_merge_size ** 2
+    with _disable_current_modes():
+        pixels = torch.empty(rows * side, numbers, device="meta")
+    picture = perl.Picture(pixels, torch.tensor([[1, rows, side]]), tokens)
+    ids = [config.vision_start_token_id] + [config.image_token_id] * tokens
+    return perl.Prompt(None, ids + [0] * (length - len(ids)), [picture])
+
+@torch.no_grad()
+def sample_at_true_size(model, cfg):
+    """perl.py's prefill, and a decoding step in which every row reaches its full length."""
+    n, full = cfg.rollouts_per_order, cfg.max_new_tokens - 32  # the buffer grows by 32
+    count = cfg.rollout_batch // n
+    length = min(4 * cfg.max_tokens_per_micro_batch // count, cfg.max_prompt_tokens)
+    joining = [(prompt_of_images(length, model.config), [[] for _ in range(n)])
+               for _ in range(count)]
+    cache = perl.prefill(model, PROCESSOR, joining, cfg, perl.Cache(layers=[]))
+    for layer in cache.layers:
+        shape = list(layer.rows.shape)
+        shape[3] = layer.length = full
+        layer.rows = layer.rows.new_empty(shape)
+    joining[0][0].ids.pop()  # one prompt is padded, so that there is a mask
+    rows = []
+    for prompt, responses in joining:
+        prompt.delta = 0
+        rows += [(prompt, [0] * full) for _ in responses]
+    inputs = perl.next_inputs(model, PROCESSOR, rows, cache, cfg)
+    sampling = GenerationConfig(max_new_tokens=1, do_sample=True, top_k=0, temperature=0.9,
+                                pad_token_id=0, eos_token_id=[1], suppress_tokens=[2, 3])
+    model.generate(**inputs, generation_config=sampling)
+    model.model.rope_deltas = None
+
+def rollouts_at_true_size(cfg, config):
+    """A full micro-batch of nearly nothing but images: the responses have 96 tokens."""
+    n, tokens = cfg.rollouts_per_order, cfg.max_tokens_per_micro_batch
+    length, rollouts = min(tokens, cfg.max_prompt_tokens) - 96 * n, []
+    for _ in range(tokens // (length + 96 * n)):
+        prompt = prompt_of_images(length, config)
+        rollouts += [Rollout(prompt, (0,), "", [0] * 96, "", False, advantage=1.0)] * n
+    return rollouts
+
+def update_at_true_size(model, cfg, times, *, on_host):
+    """add_gradients on a full micro-batch, beside the gradients of an earlier one."""
+    hooks = []
+    for weight in trained(model):
+        weight.grad_dtype = torch.float32
+        if on_host:  # in the place of SplitAdamW.add
+            def drop(own):
+                own.grad = None
+            hooks.append(weight.register_post_accumulate_grad_hook(drop))
+        else:
+            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+    model.train()
+    for _ in range(times):
+        perl.add_gradients(model, PROCESSOR, rollouts_at_true_size(cfg, model.config), 1, cfg)
+    model.eval().zero_grad()
+    for hook in hooks:
+        hook.remove()
+
+SMALL = dict(rollout_batch=48, max_tokens_per_micro_batch=4096, max_prompt_tokens=2048)
+FULL = [("AdamW on the host", {}, HOST), ("gradients there too", {}, ALL_ON_HOST),
+        ("--lora-rank 64", dict(lora_rank=64), HOST)]
+PHASES_OF_MEMORY = {"sampling": "GPU while sampling", "update": "GPU in an update",
+                    "KL reference": "GPU for the KL reference"}
+
+@table("name, cases", [
+    ("Qwen2.5-VL-3B", FULL), ("Qwen3-VL-8B", FULL[:2]), ("Qwen2.5-VL-7B", [
+        ("48 sequences, gradients there too", SMALL, ALL_ON_HOST),
+        ("--freeze-vision", dict(freeze_vision=True), HOST), *FULL])])
+def test_true_size(name, cases, monkeypatch):
+    """perl.py's own passes, run without numbers, and its arithmetic, which may be 15 % above and
+    3 % below. Prints the README's table (pytest -s). Prompts of 8,192 tokens, or of 2,048."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
+    monkeypatch.setattr(perl, "scaled_dot_product_attention", flash_attention)
+    monkeypatch.setattr(perl, "product", product_of_a_gpu)
+    live, measured = LiveBytes(), {}
+    with live:
+        _, config = true_config(name)
+        with torch.device("meta"):
+            model = perl.FAMILY_MODEL.from_config(config, dtype=torch.bfloat16,
+                                                  attn_implementation="shared_prompt").eval()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+        weights = live.live / 1e9
+        for what, changes, place in cases:
+            cfg, peaks = true_config(name, **changes)[0], {}
+            model.model.visual.requires_grad_(not cfg.freeze_vision)
+            if cfg.lora_rank:
+                perl.add_lora(model, cfg)
+            elif changes == SMALL or place == HOST and not changes:
+                peaks["sampling"] = live.peak_of(sample_at_true_size, model, cfg)
+                rollouts = rollouts_at_true_size(cfg, config)
+                peaks["KL reference"] = weights + live.peak_of(
+                    perl.frozen_logprobs, model, PROCESSOR, rollouts, cfg)
+            peaks["update"] = live.peak_of(
+                update_at_true_size, model, cfg, 2 if what == FULL[0][0] else 1,
+                on_host=place == ALL_ON_HOST)
+            counted, row = perl.count_memory(model, cfg, place, 1), f"| {name} | {what} |"
+            for phase, part in PHASES_OF_MEMORY.items():
+                row += f" {peaks[phase]:.1f} ({counted[part]:.1f}) |" if phase in peaks else " |"
+            print(row)
+            for phase, peak in peaks.items():
+                part = PHASES_OF_MEMORY[phase]
+                assert 0.97 <= counted[part] / peak <= 1.15, (row, phase)
+            measured[what] = max(peaks.values())
+    small = measured.get("48 sequences, gradients there too", 0)
+    assert small <= 46, "full fine-tuning of the 7B on a card of 48 GB"
+
+def split_run_of_two_passes(device, **changes):
+    """Weights, state and gradient norms after three updates of two passes each."""
+    cfg = tiny_config(lr=1e-3, optimizer_device=device, **changes)
+    model, norms = perl.load_model("tiny", cfg, CPU), []
+    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
+    for seed in range(6):
+        backward(model, seed)
+        if device == ALL_ON_HOST:
+            assert all(weight.grad is None for weight in trained(model)), "none is left"
+        if seed % 2:
+            norms.append(optimizer.step())
+    return flat_weights(model), optimizer.state_dict(), norms
+
+@table("changes", [{}, dict(dtype="bf16"), dict(freeze_vision=True)])
+@table("max_grad_norm", [0.05, 1e9])
+def test_gradients_summed_in_host_memory_give_the_same_weights(monkeypatch, changes, max_grad_norm):
+    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
+    weights, states, norms = split_run_of_two_passes("gpu", **changes)
+    on_host, its_states, its_norms = split_run_of_two_passes(ALL_ON_HOST, **changes)
+    assert norms == its_norms and norms[0] > 0.05 and torch.equal(weights, on_host)
+    for name, state in states.items():
+        assert all(torch.equal(state[key], its_states[name][key]) for key in state)
+
+def test_a_bad_gradient_in_host_memory_is_skipped_and_forgotten():
+    cfg = tiny_config(lr=1e-3, optimizer_device=ALL_ON_HOST)
+    model = perl.load_model("tiny", cfg, CPU)
+    optimizer, before = perl.SplitAdamW(model, cfg, ACCELERATOR), flat_weights(model)
+    backward(model, 0)
+    optimizer.sums["lm_head.weight" if "lm_head.weight" in optimizer.sums else
+                   next(iter(optimizer.sums))].view(-1)[3] = math.nan
+    assert not math.isfinite(optimizer.step()) and torch.equal(before, flat_weights(model))
+    backward(model, 0)
+    assert math.isfinite(optimizer.step()) and not torch.equal(before, flat_weights(model))
+
+def test_host_sums_of_several_processes_are_reduced_where_the_weights_are(monkeypatch):
+    """NCCL takes no tensor of the host. All processes have the same gradients here."""
+    reduced = []
+    def all_reduce(tensor):
+        reduced.append(tensor.device)
+        tensor *= 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, owner: None)
+    norms = {}
+    for device in ("gpu", ALL_ON_HOST):
+        cfg = tiny_config(optimizer_device=device)
+        model = perl.load_model("tiny", cfg, CPU)
+        optimizer = perl.SplitAdamW(model, cfg, process(2))
+        backward(model, 0)
+        norms[device] = optimizer.step()
+    alone = split_run(1)[2]
+    assert norms["gpu"] == norms[ALL_ON_HOST] == pytest.approx(2 * alone[0])
+    assert len(reduced) == 2 * len(trained(model))
+
+def test_chosen_sizes_are_kept_for_resume(data, tmp_path, monkeypatch):
+    """A size at its default is lowered to what fits; config.json has what was chosen."""
+    def best_fit(cfg, *args, real=perl.best_fit):
+        sized, place, parts, lacks = real(cfg, *args)
+        sized.rollout_batch = 6 if cfg.rollout_batch == 384 else cfg.rollout_batch
+        return sized, place, parts, lacks
+    monkeypatch.setattr(perl, "best_fit", best_fit)
+    perl.main(arguments(data, tmp_path, rollout_batch=384, steps=1, eval_every=0))
+    run = tmp_path / "stage1"
+    assert json_of(run / "config.json")["rollout_batch"] == 6
+    assert json_of(run / "config.json")["optimizer_device"] == "auto"
+    assert perl.parse_config(["--resume", str(run)]).rollout_batch == 6
+
+def test_dry_run_prints_steps_rollouts_tokens_and_checkpoints(model_7b, capsys):
+    cfg = perl.parse_config(["--model", model_7b, "--dry-run", "--gpu-gb", "80"])
+    for filter_, rounds in (("none", 1), ("online", 4)):
+        its = dataclasses.replace(cfg, dtype="bf16", steps=31, filter=filter_)
+        perl.plan_memory(its, ACCELERATOR)
+        text = capsys.readouterr().out
+        assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
+        assert "disk for checkpoints" in text
+
+def test_qwen3_5_samples_and_trains_without_sharing_only(questions, tmp_path, monkeypatch):
+    """A left-padded row of a batch has the log-probabilities that it has alone (its recurrent
+    layers round more than attention does), and greedy decoding takes the most likely token."""
+    path = random_family("qwen3_5", tmp_path / "qwen3_5")
+    refuses("qwen3_5, which needs --no-share", perl.load_processor, path, tiny_config())
+    cfg = tiny_config(share=False, max_new_tokens=12, gradient_checkpointing=True)
+    model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
+    orders = [perl.all_orders(question, 2) for question in questions]
+    groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
+    together = {id(r): row for r, row in
+                perl.frozen_logprobs(model, processor, flatten(groups), cfg)}
+    for rollout in flatten(groups):
+        rollout.advantage = 1.0 if rollout.order[:1] == (0,) else -1.0
+        (_, alone), = perl.frozen_logprobs(model, processor, [rollout], cfg)
+        assert torch.allclose(alone, together[id(rollout)], atol=2e-3)
+    sums, (norm,) = run_update(model, perl.SplitAdamW(model, cfg, ACCELERATOR), groups, cfg)
+    assert sums["tokens"] > 0 and math.isfinite(norm) and norm > 0
+    def is_likeliest(lm_head, hidden, targets, banned_ids, temperature):
+        logits = lm_head(hidden)
+        logits[:, banned_ids] = -torch.inf
+        return (logits.argmax(dim=1) == targets).float()
+    monkeypatch.setattr(perl, "token_logprobs", is_likeliest)
+    model = perl.load_model(path, cfg, CPU)
+    rows = [row for _, row in perl.frozen_logprobs(model, processor, flatten(groups), cfg)]
+    assert torch.cat(rows).mean() > 0.98

@@ -5,7 +5,6 @@ that dropped it, or `why`, the reason for which its images may not move.
 """
 import math
 import random
-import re
 import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
