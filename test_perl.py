@@ -50,7 +50,7 @@ from perl import Rollout, Sample, flatten
 sys.path.insert(0, str(Path(perl.__file__).parent / "data_samples"))
 import ablate
 import curate
-from ablation import cost, stats
+from ablation import cost, hashes, stats
 
 HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])
 CPU = torch.device("cpu")
@@ -3869,7 +3869,7 @@ def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, s
     paths = tmp_path / "a.py", tmp_path / "b.py"
     for path, code in zip(paths, (CODE, changed)):
         path.write_text(code)
-    assert (ablate.code_hash(paths[0]) == ablate.code_hash(paths[1])) is same
+    assert (hashes.code_hash(paths[0]) == hashes.code_hash(paths[1])) is same
 
 def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
     base = "base"
@@ -4341,7 +4341,7 @@ def test_the_last_line_of_cost_is_an_object(capsys):
     (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
     (step_flags(1, 4, 9, 1), "--max-new-tokens"),
     (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
-    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of perl")])
+    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of start")])
 def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
         ablate.main(flags)
