@@ -56,7 +56,7 @@ sys.path.insert(0, str(Path(perl.__file__).parent / "data_samples"))
 import ablate
 import curate
 import curate_report
-from ablation import cost, stats
+from ablation import cost, hashes, stats
 
 HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])
 CPU = torch.device("cpu")
@@ -3931,7 +3931,7 @@ def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, s
     paths = tmp_path / "a.py", tmp_path / "b.py"
     for path, code in zip(paths, (CODE, changed)):
         path.write_text(code)
-    assert (ablate.code_hash(paths[0]) == ablate.code_hash(paths[1])) is same
+    assert (hashes.code_hash(paths[0]) == hashes.code_hash(paths[1])) is same
 
 def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
     base = "base"
@@ -3982,8 +3982,9 @@ class AtOnce(Executor):
 
 @pytest.fixture
 def ablation(tmp_path, monkeypatch):
-    """ablate.py on runs without training: worst order .5, .6 .. by seed, minus .1 for plain
-    GRPO; those in `broken` fail. Returns what calls it, the runs started, `broken`, its file."""
+    """ablate.py on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO
+    and .2 for another training set; those in `broken` fail. Returns what calls it, the runs
+    started, `broken`, its file."""
     started, broken, path = [], set(), tmp_path / "ablation.jsonl"
     def trained(argv=None):
         argv = argv or sys.argv[1:]
@@ -3992,7 +3993,8 @@ def ablation(tmp_path, monkeypatch):
         started.append((name, seed))
         if (name, seed) in broken:
             raise SystemExit("out of memory")
-        write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo"))
+        skewed = 0.2 * name.endswith("-0.5")
+        write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo") - skewed)
     def measured(checkpoint, path, n_orders, max_new_tokens):
         worst = 0.25
         if checkpoint != "tiny":
@@ -4291,14 +4293,17 @@ def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypa
         monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    measure = ablate.measure
-    monkeypatch.setattr(ablate, "measure", lambda checkpoint, _, n_orders, max_new_tokens: measure(
-        checkpoint, data.with_name("eval.jsonl"), 2, 16))
+    measure, measured = ablate.measure, []
+    def measure_few(checkpoint, path, n_orders, max_new_tokens):
+        measured.append(checkpoint)
+        return measure(checkpoint, data.with_name("eval.jsonl"), 2, 16)
+    monkeypatch.setattr(ablate, "measure", measure_few)
     short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
     monkeypatch.setattr(ablate, "EVALUATION", short)
     arm = ablate.ARMS["agree"]._replace(stages=("--filter none", "--stage 2 --filter none"))
     line = ablate.run("agree", arm, 100, tmp_path)
     assert [point[0] for point in line["curve"]] == [0, 1, 0, 1] and line["steps"] == 2
+    assert measured == [str(tmp_path / "agree-seed100/stage2/checkpoint-1")]
     assert len(line["all"]) == 3 and line["places"] and 0 <= line["with_gradient"] <= 1
     log = (tmp_path / "agree-seed100.log").read_text()
     assert log.count("step 1/1") == 2 and "stage1/checkpoint-1" in log
@@ -4403,7 +4408,7 @@ def test_the_last_line_of_cost_is_an_object(capsys):
     (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
     (step_flags(1, 4, 9, 1), "--max-new-tokens"),
     (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
-    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of perl")])
+    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of start")])
 def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
         ablate.main(flags)

@@ -8,17 +8,15 @@
     python data_samples/ablate.py --tables    # tables of both READMEs, and the figure
     python data_samples/ablate.py --cost      # a training step with and without sharing
 
-Every arm trains the tiny model on the same seeds. A finished run is a line of ablation.jsonl,
-with a hash of what it depends on: the code of perl.py (without comments and docstrings), the
-samples, the start model, and the arm's flags and code. While the hash stays the same, the run
-is not repeated, so the file can be committed and continued on another machine. With --fork,
-new lines go to SCRATCH/forks.jsonl instead.
+Every arm trains the tiny model on the same seeds. A finished run is a line of
+ablation.jsonl, with a hash of what it depends on: the code of perl.py (without comments and
+docstrings), the samples, the start model, and the arm's flags and code. While the hash stays
+the same, the run is not repeated, so the file can be committed and continued on another
+machine. With --fork, new lines go to SCRATCH/forks.jsonl instead.
 """
 import argparse
-import ast
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import re
@@ -42,6 +40,7 @@ MAKER, LINES = HERE / "make_samples.py", HERE / "ablation.jsonl"
 sys.path.insert(0, str(HERE.parent))
 from ablation.cost import cost
 from ablation.figure import draw
+from ablation.hashes import code_hash, hash_of
 from ablation.stats import holm, interval
 
 import perl  # found through the line above
@@ -53,12 +52,13 @@ class Arm(NamedTuple):
     """One experiment, run once per seed."""
     title: str
     stages: tuple[str, ...] = ("",)  # flags of each run of perl.py, in turn
-    data: str = ""                   # flags of make_samples.py, for a training set of its own
+    data: str = ""                   # flags of make_samples.py: another training set
     fork: str = ""                   # a file that replaces functions of perl.py
     rival: str = "perl"              # PeRL with the same data and budget, to compare with
     more_images: bool = False        # measure it with more images too
 
-# The end of a run is measured from its checkpoint; evaluations in between are for the figure.
+# Evaluations take longer than training. So the end of a run is measured once, from its
+# checkpoint, and only the arms that the figure shows evaluate on the way.
 EVALUATION, N_ORDERS = "--eval-every 0 --eval-orders 6", 6
 GRPO, LONG = "--n-permutations 0", "--steps 120 --eval-every 20"
 ONLY_IMAGES, MORE_IMAGES = "--kinds largest,smallest,match", "--more-images"
@@ -74,7 +74,8 @@ ARMS = {
     "perl-images": Arm("PeRL, only questions for an image", data=ONLY_IMAGES, rival=""),
     "grpo-images": Arm("plain GRPO, only questions for an image", (GRPO,), ONLY_IMAGES,
                        rival="perl-images")}
-FIRST = tuple(ARMS)  # they run before the others
+# They run before the others, which may never run on a small machine.
+FIRST = tuple(ARMS)
 # 0.95 is the share of data_samples/train.jsonl itself.
 for share in ("balanced", "0.5", "0.8", "1"):
     title, data = f"right image first: {share}", f"--first-share {share}"
@@ -96,29 +97,6 @@ ARMS |= {
     "stages-0-1-2": Arm("stages 0, 1, 2: 20 steps each", ("--stage 0", *STAGES_1_2))}
 
 # ---- What a run depends on -------------------------------------------------------------
-
-def syntax(node) -> str:
-    """A syntax tree as text, without docstrings and line numbers."""
-    if isinstance(node, list):
-        return "[" + " ".join(map(syntax, node)) + "]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    text = type(node).__name__
-    for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                value = value[1:]
-        # Each version of Python adds fields that are empty in older code.
-        if value is not None and value != []:
-            text += f" {name}={syntax(value)}"
-    return f"({text})"
-
-def code_hash(path: str | Path) -> str:
-    """Of a Python file. Comments, blank lines and docstrings do not change it."""
-    return hash_of(syntax(ast.parse(Path(path).read_text(encoding="utf-8"), path)))
-
-def hash_of(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 def base_hash() -> str:
     """Of what all arms share: perl.py, the samples, the start model."""
@@ -156,9 +134,9 @@ def made_data(flags: str, scratch: Path) -> Path:
     return folder
 
 def start_fork(path: str, commands: list[list[str]], dry: bool = False) -> None:
-    """What `python PATH FLAGS` does; with several commands, perl.main() once for each; dry: only
-    the flags are read. Exits if the file sets a name that perl.py does not have, because nothing
-    would use it."""
+    """What `python PATH FLAGS` does; with several commands, perl.main() once for each; dry:
+    only the flags are read. Exits if the file sets a name that perl.py does not have, because
+    nothing would use it."""
     known, main, called = set(vars(perl)), perl.main, []
 
     def checked_main(own_flags=None):
@@ -171,7 +149,8 @@ def start_fork(path: str, commands: list[list[str]], dry: bool = False) -> None:
             (perl.parse_config if dry else main)(flags)
 
     perl.main, sys.argv = checked_main, [path, *perl.flatten(commands[:1])]
-    sys.path.insert(0, str(Path(path).parent))  # for modules beside it, as with `python PATH`
+    # As with `python PATH`, the file can import modules that lie beside it.
+    sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(path, run_name="__main__")
     if not called:
         raise SystemExit(f"{path} does not call perl.main(): a fork does `import perl`, "
@@ -179,14 +158,14 @@ def start_fork(path: str, commands: list[list[str]], dry: bool = False) -> None:
 
 # It needs a process of its own, because forks change perl.py's functions for good.
 def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
-    """Train one arm with one seed, in scratch/NAME-seedSEED -> its line of ablation.jsonl."""
+    """Train an arm with a seed, in scratch/NAME-seedSEED -> its line of ablation.jsonl."""
     out = scratch / f"{re.sub('[^A-Za-z0-9.]+', '-', name)}-seed{seed}"
     line, checkpoint, data, commands = heading(name, arm, seed), "tiny", [], []
     if arm.data:
         data = ["--data", str(made_data(arm.data, scratch) / "train.jsonl")]
     for flags in arm.stages:
-        commands.append([*EVALUATION.split(), *shlex.split(flags), *data, "--seed", str(seed),
-                         "--out", str(out)])
+        commands.append([*EVALUATION.split(), *shlex.split(flags), *data,
+                         "--seed", str(seed), "--out", str(out)])
     shutil.rmtree(out, ignore_errors=True)
     with open(f"{out}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
         if arm.fork:
@@ -212,33 +191,36 @@ def read_run(out: Path) -> dict:
     """From metrics.jsonl: evaluations [step, accuracy, worst order, bias]; shares of groups
     trained on, of groups with a gradient, and of these, of groups with one by permutation
     alone; seconds of sampling and updates."""
-    trained, curve, totals = [], [], dict.fromkeys(("with", "by", "kept", "drawn", "seconds"), 0)
+    curve, steps, seconds = [], 0, 0.0
+    drawn, kept, with_gradient, by_permutation = 0, 0, 0.0, 0.0
     for path in sorted(out.glob("stage[12]/metrics.jsonl")):
         for row in perl.read_lines(path):
             if "eval_accuracy" in row:
-                values = row["eval_accuracy"], row["eval_worst"], row["eval_bias"]
-                curve.append([row["step"], *[round(value, 5) for value in values]])
-            if row["step"] > 0:
-                trained.append(row)
-    if not trained:
+                curve.append([row["step"], *rounded(
+                    row["eval_accuracy"], row["eval_worst"], row["eval_bias"])])
+            if row["step"] == 0:
+                continue
+            # Steps of the online filter draw more groups than others, so they count more.
+            groups = row["kept"] + row["dropped"]
+            drawn, kept, steps = drawn + groups, kept + row["kept"], steps + 1
+            with_gradient += groups * row.get("with_gradient", 0)
+            by_permutation += (groups * row.get("with_gradient", 0)
+                               * row.get("by_permutation", 0))
+            seconds += row["seconds_sample"] + row["seconds_update"]
+    if not steps:
         raise RuntimeError("no step of training: the last stage must be 1 or 2")
-    for row in trained:
-        groups = row["kept"] + row["dropped"]
-        totals["kept"] += row["kept"]
-        totals["drawn"] += groups
-        totals["with"] += row.get("with_gradient", 0) * groups
-        totals["by"] += row.get("by_permutation", 0) * row.get("with_gradient", 0) * groups
-        totals["seconds"] += row["seconds_sample"] + row["seconds_update"]
-    return {"steps": len(trained), "curve": curve,
-            "kept": round(totals["kept"] / totals["drawn"], 4),
-            "with_gradient": round(totals["with"] / totals["drawn"], 4),
-            "by_permutation": round(totals["by"] / max(totals["with"], 1e-9), 4),
-            "training_seconds": round(totals["seconds"], 1)}
+    return {"steps": steps, "curve": curve, "kept": round(kept / drawn, 4),
+            "with_gradient": round(with_gradient / drawn, 4),
+            "by_permutation": round(by_permutation / max(with_gradient, 1e-9), 4),
+            "training_seconds": round(seconds, 1)}
+
+def rounded(*values: float) -> list[float]:
+    return [round(value, 5) for value in values]
 
 def measure(checkpoint: str, path: Path, n_orders: int, max_new_tokens: int) -> dict:
     """Greedy answers to the questions of a file, in at most n_orders orders: accuracy, worst
-    order and bias, over `all` and over those that `ask` for an image; accuracy by the position
-    of the right image, from 1."""
+    order and bias, over `all` and over those that `ask` for an image; accuracy by the
+    position of the right image, from 1."""
     cfg = dataclasses.replace(perl.parse_config([]), max_new_tokens=max_new_tokens)
     device, asking, places = Accelerator().device, [], {}
     perl.transformers.logging.set_verbosity_error()
@@ -254,14 +236,16 @@ def measure(checkpoint: str, path: Path, n_orders: int, max_new_tokens: int) -> 
             for rollout in group:
                 place = perl.named_positions(rollout.prompt.sample)[0] + 1
                 places.setdefault(place, []).append(rollout.accuracy)
-    by_place = {str(place): round(fmean(places[place]), 5) for place in sorted(places)}
+    by_place = {}
+    for place in sorted(places):
+        by_place[str(place)] = round(fmean(places[place]), 5)
     return {"all": shares_right(groups), "ask": shares_right(asking), "places": by_place}
 
 def shares_right(groups: list[list]) -> list[float]:
     """Accuracy, worst order and bias, as perl.evaluate has them."""
     rows = [[rollout.accuracy for rollout in group] for group in groups]
     worst, best = fmean(map(min, rows)), fmean(map(max, rows))
-    return [round(value, 5) for value in (fmean(map(fmean, rows)), worst, best - worst)]
+    return rounded(fmean(map(fmean, rows)), worst, best - worst)
 
 # ---- All runs, in a pool of processes --------------------------------------------------
 
@@ -271,18 +255,18 @@ fresh_processes = functools.partial(
 
 def missing_runs(arms: dict[str, Arm], seeds: list[int], lines: list[dict]) -> list[tuple]:
     """(name, arm, seed) of the runs that no line has, in the order to run them."""
-    done = {(line["arm"], line["hash"], line["seed"]) for line in lines if "failed" not in line}
+    done, first, others = set(), [], []
+    for line in lines:
+        if "failed" not in line:
+            done.add((line["arm"], line["hash"], line["seed"]))
     hashes = {name: heading(name, arm, 0)["hash"] for name, arm in arms.items()}
-    missing = []
     # Seed by seed, so that an interrupted ablation leaves pairs to compare.
-    for is_first in (True, False):
-        for seed in seeds:
-            for name, arm in arms.items():
-                is_due = arm.stages or seed == 0  # the start model has no seeds
-                is_done = (name, hashes[name], seed) in done
-                if is_due and not is_done and (name in FIRST) == is_first:
-                    missing.append((name, arm, seed))
-    return missing
+    for seed in seeds:
+        for name, arm in arms.items():
+            is_due = arm.stages or seed == 0  # the start model has no seeds
+            if is_due and (name, hashes[name], seed) not in done:
+                (first if name in FIRST else others).append((name, arm, seed))
+    return first + others
 
 def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> None:
     """Run these, `jobs` at a time. A run that failed gets a line that says why."""
@@ -302,14 +286,14 @@ def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> None:
                 error = future.exception()
                 if error:
                     line = heading(name, arm, seed) | {"failed": str(error) or repr(error)}
-                    said = f"{line['failed']}; see {scratch}. The same command runs it again"
+                    said = f"{line['failed']}; see {scratch}; run it again to retry"
                 else:
                     line = future.result()
                     said = f"worst order {line['all'][WORST]:.3f}"
                 perl.append_line(path, line)
                 left = (time.time() - began) / done * (len(missing) - done) / 60
-                print(f"[{done}/{len(missing)}] {name}, seed {seed}: {said}; about {left:.0f} "
-                      "minutes left", flush=True)
+                print(f"[{done}/{len(missing)}] {name}, seed {seed}: {said}; "
+                      f"about {left:.0f} minutes left", flush=True)
         except BaseException:  # after Ctrl-C, what runs or waits must not go on
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
@@ -322,9 +306,11 @@ MEASURES = ("accuracy", "worst order", "bias")
 ACCURACY, WORST, BIAS = 0, 1, 2
 
 def difference(ours: dict, theirs: dict, column: int, part: str = "all") -> list[float]:
-    """A measure of one arm minus that of another in percent, for each seed that both have."""
-    pairs = sorted(ours.keys() & theirs.keys())
-    return [100 * (ours[seed][part][column] - theirs[seed][part][column]) for seed in pairs]
+    """A measure of an arm minus that of another, in percent, for each seed of both."""
+    values = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        values.append(100 * (ours[seed][part][column] - theirs[seed][part][column]))
+    return values
 
 def differences_from_perl(runs: dict) -> dict[tuple, list[float]]:
     """(arm, measure) -> difference by seed from PeRL with the same data and budget."""
@@ -374,8 +360,8 @@ SHARES_OF_GROUPS = {"groups trained on": "kept", "with a gradient": "with_gradie
 BY_SHARE = [f"{kind}-{share}".removesuffix("-0.95") for share in SHARES
             for kind in ("perl", "grpo")]
 IMAGES = ("start", "perl-images", "grpo-images")
-# Marker in a README -> arms (none: those that differ from PeRL in one thing), part of a run's
-# line, columns.
+# Marker in a README -> arms (none: those that differ from PeRL in one thing), part of a
+# run's line, columns.
 TABLES = {
     "main": ((*MAIN, "perl-120", "grpo-120"), "all",
              (*ALL[:5], ALL[6], *list(SHARES_OF_GROUPS)[1:])),
@@ -390,6 +376,7 @@ TABLES = {
 def cells_of(runs: dict, name: str, part: str) -> dict[str, str]:
     """All that tables say of an arm. Bold: Holm's correction leaves this difference."""
     lines, cells = runs[name], {"arm": arm_of(name).title, "seeds": len(runs[name])}
+    # The correction is for the tests that `arms` and `shares` show, on all questions.
     survivors = holm(differences_from_perl(runs)) if part == "all" else []
     for column, its_name in enumerate(MEASURES):
         cells[its_name] = shown([100 * line[part][column] for line in lines.values()])
@@ -422,41 +409,49 @@ def arms_table(runs: dict, which: str) -> str:
 
 def longer_table(runs: dict) -> str:
     """Worst order over the steps of the longer budget."""
-    ours, theirs = (runs.get(name, {}) for name in ("perl-120", "grpo-120"))
-    rows = [["step", "seeds", "PeRL", "plain GRPO", "PeRL minus plain GRPO"]]
-    pairs = sorted(ours.keys() & theirs.keys())
-    for k in range(min([len(ours[seed]["curve"]) for seed in pairs], default=0)):
-        points = [[100 * its[seed]["curve"][k][1 + WORST] for seed in pairs]
-                  for its in (ours, theirs)]
-        gaps = [our - their for our, their in zip(*points)]
-        rows.append([ours[pairs[0]]["curve"][k][0], len(pairs), *map(shown, points),
-                     shown(gaps, "+")])
-    return table(rows) if pairs else NOT_RUN
+    ours, theirs = runs.get("perl-120", {}), runs.get("grpo-120", {})
+    rows, by_step = [["step", "seeds", "PeRL", "plain GRPO", "PeRL minus plain GRPO"]], {}
+    for seed in sorted(ours.keys() & theirs.keys()):
+        for point, other in zip(ours[seed]["curve"], theirs[seed]["curve"]):
+            worst, others_worst = 100 * point[1 + WORST], 100 * other[1 + WORST]
+            pair = worst, others_worst, worst - others_worst
+            by_step.setdefault(point[0], []).append(pair)
+    for step, pairs in by_step.items():
+        perl_worst, grpo_worst, gaps = zip(*pairs)
+        rows.append([step, len(pairs), shown(perl_worst), shown(grpo_worst), shown(gaps, "+")])
+    return table(rows) if by_step else NOT_RUN
 
 def holm_text(runs: dict) -> str:
     """Which differences from PeRL the correction leaves, in sentences."""
-    differences = differences_from_perl(runs)
+    differences, n_plain, found = differences_from_perl(runs), 0, {}
     survivors = holm(differences)
-    n_plain = sum(abs(center) > half for center, half in map(interval, differences.values()))
-    text = (f"Of {len(differences)} paired differences from PeRL with the same data and budget "
-            f"(accuracy and worst order), {n_plain} have a 95 % interval without 0, and "
-            f"{len(survivors)} survive Holm's correction for their number:\n\n")
-    for column in (WORST, ACCURACY):
-        for word, sign in (("below", -1), ("above", 1)):
-            found = [arm_of(name).title for name, which in differences if which == column and
-                     (name, which) in survivors and sign * fmean(differences[name, which]) > 0]
-            text += f"- {MEASURES[column]} {word} PeRL's: {'; '.join(found) or 'none'}\n"
+    for (name, column), values in differences.items():
+        center, half = interval(values)
+        n_plain += abs(center) > half
+        if (name, column) in survivors:
+            which = MEASURES[column], "below" if center < 0 else "above"
+            found.setdefault(which, []).append(arm_of(name).title)
+    text = (f"Of {len(differences)} paired differences from PeRL with the same data and "
+            f"budget (accuracy and worst order), {n_plain} have a 95 % interval without 0, "
+            f"and {len(survivors)} survive Holm's correction for their number:\n\n")
+    for its_name in ("worst order", "accuracy"):
+        for word in ("below", "above"):
+            titles = "; ".join(found.get((its_name, word), ["none"]))
+            text += f"- {its_name} {word} PeRL's: {titles}\n"
     return text
 
 def runs_text(code: str, last: dict[tuple, dict]) -> str:
     """Which code the runs are of, how many there are, and which failed."""
-    failed = [f"{name}, seed {seed} ({line['failed']})"
-              for (name, seed), line in sorted(last.items()) if "failed" in line]
-    wanted = [(name, seed) for name, arm in ARMS.items() for seed in range(8 if arm.stages else 1)]
-    missing = len(wanted) - len(last.keys() & wanted)
+    failed, n_missing, n_all = [], 0, 0
+    for (name, seed), line in sorted(last.items()):
+        if "failed" in line:
+            failed.append(f"{name}, seed {seed} ({line['failed']})")
+    for name, arm in ARMS.items():
+        for seed in range(8 if arm.stages else 1):
+            n_all, n_missing = n_all + 1, n_missing + ((name, seed) not in last)
     return (f"{len(last) - len(failed)} runs of perl.py {code}. Failed: "
-            f"{'; '.join(failed) or 'none'}. Of {len(wanted)} runs (every arm, 8 seeds), "
-            f"{missing} have not been started.\n")
+            f"{'; '.join(failed) or 'none'}. Of {n_all} runs (every arm, 8 seeds), "
+            f"{n_missing} have not been started.\n")
 
 def all_tables(code: str, last: dict[tuple, dict]) -> dict[str, str]:
     """What stands between the markers of the READMEs."""
@@ -489,7 +484,8 @@ def fork_arm(parser, path: str, flags: str) -> dict[str, Arm]:
     with fresh_processes(1) as pool:  # misspelt names and flags, before anything runs
         pool.submit(start_fork, path, [shlex.split(flags)], True).result()
     arm = Arm(path, (flags,), fork=str(Path(path).resolve()))
-    return {"perl": ARMS["perl"], "grpo": ARMS["grpo"], f"{Path(path).name} {flags}".strip(): arm}
+    name = f"{Path(path).name} {flags}".strip()
+    return {"perl": ARMS["perl"], "grpo": ARMS["grpo"], name: arm}
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -498,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--short", action="store_true", help="PeRL and plain GRPO, 3 seeds")
     add("--arms", default=",".join(ARMS), help="some of %(default)s")
     add("--seeds", type=seeds_of, default=seeds_of("0-7"), help="A-B [0-7]")
-    add("--fork", help="a file that replaces functions of perl.py, next to PeRL and plain GRPO")
+    add("--fork", help="compare a file that replaces functions of perl.py")
     add("--flags", default="", help='of the fork: --flags="--beta 0.01"')
     add("--tables", action="store_true", help="run nothing; write the READMEs' tables")
     add("--lines", type=Path, default=LINES, help="file of finished runs")
@@ -530,6 +526,7 @@ def show(lines: list[dict], args) -> None:
     """Print what the lines say, separately for each code. Update the figure, and with --tables
     the READMEs: both are of the code with most runs."""
     by_code, now = last_lines(lines), base_hash()[:8]
+    # A few runs of changed code must not replace complete tables.
     most = ""
     for code, last in by_code.items():
         if len(last) >= len(by_code.get(most, ())):
@@ -538,6 +535,7 @@ def show(lines: list[dict], args) -> None:
         texts = all_tables(code, last)
         of = "" if code == now else "another perl.py or other data: "
         print(f"\n{of}{texts.pop('runs')}")
+        # Of results to compare with, only the part that compares is printed.
         if args.fork:
             texts = {"forks": arms_table(by_arm(last), "forks")}
         elif code != most:

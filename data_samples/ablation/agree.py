@@ -19,7 +19,8 @@ def answer_as_given(rollout) -> str | None:
 
 def reward_agreement(column) -> None:
     """column: the t-th rollout of every order."""
-    answers = [answer_as_given(rollout) for rollout in column]
+    answers = list(map(answer_as_given, column))
+    # A tie has no favourite, and neither has a column in which most gave no answer.
     favourite, votes = Counter(answers).most_common(1)[0]
     for rollout, answer in zip(column, answers):
         if answer is not None and answer == favourite and votes > len(column) / 2:

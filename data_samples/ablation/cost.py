@@ -1,4 +1,4 @@
-"""What a step of training costs, with and without sharing: `python data_samples/ablate.py --cost`."""
+"""What a step of training costs, with and without sharing: ablate.py --cost."""
 import dataclasses
 import json
 import math

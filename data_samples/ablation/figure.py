@@ -21,24 +21,24 @@ def draw_line(axes, kind: str, x: list[float], columns: list) -> None:
                   xytext=(7, 0), va="bottom" if is_perl else "top", color=color,
                   textcoords="offset points", weight="bold")
 
-def draw_curves(axes, kind: str, curves: list) -> None:
-    """Evaluations [step, accuracy, worst order, bias] of each seed, thin, and their mean."""
+def draw_curves(axes, kind: str, lines) -> None:
+    """The worst order over the steps of each seed, thin, and their mean."""
     columns = {}
-    for curve in curves:
-        steps, worst = [point[0] for point in curve], [100 * point[2] for point in curve]
-        axes.plot(steps, worst, color=COLORS[kind], alpha=0.25, linewidth=0.8)
-        for step, value in zip(steps, worst):
+    for line in lines:
+        steps, _, worst, _ = torch.tensor(line["curve"]).T
+        axes.plot(steps, 100 * worst, color=COLORS[kind], alpha=0.25, linewidth=0.8)
+        for step, value in zip(steps.tolist(), (100 * worst).tolist()):
             columns.setdefault(step, []).append(value)
-    if curves:
+    if columns:
         draw_line(axes, kind, list(columns), list(columns.values()))
 
 def draw(runs: dict, shares: dict[str, float], path: Path) -> None:
     """Worst order over 40 and over 120 steps; and at the end, by skew of the training set.
     runs: arm -> seed -> line of ablation.jsonl. Nothing is drawn if the picture is of these
     runs and this code already: another version of matplotlib would write other bytes."""
-    drawn = [(name, lines) for name, lines in runs.items() if name.split("-")[0] in COLORS]
+    # The picture notes what it was made from.
     code = Path(__file__).read_text(encoding="utf-8")
-    source = hashlib.sha256(json.dumps([code, drawn]).encode()).hexdigest()
+    source = hashlib.sha256(json.dumps([code, runs]).encode()).hexdigest()
     if path.exists():
         with Image.open(path) as picture:
             if picture.info.get("Description") == source:
@@ -50,7 +50,8 @@ def draw(runs: dict, shares: dict[str, float], path: Path) -> None:
         1, 3, figsize=(12, 4.4), sharey=True, layout="constrained")
     for kind in COLORS:
         for axes, name in ((short, kind), (long, f"{kind}-120")):
-            draw_curves(axes, kind, [line["curve"] for line in runs.get(name, {}).values()])
+            draw_curves(axes, kind, runs.get(name, {}).values())
+        # The arms of the samples themselves have no share in their names.
         ends = {}
         for share, percent in shares.items():
             lines = runs.get(f"{kind}-{share}".removesuffix("-0.95"), {}).values()
