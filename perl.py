@@ -782,13 +782,12 @@ def set_advantages(groups: list[list[Rollout]]) -> None:
         for rollout, advantage in zip(group, group_advantages(rewards)[0].tolist()):
             rollout.advantage = advantage
 
-def varies_within_order(group: list[Rollout]) -> bool:
-    """Whether the rewards of some order's rollouts differ. If not, a group has a gradient
-    only because its images were permuted."""
+def equal_by_order(group: list[Rollout]) -> list[bool]:
+    """For each order, the given one first, whether its rollouts have equal rewards."""
     by_order = {}
     for rollout in group:
         by_order.setdefault(rollout.order, set()).add(rollout.reward)
-    return any(len(rewards) > 1 for rewards in by_order.values())
+    return [len(rewards) == 1 for rewards in by_order.values()]
 
 VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat", "surplus")
 
@@ -1030,8 +1029,10 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
         sums[name] += len(own)
         for group in own:
             has_gradient = any(rollout.advantage != 0 for rollout in group)
+            equal = equal_by_order(group)
             sums.update(groups=1, with_gradient=has_gradient,
-                        by_permutation=has_gradient and not varies_within_order(group))
+                        equal_as_given=has_gradient and equal[0],
+                        by_permutation=has_gradient and all(equal))
         for r in flatten(own):
             sums.update(rollouts=1, accuracy=r.accuracy, format=r.format, reward=r.reward,
                         length=len(r.ids), truncated=r.truncated, idle=r.idle)
@@ -1042,9 +1043,10 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     metrics["dropped"] = sum(total[name] for name in VERDICTS[1:])
     for name in ("accuracy", "format", "reward", "length", "truncated"):
         metrics[name] = total[name] / total["rollouts"]
-    # Of the groups with a gradient, GRPO without permutations would have lost this share.
     metrics["with_gradient"] = total["with_gradient"] / total["groups"]
-    metrics["by_permutation"] = total["by_permutation"] / max(total["with_gradient"], 1)
+    # Of these, the shares that had none from the given order alone, or from any order alone.
+    for name in ("equal_as_given", "by_permutation"):
+        metrics[name] = total[name] / max(total["with_gradient"], 1)
     # Idle is the part of all decoded tokens that came after the end of a response.
     metrics["idle"] = total["idle"] / (total["length"] + total["idle"])
     # Every statistic of policy_loss becomes a metric: its mean over tokens.

@@ -933,25 +933,25 @@ def test_verdict(accuracies, rewards, bounds, expected):
         cfg.filter = name
         assert perl.verdict(group, cfg) == perl.verdict(group, widest)
 
-RIGHT_ONCE = [("given", 1), ("given", 0), ("moved", 1), ("moved", 1)]
+@table("answers, shares", [  # with a gradient; of these, equal as given; by permutation alone
+    ([("given", 1), ("given", 1), ("moved", 0), ("moved", 0)], (1, 1, 1)),
+    ([("given", 1), ("given", 1), ("moved", 0), ("moved", 1)], (1, 1, 0)),
+    ([("given", 1), ("given", 0), ("moved", 1), ("moved", 1)], (1, 0, 0)),
+    ([("given", 1), ("given", 0), ("given", 0)], (1, 0, 0)),
+    ([("given", 1), ("moved", 1)], (0, 0, 0))])
+def test_groups_that_have_a_gradient_and_those_that_owe_it_to_the_permutation(answers, shares):
+    def metrics_of_groups(**groups):
+        metrics = perl.step_metrics({name: [] for name in perl.VERDICTS} | groups, Counter())
+        return [metrics[name] for name in ("with_gradient", "equal_as_given", "by_permutation")]
 
-@table("answers, with_gradient, by_permutation", [
-    ([("given", 1), ("given", 1), ("moved", 0), ("moved", 0)], 1, 1), (RIGHT_ONCE, 1, 0),
-    ([("given", 1), ("given", 0), ("given", 0)], 1, 0), ([("given", 1), ("moved", 1)], 0, 0)])
-def test_groups_that_have_a_gradient_and_those_that_owe_it_to_the_permutation(
-        answers, with_gradient, by_permutation):
     group = [perl.Rollout(None, order, "1", [5], "", False, reward=reward)
              for order, reward in answers]
-    perl.set_advantages([group])
-    groups = {name: [] for name in perl.VERDICTS}
-    metrics = perl.step_metrics(groups | {"kept": [group]}, Counter())
-    assert (metrics["with_gradient"], metrics["by_permutation"]) == (with_gradient, by_permutation)
-    # A second group, with a gradient that GRPO has as well, halves the second share.
-    other = [perl.Rollout(None, "given", "1", [5], "", False, reward=k) for k in (0, 1)]
-    perl.set_advantages([other])
-    metrics = perl.step_metrics(groups | {"too_easy": [group, other]}, Counter())
-    assert metrics["with_gradient"] == (with_gradient + 1) / 2
-    assert metrics["by_permutation"] == by_permutation / (with_gradient + 1)
+    # One that has a gradient without permutations too.
+    other = [perl.Rollout(None, "given", "1", [5], "", False, reward=reward) for reward in (0, 1)]
+    perl.set_advantages([group, other])
+    assert metrics_of_groups(kept=[group]) == list(shares)
+    both = metrics_of_groups(kept=[group], too_easy=[other])
+    assert both == [(shares[0] + 1) / 2, shares[1] / (shares[0] + 1), shares[2] / (shares[0] + 1)]
 
 def test_resample_by_difficulty():
     rng, scores = random.Random(0), [1.0] * 100 + [0.5] * 10
@@ -3952,7 +3952,8 @@ def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatc
 
 def write_run(out, *worst_orders):
     """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
-    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0, by_permutation=0.5)
+    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0, by_permutation=0.5,
+                equal_as_given=0.75)
     evaluation = dict(eval_accuracy=0.75, eval_bias=0.25)
     for stage, worst in enumerate(worst_orders, 1):
         folder = out / f"stage{stage}"
@@ -4027,7 +4028,7 @@ def test_a_finished_run_is_not_run_again_until_its_code_changes(
     assert line == dict(
         ablate.heading("perl", ablate.ARMS["perl"], 0), flags=["--eval-every 10"], steps=2,
         curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]], kept=0.25, with_gradient=0.25,
-        by_permutation=0.5, training_seconds=6.0, all=[0.75, 0.5, 0.25], ask=[0.5, 0.25, 0.25],
+        equal_as_given=0.75, by_permutation=0.5, training_seconds=6.0, all=[0.75, 0.5, 0.25], ask=[0.5, 0.25, 0.25],
         places={"1": 1.0, "2": 0.5}, more_all=[0.75, 0.5, 0.25], more_ask=[0.5, 0.25, 0.25],
         more_places={"1": 1.0, "2": 0.5})
     monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
@@ -4085,7 +4086,7 @@ def test_tables_by_hand(ablation, tmp_path):
     texts = ablate.all_tables("now", ablate.last_lines(read_rows(path))["now"])
     arms, shares = cells_of_table(texts["arms"]), cells_of_table(texts["shares"])
     assert arms["PeRL"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0", "", "", "25 %",
-                            "25 %", "50 %"]
+                            "25 %", "75 %", "50 %"]
     assert arms["plain GRPO"][4:6] == ["+0.0 ± 0.0", "**-10.0 ± 0.0**"]
     assert arms["start model"][:4] == ["1", "75.0", "25.0", "25.0"] and "n_s = 2" not in arms
     skewed = shares["plain GRPO, right image first: 0.5"]
@@ -5050,7 +5051,7 @@ def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_pat
     assert "my_nan" not in titles and "my_word" not in titles and "NaN" not in shown.split("</script>")[-1]
     assert not re.search(r'd="[^"]*NaN', shown)
     of_these = shown[shown.index("Groups that give a gradient"):]
-    assert "owed to the permutation alone" in of_these[:of_these.index("</figure>")]
+    assert "equal rewards in every order" in of_these[:of_these.index("</figure>")]
     first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
     assert first == tuple(sorted(first)), "the group, the curves, the glossary"
     dashes = re.findall('stroke-dasharray="([^"]*)"', shown[shown.index("Held-out questions</fig"):])

@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import active_children, get_context
@@ -189,10 +190,9 @@ def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
 
 def read_run(out: Path) -> dict:
     """From metrics.jsonl: evaluations [step, accuracy, worst order, bias]; shares of groups
-    trained on, of groups with a gradient, and of these, of groups with one by permutation
-    alone; seconds of sampling and updates."""
-    curve, steps, seconds = [], 0, 0.0
-    drawn, kept, with_gradient, by_permutation = 0, 0, 0.0, 0.0
+    trained on and of groups with a gradient, and of these, what perl.py's metrics of that name
+    say; seconds of sampling and updates."""
+    curve, steps, seconds, drawn, kept, shares = [], 0, 0.0, 0, 0, Counter()
     for path in sorted(out.glob("stage[12]/metrics.jsonl")):
         for row in perl.read_lines(path):
             if "eval_accuracy" in row:
@@ -203,15 +203,18 @@ def read_run(out: Path) -> dict:
             # Steps of the online filter draw more groups than others, so they count more.
             groups = row["kept"] + row["dropped"]
             drawn, kept, steps = drawn + groups, kept + row["kept"], steps + 1
-            with_gradient += groups * row.get("with_gradient", 0)
-            by_permutation += (groups * row.get("with_gradient", 0)
-                               * row.get("by_permutation", 0))
+            with_gradient = groups * row["with_gradient"]
+            shares["with_gradient"] += with_gradient
+            for name in ("equal_as_given", "by_permutation"):
+                shares[name] += with_gradient * row[name]
             seconds += row["seconds_sample"] + row["seconds_update"]
     if not steps:
         raise RuntimeError("no step of training: the last stage must be 1 or 2")
+    of_these = max(shares["with_gradient"], 1)
     return {"steps": steps, "curve": curve, "kept": round(kept / drawn, 4),
-            "with_gradient": round(with_gradient / drawn, 4),
-            "by_permutation": round(by_permutation / max(with_gradient, 1e-9), 4),
+            "with_gradient": round(shares["with_gradient"] / drawn, 4),
+            "equal_as_given": round(shares["equal_as_given"] / of_these, 4),
+            "by_permutation": round(shares["by_permutation"] / of_these, 4),
             "training_seconds": round(seconds, 1)}
 
 def rounded(*values: float) -> list[float]:
@@ -356,6 +359,7 @@ NOT_RUN = "not run yet\n"
 MAIN = ("start", "perl", "grpo")
 ALL = ("arm", "seeds", *MEASURES, "accuracy minus PeRL's", "worst order minus PeRL's")
 SHARES_OF_GROUPS = {"groups trained on": "kept", "with a gradient": "with_gradient",
+                    "of these equal as given": "equal_as_given",
                     "of these by permutation alone": "by_permutation"}
 BY_SHARE = [f"{kind}-{share}".removesuffix("-0.95") for share in SHARES
             for kind in ("perl", "grpo")]
