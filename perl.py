@@ -211,8 +211,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
     """Command line -> Config. Invalid settings exit with an error message."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      usage="%(prog)s [--setting value ...]")
-    sections = {title: parser.add_argument_group(title) for title in GROUPS}
+    section = parser.add_argument_group()
     for f in dataclasses.fields(Config):
+        if f.metadata["group"] != section.title:
+            section = parser.add_argument_group(f.metadata["group"])
         values = repr(f.default)
         if f.name in MODEL_PRESETS["tiny"]:
             values += f"; tiny: {MODEL_PRESETS['tiny'][f.name]}"
@@ -221,12 +223,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         # Without defaults, `typed` has only the flags of the command line.
-        sections[f.metadata["group"]].add_argument(
-            flag_of(f.name), help=prose, default=argparse.SUPPRESS, **options)
+        section.add_argument(flag_of(f.name), help=prose, default=argparse.SUPPRESS, **options)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [flag_of(f.name) for f in dataclasses.fields(Config)]
-        raise UserError(f"no such setting: {unknown[0]}{nearest(unknown[0], flags)}")
+        hint = nearest(unknown[0], map(flag_of, Config.__dataclass_fields__))
+        raise UserError(f"no such setting: {unknown[0]}{hint}")
     typed = vars(known)
     for name, value in typed.items():
         if isinstance(value, (int, float)):
@@ -1816,13 +1817,13 @@ def add_lora(model, cfg):
 PLACES = ("gpu", "host", "host, with the gradients")  # of AdamW's state
 
 def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
-    """What a run needs, in GB, from a model without numbers. The whole numbers in the formulas
-    were counted in runs of such models (tests: true_size), where this is 2 % below to 12 above."""
+    """GB that a run needs, by part, from a model without numbers. The constants come from counts
+    of live bytes (test_true_size), which these sums miss by 2 % downward to 12 % upward."""
     text, tower, n = model.config.text_config, model.config.vision_config, cfg.rollouts_per_order
     size, width, vocabulary = model.dtype.itemsize, text.hidden_size, text.vocab_size
     head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
     weights = sum(weight.nbytes for weight in model.parameters())
-    trained = model.num_parameters(only_trainable=True)
+    trained = model.num_parameters(only_trainable=True) if cfg.stage > 0 else 0
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim  # by a token
     image_width = tower.spatial_merge_size ** 2 * len(model.model.visual.patch_embed.proj.weight)
     image = 26 * image_width  # numbers in the tower's widest place for one image token
@@ -1842,11 +1843,15 @@ def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
     # At work is a layer, a chunk of logits, or sums of the largest gradient, that of the head.
     logits, largest = 18 * LOGIT_CHUNK * vocabulary, min(vocabulary * width, trained)
     activations = tokens * kept + max(1.35 * tokens * layer, logits, 8 * largest)
+    activations *= trained > 0  # stage 0 only samples
     adamw, gradients = 12 * trained / world, 4 * trained
-    reference = weights if cfg.beta and not cfg.lora_rank else 0
+    reference = weights if cfg.beta and trained and not cfg.lora_rank else 0
     always, host = (weights + adamw, 0) if place == "gpu" else (weights, adamw)
     if place == PLACES[2]:
         gradients, host = 4 * largest, host + gradients
+    # An older checkpoint goes after the new one is written. best/ has weights alone.
+    copies = 1 + (cfg.keep_checkpoints or math.ceil(cfg.steps / cfg.save_every))
+    copies = 1 if cfg.resume else copies  # the others are there
     parts = {
         "weights": weights, "AdamW's state": adamw, "prompts, keys and values": sampling,
         "gradients on the GPU": gradients, "activations of an update": activations,
@@ -1854,7 +1859,7 @@ def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
         "GPU for the KL reference": always + reference + max(tokens * image, logits),
         "GPU in an update": always + gradients + activations,
         "host memory": (host + reference) * int(os.environ.get("LOCAL_WORLD_SIZE", world)),
-        "disk for checkpoints": (1 if cfg.resume else 2) * (weights + 12 * trained)}
+        "disk for checkpoints": copies * (weights + 12 * trained) + weights}
     return {name: count / 1e9 for name, count in parts.items()}
 
 def free_memory(cfg, accelerator) -> dict[str, float]:
@@ -1899,7 +1904,7 @@ def best_fit(cfg, room: dict, world: int) -> tuple:
                 least, choice = missing, (sized, place, parts, missing)
     return choice
 
-# What may make a run fit; the pair is the last resort. Sizes at their default then adapt.
+# Changes that may make a run fit, the last one only if no other does. Sizes then adapt.
 REMEDIES = (dict(rollout_batch=Config.rollout_batch), dict(optimizer_device="auto"),
             dict(max_tokens_per_micro_batch=Config.max_tokens_per_micro_batch),
             dict(gradient_checkpointing=True), dict(beta=0.0), dict(max_prompt_tokens=2048),
@@ -1921,14 +1926,17 @@ def plan_memory(cfg, accelerator) -> str:
         for name, gb in parts.items():
             accelerator.print(f"{gb:9.2f}  {name}")
     if missing:
-        lacks = [f"{parts[name]:.1f} GB ({name}; there are {room[name]:.1f})"
-                 for name in room if parts[name] > room[name]]
-        helps = []
+        lacks, helps = [], []
+        for name in room:
+            if parts[name] > room[name]:
+                lacks.append(f"{parts[name]:.1f} GB ({name}; there are {room[name]:.1f})")
         for changes in REMEDIES:
             other, *_, missing = best_fit(dataclasses.replace(cfg, **changes), room, world)
             if not missing and (len(changes) == 1 or not helps):
-                flags = [f"{flag_of(name)} {getattr(other, name)}" for name in changes]
-                helps.append(" ".join(flags).removesuffix(" True"))
+                flags = ""
+                for name in changes:
+                    flags += f" {flag_of(name)} {getattr(other, name)}"
+                helps.append(flags.strip().removesuffix(" True"))
         raise UserError(f"{cfg.model} needs {', '.join(lacks)}; what makes it fit: "
                         f"{' or '.join(helps) or 'a smaller model'}")
     cfg.rollout_batch = sized.rollout_batch

@@ -2238,7 +2238,12 @@ def test_the_plan_of_the_7b(model_7b, capsys):
     assert cache < parts["prompts, keys and values"] < 1.05 * cache
     assert parts["host memory"] == pytest.approx((12 + 2) * 8.292, abs=0.02), "AdamW, reference"
     # Checkpoints: the weights, and 12 bytes for each trained one; two while one is written.
-    assert parts["disk for checkpoints"] == pytest.approx(2 * (2 + 12) * 8.292, abs=0.02)
+    disk = "disk for checkpoints"
+    assert parts[disk] == pytest.approx((2 * (2 + 12) + 2) * 8.292, abs=0.02)
+    three, _ = planned(model_7b, capsys, keep_checkpoints=3)
+    assert three[disk] == pytest.approx((4 * (2 + 12) + 2) * 8.292, abs=0.02)
+    scoring, trained = planned(model_7b, capsys, stage=0)
+    assert trained == 0 and scoring["GPU in an update"] == pytest.approx(2 * 8.292, abs=0.02)
     double, _ = planned(model_7b, capsys, dtype="float32")
     assert double["weights"] == pytest.approx(2 * parts["weights"], abs=0.02)
     four, _ = planned(model_7b, capsys, accelerator=process(4))
@@ -2295,7 +2300,7 @@ def rooms(monkeypatch, host, disk):
 @table("host, disk, typed, world, message", [
     (100, 999, {}, 1, r"needs 116.1 GB \(host memory; there are 100.0\); .*: --beta 0.0 or --lora-rank"),
     (120, 999, {}, 1, None), (120, 999, {}, 2, r"needs 132.7 GB \(host memory"),
-    (999, 200, {}, 1, r"232.2 GB \(disk for checkpoints; there are 200.0\); what makes it fit: --lora-rank 64"),
+    (999, 200, {}, 1, r"248.8 GB \(disk for checkpoints; there are 200.0\); what makes it fit: --lora-rank 64"),
     (20, 999, dict(gpu_gb=80), 1, None)])  # planned for another machine
 def test_host_memory_and_disk_are_checked(monkeypatch, model_7b, host, disk, typed, world, message):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
