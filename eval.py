@@ -2,7 +2,7 @@
 """Measures a model on the paper's eight benchmarks and two more, and what order does.
 
     python eval.py                                         # tiny, data_samples/, CPU
-    python eval.py --model Qwen2.5-VL-7B --benchmarks all  # one GPU; MMIU downloads 25 GB
+    accelerate launch eval.py --model Qwen2.5-VL-7B --benchmarks all  # MMIU: 25 GB
     python eval.py --ask "Which shows a cat?" a.png b.png  # your own question
     python eval.py --compare eval_runs/A eval_runs/B       # two models, paired
     python eval.py --chart FILE.png eval_runs/A ...        # their scores as bars
@@ -682,16 +682,12 @@ def score(folder: Path) -> dict:
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 KEPT_SETTINGS = ("instruction", "max_pixels", "max_new_tokens", "rollout_batch", "dtype")
 
-def is_checkpoint(model: Path) -> bool:
-    """Whether this is a folder that a run of perl.py wrote: checkpoint-STEP or best."""
-    return model.name.startswith("checkpoint-") or model.name == "best"
-
 def settings(args) -> perl.Config:
     """Config of perl.py. A checkpoint of a run keeps that run's prompt and sizes."""
     chosen = perl.MODEL_PRESETS.get(args.model, {}) | {"model": args.model}
-    run = Path(args.model).parent / "config.json"
-    if is_checkpoint(Path(args.model)) and run.exists():
-        saved = json.loads(run.read_text())
+    run = Path(args.model).parent
+    if (run / "run_id").exists():
+        saved = json.loads((run / "config.json").read_text())
         chosen = {name: saved[name] for name in ("model", *KEPT_SETTINGS)}
     cfg = perl.Config(**chosen)
     cfg.max_prompt_tokens, cfg.gradient_checkpointing = 16384, False
@@ -753,8 +749,8 @@ def open_folder(folder: Path, config: dict, accelerator) -> set[tuple]:
     accelerator.wait_for_everyone()
     saved = json.loads(path.read_text())
     for name, value in config.items():
-        perl.check(saved.get(name) == value, f"{folder}: {name} was {saved.get(name)!r} and "
-                   f"is {value!r} now; remove the folder or choose another --out")
+        perl.check(saved.get(name) == value, f"{folder} has answers with {name} "
+                   f"{saved.get(name)!r}, not {value!r}; remove it or choose another --out")
     return {(row["id"], row["k"]) for row in perl.read_lines(samples)}
 
 def run_benchmark(name: str, model, processor, cfg, args, *, weights: str, folder: Path,
@@ -827,7 +823,7 @@ def report(results: dict[str, dict], model: str) -> str:
 def compare(folder_a: Path, folder_b: Path) -> str:
     """Paired differences B - A of each benchmark, over questions that both answered."""
     lines = [["benchmark", "n", "A", "B", "B - A [95 %]", "mean over orders",
-              "worst order", "where both were read", "unread A", "unread B"]]
+              "worst order", "where both were read", "no answer A", "no answer B"]]
     for path in sorted(folder_a.glob("*/samples.jsonl")):
         name = path.parent.name
         mean = BENCHMARKS.get(name, BENCHMARKS["digits"]).mean
@@ -839,6 +835,8 @@ def compare(folder_a: Path, folder_b: Path) -> str:
                 a, b = ([row["right"] for row in rows] for rows in (group, other))
                 unread = group[0]["answer"] is None, other[0]["answer"] is None
                 gains = [b[0] - a[0], statistics.mean(b) - statistics.mean(a), min(b) - min(a)]
+                if len(a) == 1:  # as in the report, orders count where there are several
+                    gains[1:] = None, None
                 # Answers that could not be read flatter the gain of a model that boxes.
                 gains.append(None if any(unread) else b[0] - a[0])
                 for column, value in zip(columns, (a[0], b[0], *gains, *unread)):
@@ -852,7 +850,11 @@ def compare(folder_a: Path, folder_b: Path) -> str:
             cells += [percent(average(column)) for column in columns[6:]]
             lines.append([name, sum(map(len, columns[0].values())), *cells])
     perl.check(len(lines) > 1, f"{folder_a} and {folder_b} have no common answers")
-    return f"A = {folder_a}\nB = {folder_b}\n\n{table(lines)}"
+    text = f"A = {folder_a}\nB = {folder_b}\n\n{table(lines)}"
+    for path in [*folder_a.glob("*/config.json"), *folder_b.glob("*/config.json")]:
+        if path.parent.name not in [line[0] for line in lines]:
+            text += f"\nnot compared, since the other lacks it: {path.parent}"
+    return text
 
 COLORS = ("#1a66c9", "#d1600a", "#1a7f37", "#8250df", "#b3261e", "#59636e")  # of models
 
@@ -872,7 +874,8 @@ def chart(file: str, folders: list[str]) -> None:
             label += f"\nup to {result['config']['orders']} orders" if "worst" in orders else ""
             for name in ("mean", "worst")[:len(orders)]:
                 bars[label].append((color, name == "worst", orders[name]))
-    perl.check(bars, f"--chart: no */results.json in {' '.join(folders) or 'no folder'}")
+    perl.check(bars, f"--chart: no results in {' '.join(folders) or 'any folder: name some'}")
+    perl.check(file.endswith((".png", ".pdf", ".svg")), f"--chart {file}: name a .png file")
     # The bars of a benchmark stand together, with a gap before the next one.
     for own in bars.values():
         ticks.append(x + (len(own) - 1) / 2)
@@ -1318,13 +1321,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score-only", action="store_true", help="grade saved responses, load no model")
     add("--ask", nargs="+", metavar=("QUESTION", "IMAGE"), help="about images of your own")
     add("--all-orders", action="store_true", help="--ask in at most 24 orders, or --orders")
-    add("--compare", nargs=2, metavar="RUN", help="two model folders: paired differences")
-    add("--chart", nargs="+", metavar=("FILE.png", "RUN"), help="model folders: a bar chart")
+    add("--compare", nargs=2, metavar="EVAL_RUN", help="eval_runs/MODEL: paired differences")
+    add("--chart", nargs="+", metavar=("FILE.png", "EVAL_RUN"), help="eval_runs/MODEL: bars")
     add("--page", metavar="RUN", help="page.html of a training run: curves and groups")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = perl.nearest(unknown[0], map(perl.flag_of, vars(args)))
         parser.error(f"no such argument: {unknown[0]}{hint}")
+    perl.check(min(args.limit, args.orders, args.batch, args.max_new_tokens) >= 0,
+               "--limit, --orders, --batch and --max-new-tokens cannot be negative")
+    perl.check(not args.ask or len(args.ask) > 1, "--ask needs a question and its images")
     if args.flip:  # fixed questions in six orders
         args.benchmarks, args.limit, args.orders = ",".join(FLIP_SETS), 0, 6
     paper = [name for name in BENCHMARKS if BENCHMARKS[name].paper[0]]
@@ -1342,6 +1348,8 @@ def start_model(args) -> tuple:
     names = [*perl.SHORT_NAMES, *map(str, folder.parent.glob("*"))]
     perl.check(args.model in perl.SHORT_NAMES or is_hub_id or folder.is_dir(), f"--model "
                f"{args.model} is no folder, short name or Hub id{perl.nearest(args.model, names)}")
+    perl.check(not (folder / "run_id").exists(), f"--model {folder} is a run; name its "
+               f"checkpoint, {perl.newest_checkpoint(folder)}")
     accelerator, cfg = Accelerator(), settings(args)
     perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
     processor = perl.load_processor(args.model, cfg)
@@ -1352,7 +1360,7 @@ def ask_and_report(args) -> None:
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # show as much as there is of a broken image
     accelerator, parts = Accelerator(), Path(args.model).parts
     # RUN/stage1/checkpoint-40: all three parts are needed to tell runs apart.
-    n_parts = 3 if is_checkpoint(Path(args.model)) else 1
+    n_parts = 3 if Path(args.model).with_name("run_id").exists() else 1
     model_name = "-".join(parts[-n_parts:])
     out = Path(args.out, model_name, "flip" if args.flip else "")
     if not args.score_only:

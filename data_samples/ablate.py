@@ -15,7 +15,6 @@ the same, the run is not repeated, so the file can be committed and continued on
 machine. With --fork, new lines go to SCRATCH/forks.jsonl instead.
 """
 import argparse
-import dataclasses
 import functools
 import math
 import os
@@ -26,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -34,14 +34,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from accelerate import Accelerator
-
 HERE = Path(__file__).resolve().parent
 MAKER, LINES = HERE / "make_samples.py", HERE / "ablation.jsonl"
 sys.path.insert(0, str(HERE.parent))
 from ablation.cost import cost
 from ablation.figure import draw
 from ablation.hashes import code_hash, hash_of
+from ablation.measure import measure, rounded
 from ablation.stats import holm, interval
 
 import perl  # found through the line above
@@ -88,7 +87,7 @@ ARMS |= {
     "alpha-1": Arm("alpha stays 1", ("--alpha-end 1",)),
     "per-order": Arm("a baseline for each order", fork=f"{FORKS}/per_order.py"),
     "clean": Arm("loss on the clean order", fork=f"{FORKS}/clean.py"),
-    "offline": Arm("filter: offline", ("--stage 0", "--filter offline")),
+    "offline": Arm("stage 0, filter: offline", ("--stage 0", "--filter offline")),
     "online": Arm("filter: online", ("--filter online",)),
     "agree": Arm("reward: agreement (PA-GRPO)", fork=f"{FORKS}/agree.py"),
     "agree-right": Arm("reward: agree, right (ConsistRoll)", fork=f"{FORKS}/agree_right.py"),
@@ -157,6 +156,9 @@ def start_fork(path: str, commands: list[list[str]], dry: bool = False) -> None:
         raise SystemExit(f"{path} does not call perl.main(): a fork does `import perl`, "
                          "replaces functions of it, and calls perl.main()")
 
+# What a fork may replace, but what is measured must not depend on.
+MEASURING = ("grade", "distinct_orders", "all_orders", "generate", "sample_groups")
+
 # It needs a process of its own, because forks change perl.py's functions for good.
 def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
     """Train an arm with a seed, in scratch/NAME-seedSEED -> its line of ablation.jsonl."""
@@ -168,12 +170,17 @@ def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
         commands.append([*EVALUATION.split(), *shlex.split(flags), *data,
                          "--seed", str(seed), "--out", str(out)])
     shutil.rmtree(out, ignore_errors=True)
+    plain = {name: getattr(perl, name) for name in MEASURING}
     with open(f"{out}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
-        if arm.fork:
-            start_fork(arm.fork, commands)
-        else:
-            for flags in commands:
+        try:
+            if arm.fork:
+                start_fork(arm.fork, commands)
+            for flags in [] if arm.fork else commands:
                 perl.main(flags)
+        except BaseException:
+            traceback.print_exc()
+            raise
+        vars(perl).update(plain)
         if arm.stages:
             line |= {"flags": arm.stages} | read_run(out)
             checkpoint = str(perl.newest_checkpoint(max(out.glob("stage[12]"))))
@@ -217,39 +224,6 @@ def read_run(out: Path) -> dict:
             "by_permutation": round(shares["by_permutation"] / of_these, 4),
             "training_seconds": round(seconds, 1)}
 
-def rounded(*values: float) -> list[float]:
-    return [round(value, 5) for value in values]
-
-def measure(checkpoint: str, path: Path, n_orders: int, max_new_tokens: int) -> dict:
-    """Greedy answers to the questions of a file, in at most n_orders orders: accuracy, worst
-    order and bias, over `all` and over those that `ask` for an image; accuracy by the
-    position of the right image, from 1."""
-    cfg = dataclasses.replace(perl.parse_config([]), max_new_tokens=max_new_tokens)
-    device, asking, places = Accelerator().device, [], {}
-    perl.transformers.logging.set_verbosity_error()
-    perl.fit_machine(cfg, device)
-    processor = perl.load_processor(checkpoint, cfg)
-    model = perl.load_model(checkpoint, cfg, device)
-    samples = perl.load_samples(path)
-    orders = [perl.all_orders(sample, n_orders) for sample in samples]
-    groups = perl.sample_groups(model, processor, samples, orders, cfg, n=1, greedy=True)
-    for group in groups:
-        if group[0].prompt.sample.order_rule in ("index", "letter"):
-            asking.append(group)
-            for rollout in group:
-                place = perl.named_positions(rollout.prompt.sample)[0] + 1
-                places.setdefault(place, []).append(rollout.accuracy)
-    by_place = {}
-    for place in sorted(places):
-        by_place[str(place)] = round(fmean(places[place]), 5)
-    return {"all": shares_right(groups), "ask": shares_right(asking), "places": by_place}
-
-def shares_right(groups: list[list]) -> list[float]:
-    """Accuracy, worst order and bias, as perl.evaluate has them."""
-    rows = [[rollout.accuracy for rollout in group] for group in groups]
-    worst, best = fmean(map(min, rows)), fmean(map(max, rows))
-    return rounded(fmean(map(fmean, rows)), worst, best - worst)
-
 # ---- All runs, in a pool of processes --------------------------------------------------
 
 # Fresh processes, one for each task, so that no task sees what another did to its process.
@@ -271,9 +245,10 @@ def missing_runs(arms: dict[str, Arm], seeds: list[int], lines: list[dict]) -> l
                 (first if name in FIRST else others).append((name, arm, seed))
     return first + others
 
-def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> None:
-    """Run these, `jobs` at a time. A run that failed gets a line that says why."""
-    began = time.time()
+def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> int:
+    """Run these, `jobs` at a time. A run that failed gets a line that says why. Returns how
+    many failed."""
+    began, n_failed = time.time(), 0
     scratch.mkdir(parents=True, exist_ok=True)
     # Data before the pool starts: several runs need the same.
     for _, arm, _ in missing:
@@ -288,8 +263,9 @@ def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> None:
                 name, arm, seed = waiting[future]
                 error = future.exception()
                 if error:
-                    line = heading(name, arm, seed) | {"failed": str(error) or repr(error)}
-                    said = f"{line['failed']}; see {scratch}; run it again to retry"
+                    n_failed += 1
+                    line = heading(name, arm, seed) | {"failed": repr(error)}
+                    said = f"{line['failed']}; see its .log in {scratch}; run it again to retry"
                 else:
                     line = future.result()
                     said = f"worst order {line['all'][WORST]:.3f}"
@@ -302,6 +278,7 @@ def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> None:
             for process in active_children():
                 process.kill()
             raise
+    return n_failed
 
 # ---- Tables ----------------------------------------------------------------------------
 
@@ -479,7 +456,10 @@ def write_tables(path: Path, texts: dict[str, str]) -> None:
 def seeds_of(text: str) -> list[int]:
     """"0-7" or "3" -> seeds."""
     first, _, last = text.partition("-")
-    return list(range(int(first), int(last or first) + 1))
+    seeds = list(range(int(first), int(last or first) + 1))
+    if not seeds:
+        raise ValueError(f"{text}: the last seed is below the first")
+    return seeds
 
 def fork_arm(parser, path: str, flags: str) -> dict[str, Arm]:
     """The arms of --fork: PeRL and plain GRPO, and the user's."""
@@ -488,7 +468,7 @@ def fork_arm(parser, path: str, flags: str) -> dict[str, Arm]:
     with fresh_processes(1) as pool:  # misspelt names and flags, before anything runs
         pool.submit(start_fork, path, [shlex.split(flags)], True).result()
     arm = Arm(path, (flags,), fork=str(Path(path).resolve()))
-    name = f"{Path(path).name} {flags}".strip()
+    name = f"{path} {flags}".strip()
     return {"perl": ARMS["perl"], "grpo": ARMS["grpo"], name: arm}
 
 def main(argv: list[str] | None = None) -> None:
@@ -520,11 +500,17 @@ def main(argv: list[str] | None = None) -> None:
     arms = {name: ARMS[name] for name in ARMS if name in names}
     if args.fork:
         arms, new_lines = fork_arm(parser, args.fork, args.flags), scratch / "forks.jsonl"
-    files = dict.fromkeys((args.lines, new_lines))
+    files, n_failed = dict.fromkeys((args.lines, new_lines)), 0
     if not args.tables:
         lines = perl.flatten(map(perl.read_lines, files))
-        run_all(missing_runs(arms, args.seeds, lines), args.jobs, new_lines, scratch)
-    show(perl.flatten(map(perl.read_lines, files)), args)
+        missing = missing_runs(arms, args.seeds, lines)
+        n_failed = run_all(missing, args.jobs, new_lines, scratch)
+    lines = perl.flatten(map(perl.read_lines, files))
+    # If an arm was changed and changed back, its present form counts.
+    present = [heading(name, arm, 0)["hash"] for name, arm in arms.items()]
+    show(sorted(lines, key=lambda line: line["hash"] in present), args)
+    if n_failed:
+        raise SystemExit(f"{n_failed} runs failed")
 
 def show(lines: list[dict], args) -> None:
     """Print what the lines say, separately for each code. Update the figure, and with --tables
@@ -538,7 +524,10 @@ def show(lines: list[dict], args) -> None:
     for code, last in by_code.items():
         texts = all_tables(code, last)
         of = "" if code == now else "another perl.py or other data: "
-        print(f"\n{of}{texts.pop('runs')}")
+        summary = texts.pop("runs")
+        if args.fork:  # the arms that were not run are of no interest
+            summary = summary.partition(" Of ")[0]
+        print(f"\n{of}{summary}")
         # Of results to compare with, only the part that compares is printed.
         if args.fork:
             texts = {"forks": arms_table(by_arm(last), "forks")}
