@@ -607,14 +607,6 @@ def test_exif_rotation_is_applied(folder, orientation, suffix):
     assert torch.equal(prompt.pictures[0].pixels, torch.as_tensor(plain["pixel_values"]))
     assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
 
-def test_odd_sizes_have_the_tokens_that_were_foreseen(folder):
-    for size, tokens in (((1, 1), 1), ((28, 5000), 179), ((5000, 28), 179), ((90, 17), 3)):
-        Image.new("RGB", size).save(folder / "odd.png")
-        asked = Sample("x", (str(folder / "odd.png"),), "<image>?", "1", "index")
-        prompt = perl.encode_prompt(asked, PROCESSOR)
-        assert prompt.pictures[0].tokens == tokens
-        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
-
 @table("order, tokens, mention", [((0, 1, 2), [1, 6, 10], 2), ((2, 0, 1), [10, 1, 6], 3)])
 def test_prompt(questions, order, tokens, mention):
     asked, pictures = questions[0], perl.load_pictures(questions[0], PROCESSOR)
@@ -1481,48 +1473,29 @@ def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
         perl.main(["--resume", str(halted)])
         assert_equal_runs(halted, straight)
 
-def listen(monkeypatch, name):
-    """Put a tracker that only listens in the place of this one. Returns what it is given."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, LoggerType
-    logged = []
-    class Recorder(LOGGER_TYPE_TO_CLASS[name]):
-        def __init__(self, *args, **options):
-            GeneralTracker.__init__(self)
-            logged.append((*args, options))
-        def start(self):
-            pass
-        def log(self, values, step=None, **_):
-            logged.append(values | {"logged at": step})
-        store_init_configuration = log
-        def finish(self):
-            logged.append("finished")
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Recorder)
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType(name)])
-    return logged
-
-@table("name", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch, name):
-    """A resumed run continues the run of its tracker; other runs are others there."""
-    out, logged = tmp_path / "run", listen(monkeypatch, name)
-    flags = dict(report_to=name, save_every=1, eval_every=0, steps=2, beta=0)
+def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch):
+    """A resumed run continues the run of its tracker; other runs are others there. A tracker
+    that is not installed is named."""
+    kind, available = perl.accelerate.Accelerator, [*perl.accelerate.utils.LoggerType]
+    run_ids, logged = [], []
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: available)
+    monkeypatch.setattr(kind, "init_trackers", lambda self, *args, init_kwargs: run_ids.append(
+        (init_kwargs["wandb"]["id"], init_kwargs["trackio"]["name"])))
+    monkeypatch.setattr(kind, "log", lambda self, row, step: logged.append((step, row)))
+    monkeypatch.setattr(kind, "end_training", lambda self: logged.append("closed"))
+    out, other = tmp_path / "run", tmp_path / "other"
+    flags = dict(report_to="wandb", save_every=1, eval_every=0, steps=2, beta=0)
     with pytest.raises(Killed):
         run_with(monkeypatch, "update", 2, die, arguments(data, out, **flags))
-    begin = logged[0]
     perl.main(["--resume", str(out)])
-    again = logged.index(begin, 1)  # opened with the same name, folder and options
-    assert logged[1]["report_to"] == name and logged[-1] == "finished"
-    rows = [row | {"logged at": row["step"]} for row in read_rows(out / "stage1" / "metrics.jsonl")]
-    assert logged[2:again] + logged[again + 2:-1] == rows
-    logged.clear()
-    perl.main(arguments(data, tmp_path / "other", **flags | {"steps": 1}))
-    begin = [str(part).replace(str(out), str(tmp_path / "other")) for part in begin]
-    assert [*map(str, logged[0])] != begin or name == "tensorboard", "another run is another there"
-
-def test_a_tracker_that_is_missing_is_named(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    rows = read_rows(out / "stage1" / "metrics.jsonl")
+    assert logged == [(row["step"], row) for row in rows] + ["closed"]
+    perl.main(arguments(data, other, **flags | {"steps": 1, "report_to": "tensorboard"}))
+    assert run_ids[0] == run_ids[1] and not {*run_ids[0]} & {*run_ids[2]}
+    available.clear()
     with pytest.raises(SystemExit, match="pip install wandb"), pytest.warns(UserWarning):
-        perl.main(arguments(data, tmp_path / "run", report_to="wandb"))
-    assert not (tmp_path / "run").exists()
+        perl.main(arguments(data, tmp_path / "none", **flags))
+    assert not (tmp_path / "none").exists()
 
 # ---- Run folder: stages ----------------------------------------------------------------
 def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
@@ -2039,14 +2012,6 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
     for ours, theirs in zip(optimizer.state_dict().values(), other.state_dict().values()):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
-def test_owners_share_the_tensors_evenly():
-    for world in (2, 3, 8):
-        parts = [split_run(0, process(world, rank))[1] for rank in range(world)]
-        sizes = [sum(master.numel() for master in part.masters.values()) for part in parts]
-        assert sum(sizes) == sum(weight.numel() for weight in trained(load_tiny()))
-        assert max(sizes) <= 1.15 * sum(sizes) / world
-        assert all(part.owners == parts[0].owners for part in parts)
-
 @table("dtype", ["float32", "bf16"])
 def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, dtype):
     model, optimizer, _ = split_run(2, dtype=dtype)
@@ -2264,93 +2229,42 @@ def test_a_weight_that_is_not_finite_reaches_no_checkpoint(data, tmp_path, monke
     assert newest(tmp_path / "stage1") == "checkpoint-1"
     assert weights_of(tmp_path / "stage1" / "checkpoint-1").isfinite().all()
 
-def test_without_generation_config_the_end_tokens_are_those_of_tokenizer_and_config(real_layout):
-    tokenizer, config = PROCESSOR.tokenizer, json.loads((real_layout / "config.json").read_text())
-    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    text_config = config["text_config"] | dict(eos_token_id=other)
-    edit(real_layout / "config.json", text_config=text_config)
-    path = real_layout / "generation_config.json"
-    for listed, ids in (("[1, 2]", {1, 2}), ("7", {7}), ("null", set())):
-        path.write_text(f'{{"eos_token_id": {listed}}}')
-        found = real_processor(real_layout).eos_ids
-        assert set(found) == ids | {end, other} and len(found) == len(set(found))
-    path.unlink()
-    processor = real_processor(real_layout)
-    assert end != other and sorted(processor.eos_ids) == sorted([end, other])
-
-def test_the_judge_is_out_of_reach_of_a_terminals_ctrl_c():
-    assert perl.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
-    assert os.getsid(perl.MATH_JUDGE.process.pid) != os.getsid(0)
-
 def test_resume_with_other_memory(halted, straight, monkeypatch):
     """A run that needed too much memory goes on with less; the steps so far stay as they were."""
-    used, real = [], perl.generate
-    monkeypatch.setattr(perl, "generate", lambda *args, **more: (
-        used.append(args[4]) or real(*args, **more)))
+    calls = record(monkeypatch, "generate")
     perl.main(["--resume", str(halted), "--rollout-batch", "6", "--optimizer-device", "host",
                "--max-tokens-per-micro-batch", "300"])
-    assert {(cfg.rollout_batch, cfg.max_tokens_per_micro_batch, cfg.optimizer_device)
-            for cfg in used} == {(6, 300, "host")} and newest(halted) == "checkpoint-4"
+    for _, _, _, _, cfg in calls:
+        assert (cfg.rollout_batch, cfg.max_tokens_per_micro_batch) == (6, 300)
+        assert cfg.optimizer_device == "host"
     rows = metrics_of(halted)
     assert rows[:3] == metrics_of(straight)[:3] and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-
-@table("n", range(1, 9))
-def test_stage_0_keeps_what_there_is_of_few_questions(data, tmp_path, monkeypatch, n):
-    answer_always(r"\boxed{1}", monkeypatch)
-    rows = read_rows(data)[:n]
-    few = write_rows(data.with_name(f"first{n}.jsonl"), *rows)
-    perl.main(arguments(few, tmp_path, stage=0))
-    assert json_of(tmp_path / "stage0" / "kept.json") == [r["id"] for r in rows]
-
-def test_three_such_updates_in_a_row_end_the_run_with_its_last_good_checkpoint(
-        data, tmp_path, monkeypatch):
-    run = tmp_path / "stage1"
-    with monkeypatch.context() as patch:
-        changed = spoil_gradients(patch, [2, 3, 4])
-        with pytest.raises(SystemExit, match="3 updates in a row .* not finite") as end:
-            perl.main(arguments(data, tmp_path, **ONE_UPDATE))
-    assert "\n" not in str(end.value) and changed == [True, False, False, False]
-    assert newest(run) == "checkpoint-3" and weights_of(run / "checkpoint-3").isfinite().all()
-    perl.main(["--resume", str(run)])
-    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
-    assert weights_of(run / "checkpoint-4").isfinite().all()
 
 @table("share", [True, False])
 def test_text_only_and_two_image_questions_train_and_evaluate_together(
         data, tmp_path, monkeypatch, share):
     """Twenty of each. Every second rollout counts as right, so each group reaches the loss."""
+    images = [f"images/{path.name}" for path in sorted((data.parent / "images").iterdir())]
     rows = []
     for k in range(20):
-        images = [f"images/{path.name}" for path in sorted((data.parent / "images").iterdir())]
         rows.append(dict(id=f"pair {k}", images=images[k % 4:k % 4 + 2], answer="2",
                          question="<image><image> Which one is larger?", order_rule="index"))
         rows.append(dict(id=f"text {k}", images=[], question=f"What is {k} plus 1?",
                          answer=str(k + 1), order_rule=("keep", "never")[k % 2]))
     mixed = write_rows(data.with_name("mixed.jsonl"), *rows)
-    kept, asked = [], []
-
-    def update(*args, real=perl.update, **more):
-        kept.extend(args[4])
-        return real(*args, **more)
-
-    def sample_groups(*args, real=perl.sample_groups, **more):
-        asked.append(list(zip(args[2], args[3])))
-        return real(*args, **more)
-
-    monkeypatch.setattr(perl, "update", update)
-    monkeypatch.setattr(perl, "sample_groups", sample_groups)
+    trained, sampled = record(monkeypatch, "update"), record(monkeypatch, "sample_groups")
     every_second_is_right(monkeypatch)
     perl.main(arguments(mixed, tmp_path, *["--no-share"] * (not share), eval_data=mixed, steps=1,
                         questions_per_step=40, rollouts_per_order=2, max_new_tokens=12))
     start, row = metrics_of(tmp_path / "stage1")
     assert row["kept"] == 40 and row["grad_norm"] > 0 and row["kl"] >= 0
     assert row.keys() >= {"eval_accuracy", "eval_worst", "eval_bias"} <= start.keys()
-    for group in kept:
+    for group in trained[0][4]:
         orders = {(0, 1): 2, (1, 0): 2} if group[0].prompt.sample.images else {(): 4}
         assert Counter(r.order for r in group) == orders
-    for number in (0, 2):  # the evaluations
-        orders = {sample.id[:4]: its_orders for sample, its_orders in asked[number]}
-        assert orders == {"text": [()], "pair": [(0, 1), (1, 0)]} and len(asked[number]) == 40
+    for _, _, asked, orders, _ in (sampled[0], sampled[2]):  # the evaluations
+        by_kind = {sample.id[:4]: its_orders for sample, its_orders in zip(asked, orders)}
+        assert by_kind == {"text": [()], "pair": [(0, 1), (1, 0)]} and len(asked) == 40
 
 # ---- Memory and machines: several processes --------------------------------------------
 # Which of the three groups each process has; "empty": all of them on one process.
@@ -2902,55 +2816,127 @@ def test_extract_answer(response, answer):
 def place(image):
     return f"{image}.png"
 
+def listed(*options):
+    return "".join(f"\n({letter}) {option}" for letter, option in zip("ABCDE", options))
+
+def with_images(n, first=1):
+    return {f"image_{k}": k if k < n + first else None for k in range(first, 7)}
+
+# A row of each benchmark, in its layout; a number stands for an image.
+MANTIS = {"id": "man", "question": "Which picture shows the oldest car? <image><image><image>",
+          "images": [1, 2, 3], "answer": "(A)", "question_type": "multi-choice",
+          "options": ["Image 3", "Image 1", "Image 2"], "data_source": "", "category": ""}
+BLINK_TEXT = "Determine which one of the second or the third image has the style of the first image."
+BLINK = {"idx": "art", "sub_task": "Art_Style", "choices": LATTER, "answer": "(B)",
+         "prompt": f"{BLINK_TEXT}\nSelect from the following choices.{listed(*LATTER)}"
+         } | with_images(3)
+MMIU_OPTIONS = "A: the first image\nB: the second image\nC: the third image"
+MMIU = {"task": "forensic", "question": "Which of the three images is a real photo?", "output": "C",
+        "input_image_path": [f"./2D-spatial/t/{k}.png" for k in range(3)], "options": MMIU_OPTIONS,
+        "context": "Select from the following choices.\n" + MMIU_OPTIONS}
+REMI = {"task": "Charts", "label": "2",
+        "question": "<image1> <image2> How many of the two images show a bar chart?"
+        } | with_images(2)
+VISTA = {"pid": "1", "decoded_image": 1, "choices": None, "precision": 2.0, "answer": "1.45",
+         "question_type": "free_form", "answer_type": "float", "query": "?",
+         "metadata": {"task": "fqa"}}
+VERSE = {"sample_index": "1", "problem_version": "Text Lite", "question": "?", "image": 1,
+         "question_type": "free-form", "answer": r"Area $=9 \pi \mathrm{cm}^{2}$",
+         "question_for_eval": "?"}
+VISION = {"id": "1", "question": "<image1>?", "options": [], "answer": "2", "subject": "logic",
+          "decoded_image": 1}
+MV_OPTIONS = "\n\n".join(f"<image_{k}>\n{letter}." for k, letter in enumerate("ABCD", 1))
+MV_MATH = {"problem_id": 1, "question": f"Which?\n\n{MV_OPTIONS}\n\n<image_5>\n\n##",
+           "answer": "C", "answer_type": "choice", "input_image": [f"{k}.png" for k in "qabcd"]}
+MUIR = {"idx": "m", "task": "Retrieval", "question": "<image>Which image shows the same bird?",
+        "options": ["<image>", "<image>", "<image>", "None of the choices provided"],
+        "answer": "B", "image_list": [1, 2, 3, 4]}
+MED = {"question_id": "med", "question": "Based on the CT images, what is the likeliest diagnosis?",
+       "options": ["a cyst", "a stone", "a clot"], "correct_answer": "B"} | with_images(3)
+
+def encoded(picture, kind):
+    return {"bytes": bytes_of(picture, kind), "path": None}
+
+PICTURE = encoded(Image.new("RGB", (30, 30)), "PNG")
+
+def with_pictures(row):
+    """The row with a real picture in the place of each number."""
+    row = dict(row)
+    for name, value in row.items():
+        if value and name.startswith(("image", "decoded_image")):
+            row[name] = [PICTURE] * len(value) if isinstance(value, list) else PICTURE
+    return row
+
+LAYOUTS = {  # where the rows lie; a right answer, its order rule and task; the row
+    "mantis-eval": ("mantis_eval/test-0.parquet", "A", "keep", "", MANTIS),
+    "blink": ("Jigsaw/val-0.parquet", "B", "letter", "Art_Style", BLINK),
+    "mmiu": ("all.parquet", "C", "letter", "forensic", MMIU),
+    "mathvista": ("data/testmini-0.parquet", "1.449", "never", "fqa", VISTA),
+    "mathverse": ("testmini.parquet", r"9\pi", "never", "Text Lite", VERSE),
+    "mathvision": ("data/test-0.parquet", "2", "never", "logic", VISION),
+    "remi": ("test.parquet", "2", "keep", "Charts", REMI),
+    "mv-math": ("data/MV-MATH.json", "C", "letter", "choice", MV_MATH),
+    "muirbench": ("data/test-0.parquet", "B", "letter", "Retrieval", MUIR),
+    "medframeqa": ("data/test-0.parquet", "B", "keep", "", MED)}
+
+@table("name", LAYOUTS)
+def test_every_adapter_reads_what_the_hub_sends_and_a_local_copy(name, tmp_path, monkeypatch):
+    """Each row is there twice, with one id; images with paths are in a zip. The stand-in for
+    snapshot_download has the files that the Hub's own filter lets through."""
+    (file, answer, rule, task, row), hub = LAYOUTS[name], ev.BENCHMARKS[name].hub
+    folder, wanted = tmp_path / hub.split("/")[1], {file}
+    (folder / file).parent.mkdir(parents=True)
+    if file.endswith("json"):
+        (folder / file).write_text(json.dumps([row, row]))
+    else:
+        write_parquet([with_pictures(row)] * 2, folder / file)
+    if ev.BENCHMARKS[name].has_paths:
+        wanted |= {"images.zip", "images/deep/q.png"}
+        for path in row.get("input_image_path", []) + row.get("input_image", []):
+            zipped = tmp_path / "zipped" / "images" / path  # in the zip's own inner folder
+            zipped.parent.mkdir(parents=True, exist_ok=True)
+            noise().save(zipped)
+        shutil.make_archive(str(folder / "images"), "zip", tmp_path / "zipped")
+    def download(asked, repo_type, allow_patterns):
+        assert (asked, repo_type) == (hub, "dataset")
+        files = [*wanted, "README.md", "archive/train-0.parquet", "other.json"]
+        assert set(filter_repo_objects(files, allow_patterns=allow_patterns)) == wanted
+        return str(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for data_dir in ("", str(tmp_path)):
+        args = SimpleNamespace(data_dir=data_dir, out=str(tmp_path / "out"), limit=0)
+        questions = ev.load_benchmark(name, args)
+        assert len({q.sample.id for q in questions}) == 2
+    for q in questions:
+        assert (q.sample.order_rule, q.sample.source) == (rule, task)
+        assert all(Path(image).exists() for image in q.sample.images)
+        for text, right in ((answer, True), ("D", False)):
+            row = graded(rf"\boxed{{{text}}}", q.rule, q.sample.answer, q.options)
+            assert row["right"] is right
+    args.data_dir = str(tmp_path / "none")
+    refuses("--data-dir takes the Hub's files", ev.load_benchmark, name, args)
+
 def test_mantis_rows():
-    row = {"id": "m1", "question": "Which is <image> brighter?", "images": [0, 1], "answer": "(B)",
-           "question_type": "multi-choice", "options": ["(A) First image", "Second image"],
-           "data_source": "", "category": ""}
+    row = MANTIS | {"question": "Which is <image> brighter?", "images": [0, 1], "answer": "(B)",
+                    "options": ["(A) First image", "Second image"]}
     q = ev.from_mantis(row, 0, place)
     assert q.sample.question == (
         "<image>Which is <image> brighter?\n(A) First image\n(B) Second image")
     assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "letter", (0, 1))
     q = ev.from_mantis(row | {"question": "Is the first image brighter?"}, 0, place)
     assert q.sample.order_rule == "keep"  # the question names one image: all names follow
-    assert q.sample.question == ("<image><image>Is <image_1> brighter?\n(A) <image_1>\n"
-                                 "(B) Second image").replace("Second image", "<image_2>")
+    assert q.sample.question == (
+        "<image><image>Is <image_1> brighter?\n(A) <image_1>\n(B) <image_2>")
     assert ev.options_in(q, (1, 0)) == ["image 2", "image 1"]
     q = ev.from_mantis(row | {"question_type": "short-answer", "options": [], "answer": "Yes"}, 0,
                        place)
     assert (q.rule, q.sample.answer, q.options) == ("text", "Yes", ())
 
-def test_blink_rows():
-    row = {"idx": "val_Jigsaw_1", "question": "", "sub_task": "Jigsaw", "image_1": 1, "image_2": 2,
-           "image_3": 3, "image_4": None, "choices": LATTER, "answer": "(B)", "explanation": "",
-           "prompt": "Given the first image, is the second image or the third image the missing "
-                     "part?\nSelect from the following choices.\n(A) the second image\n(B) the "
-                     "third image"}
-    q = ev.from_blink(row, 0, place)
-    assert q.sample.images == ("1.png", "2.png", "3.png") and q.sample.source == "Jigsaw"
-    assert (q.sample.answer, q.sample.movable, q.sample.order_rule) == ("B", (1, 2), "letter")
-    assert perl.permute(q.sample, (0, 2, 1)).answer == "A"
-    q = ev.from_blink(row | {"choices": ["left", "right"]}, 0, place)
-    assert q.sample.order_rule == "never"
-
-def test_mmiu_rows():
-    options = "A: the first image\nB: the second image"
-    row = {"task": "forensic_detection_blink", "question": "Which is real?", "output": "B",
-           "input_image_path": ["./2D-spatial/a/0.jpg", "./2D-spatial/a/1.jpg"],
-           "options": options, "context": "Select from the following choices.\n" + options}
-    q = ev.from_mmiu(row, 7, place)
-    assert q.sample.id == "forensic_detection_blink-7" and q.sample.answer == "B"
-    assert q.options == ("the first image", "the second image") and q.sample.movable == (0, 1)
-    for missing in (None, "", "G"):  # the first two are left out, the last counts as wrong
-        q = ev.from_mmiu(row | {"output": missing}, 7, place)
-        assert q.sample.order_rule == "never"
-        assert not graded("A", gold=q.sample.answer, options=q.options)["right"]
-
 def test_remi_rows():
-    row = {"task": "Clocks", "question": "At <image2> and <image1>, not <image2>?", "label": "35"} \
-        | {f"image_{k}": k if k < 4 else None for k in range(1, 7)}
+    row = REMI | with_images(3) | {"question": "At <image2> and <image1>, not <image2>?"}
     q = ev.from_remi(row, 3, place)
     assert q.sample.question == "<image>At <image> and <image>, not <image_2>?"
-    assert q.sample.images == ("3.png", "2.png", "1.png") and q.rule == "remi Clocks"
+    assert q.sample.images == ("3.png", "2.png", "1.png") and q.rule == "remi Charts"
 
 @table("task, answer, label, right", [
     ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
@@ -2966,17 +2952,19 @@ def test_remi_rules(task, answer, label, right):
     assert ev.remi_right(task, answer, label) == right
 
 def test_mv_math_rows():
-    row = {"problem_id": 3, "answer": "D", "answer_type": "choice", "input_image": list("abcde"),
-           "question": "Which?\n\n<image_1>\nA.\n\n<image_2>\nB.\n\n<image_3>\nC.\n\n<image_4>\n"
-                       "D.\n\n<image_5>"}
-    q = ev.from_mv_math(row, 0, place)
-    assert q.sample.movable == (1, 2, 3, 4) and q.sample.order_rule == "letter"
-    text = "<image_1>\n\n<image_2>\nA. 9,14\nB. 9,16\nC. 8,16\nD. 10,14"
-    q = ev.from_mv_math(row | {"question": text, "input_image": ["a", "b"]}, 0, place)
-    assert q.options == ("9,14", "9,16", "8,16", "10,14") and q.sample.order_rule == "never"
-    q = ev.from_mv_math(row | {"answer_type": "multi-step", "answer": "(1) B (3, 5); (2) 7.5."}, 0,
-                        place)
-    assert q.rule == "parts"
+    q = ev.from_mv_math(MV_MATH, 0, place)
+    assert q.sample.movable == (1, 2, 3, 4) and q.options == ("",) * 4
+    right = [graded(letter, gold="C", options=q.options)["right"] for letter in "ABCD"]
+    assert right == [False, False, True, False], "option images are no duplicates"
+    lines = "A. A only\nB. B only\nC. none\nD. both"
+    for text in (f"<image_1>\n\n<image_2>\n{lines}", f"?\n{lines}\n\nPage 7 of 67",
+                 f"A: one\nB: two\n\nWhich is right?\n{lines}"):
+        row = MV_MATH | {"question": text, "input_image": ["a", "b"]}
+        q = ev.from_mv_math(row, 0, place)
+        assert q.options == ("A only", "B only", "none", "both")
+        assert q.sample.order_rule == "never"
+    row = MV_MATH | {"answer_type": "multi-step", "answer": "(1) B (3, 5); (2) 7.5."}
+    assert ev.from_mv_math(row, 0, place).rule == "parts"
 
 def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
     row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
@@ -2986,18 +2974,13 @@ def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
     return row
 
 def test_mathvista_rows_and_rules():
-    row = {"pid": "1", "question": "", "decoded_image": 0, "choices": ["10", "12", "10"],
-           "precision": None, "answer": "12", "question_type": "multi_choice",
-           "answer_type": "text", "query": "Hint.\nQuestion: Which?\nChoices:\n(A) 10\n(B) 12",
-           "metadata": {"task": "fqa"}}
+    row = VISTA | {"choices": ["10", "12", "10"], "answer": "12", "question_type": "multi_choice"}
     q = ev.from_mathvista(row, 0, place)
-    assert (q.rule, q.sample.answer, q.sample.images) == ("choice", "B", ("0.png",))
+    assert (q.rule, q.sample.answer, q.sample.images) == ("choice", "B", ("1.png",))
     duplicate = {"gold": "A", "options": ["10", "12", "10"]}
     assert graded("(C)", **duplicate)["right"] and not graded("(B)", **duplicate)["right"]
-    free = row | {"question_type": "free_form", "choices": None, "answer": "1.45",
-                  "answer_type": "float", "precision": 2.0}
-    assert ev.from_mathvista(free, 0, place).rule == "number 2"
-    assert ev.from_mathvista(free | {"answer_type": "integer"}, 0, place).rule == "number 0"
+    assert ev.from_mathvista(VISTA, 0, place).rule == "number 2"
+    assert ev.from_mathvista(VISTA | {"answer_type": "integer"}, 0, place).rule == "number 0"
     assert graded(r"\boxed{\$1.449}", "number 2", "1.45")["right"]
     assert not graded(r"\boxed{1.46}", "number 2", "1.45")["right"]
     assert graded(r"\boxed{1,400 apples}", "number 0", "1400")["right"]
@@ -3005,26 +2988,15 @@ def test_mathvista_rows_and_rules():
     assert graded("none", "list", "[1]")["answer"] is None
 
 def test_mathverse_and_mathvision_rows():
-    row = {"sample_index": "5", "problem_version": "Vision Only", "question": "", "image": 0,
-           "question_type": "multi-choice", "answer": "C", "question_for_eval":
-           "BC is ()\nChoices:\nA:2\nB:2√{{3}}\nC:√{{3}}\nD:2√{{2}}"}
+    row = VERSE | {"question": "", "question_type": "multi-choice", "answer": "C",
+                   "question_for_eval": "BC is ()\nChoices:\nA:2\nB:2√{{3}}\nC:√{{3}}\nD:2√{{2}}"}
     q = ev.from_mathverse(row, 0, place)
     assert q.options == ("2", "2√{{3}}", "√{{3}}", "2√{{2}}")
-    assert q.sample.source == "Vision Only"
     assert q.sample.question == "<image>Answer the question in the image."
-    row = {"id": "21", "question": "Cut out <image1>?\n<image2>", "options": list("ABCDE"),
-           "answer": "E", "decoded_image": 0, "subject": "logic", "level": 1}
+    row = VISION | {"question": "Cut out <image1>?\n<image2>", "options": list("ABCDE")}
     q = ev.from_mathvision(row, 0, place)
     assert q.sample.question.startswith("<image>Cut out <image1>?\n<image2>\n(A) A\n")
-    assert q.sample.images == ("0.png",)
-    assert graded(r"\boxed{E}", options=list("ABCDE"), gold="E")["right"]
-
-def test_multi_step_is_right_only_if_all_parts_are():
-    gold = "(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5."
-    assert graded(r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", "parts", gold)["right"]
-    assert graded(r"So \boxed{0.5}, then \boxed{(3,4)}, last \boxed{7.5}", "parts", gold)["right"]
-    assert not graded(r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", "parts", gold)["right"]
-    assert not graded(r"\boxed{7.5}", "parts", gold)["right"]
+    assert (q.rule, q.sample.images) == ("choice", ("1.png",))
 
 def test_place_tags_and_mojibake():
     text = "a <image_2> b <image_1> <image_2> <image_9>"
@@ -3034,29 +3006,15 @@ def test_place_tags_and_mojibake():
     assert ev.place_tags("[1, 2] <image1>", ["x"])[0] == "[1, 2] <image>"
     assert ev.make_question("q", ["x"], "?", [1, 2], "text").sample.answer == "1, 2"
 
-def encoded(picture, kind):
-    picture.save(buffer := io.BytesIO(), kind)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-def test_odd_images_are_placed_or_counted_wrong(tmp_path):
-    clear, red = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (30, 30), "red")
-    odd = [encoded(Image.new("P", (40, 40)), "PNG"), encoded(clear, "PNG"),
-           encoded(Image.new("L", (187, 18)), "PNG"), encoded(red, "BMP"),
-           encoded(Image.new("CMYK", (9, 9)), "JPEG")]
-    paths = [ev.place_image(image, None, tmp_path) for image in odd]
-    opened = [perl.read_image(path) for path in paths]
-    assert [image.mode for image in opened] == ["RGB"] * 5 and opened[2].size == (187, 18)
-    assert opened[1].getpixel((0, 0)) == (255, 255, 255)
-    assert opened[3].getpixel((0, 0)) == (255, 0, 0)
-    assert not Path(ev.place_image(None, None, tmp_path)).exists()
-    junk = ev.place_image({"bytes": b"junk", "path": None}, None, tmp_path)
-    bomb = ev.place_image(encoded(Image.new("1", (20000, 10000)), "PNG"), None, tmp_path)
-    for path in (junk, bomb, ev.place_image(None, None, tmp_path)):
+def test_broken_images_are_counted_wrong_and_odd_paths_found(tmp_path):
+    bomb = encoded(Image.new("1", (20000, 10000)), "PNG")
+    for image in ({"bytes": b"junk", "path": None}, bomb, None):
+        path = ev.place_image(image, None, tmp_path)
         q = ev.plan(ev.make_question("q", [path], "?", "1", "text"), 1, PROCESSOR,
                     SimpleNamespace(max_prompt_tokens=99))
         assert q.problem.startswith("image: ")
     (tmp_path / "2D-spatial" / "a").mkdir(parents=True)
-    Image.new("RGB", (9, 9)).save(tmp_path / "2D-spatial" / "a" / "0.jpg")
+    noise().save(tmp_path / "2D-spatial" / "a" / "0.jpg")
     for name in ("./2D-spatial/a/0.jpg", "a/0.jpg"):
         assert Path(ev.place_image(name, tmp_path, tmp_path)).exists()
 
@@ -3064,162 +3022,57 @@ def write_parquet(rows, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
-def test_rows_come_from_a_local_copy_of_the_hub_files(tmp_path):
-    images = [encoded(Image.new("RGB", (30, 30)), "PNG"), {"bytes": b"junk", "path": None}]
-    rows = [{"id": str(k), "question": "<image1>?", "options": [], "answer": "3", "subject": "s",
-             "decoded_image": images[k % 2]} for k in range(6)]
-    (tmp_path / "MathVision" / "data").mkdir(parents=True)
-    write_parquet(rows, tmp_path / "MathVision" / "data" / "test-00000-of-00001.parquet")
-    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=3)
-    questions = ev.load_benchmark("mathvision", args)
-    assert [q.sample.id for q in questions] == ["0", "2", "4"]  # evenly spread
-    assert Path(questions[0].sample.images[0]).exists()
-    with pytest.raises(SystemExit, match="BLINK"):
-        ev.load_benchmark("blink", args)
-
-PICTURE = {"bytes": encoded(Image.new("RGB", (30, 30)), "PNG")["bytes"], "path": None}
-MV_TEXT = "Which?\n\n<image_1>\n" + "".join(f"{letter}.\n\n<image_{k}>\n"
-                                              for k, letter in enumerate("ABCD", 2)) + "\n##"
-LAYOUTS = {  # a row of each data set, where its files lie, and what a right answer is
-    "mantis-eval": ("mantis_eval/test-0.parquet", "B", {
-        "id": "m", "question": "Which <image><image>?", "images": [PICTURE] * 2, "answer": "B",
-        "question_type": "multi-choice", "options": ["(A) a cat", "(B) a dog"]}),
-    "blink": ("Jigsaw/val-0.parquet", "A", {
-        "idx": "b", "prompt": "Which?\n(A) the second image\n(B) the third image", "answer": "(A)",
-        "image_1": PICTURE, "image_2": PICTURE, "image_3": PICTURE, "image_4": None,
-        "choices": ["the second image", "the third image"], "sub_task": "Jigsaw"}),
-    "mmiu": ("all.parquet", "B", {
-        "task": "t", "question": "?", "context": "Select.\nA: x\nB: y", "output": "B",
-        "options": "A: x\nB: y", "input_image_path": ["./2D-spatial/t/0.png"]}),
-    "mathvista": ("data/testmini-0.parquet", "1.449", {
-        "pid": "1", "decoded_image": PICTURE, "choices": None, "precision": 2.0, "answer": "1.45",
-        "question_type": "free_form", "answer_type": "float", "query": "?",
-        "metadata": {"task": "fqa"}}), "mathverse": ("testmini.parquet", r"9\pi", {
-        "sample_index": "1", "problem_version": "Text Lite", "question": "?", "image": PICTURE,
-        "question_type": "free-form", "answer": r"Area $=9 \pi \mathrm{cm}^{2}$",
-        "question_for_eval": "?"}), "mathvision": ("data/test-0.parquet", "2", {
-        "id": "1", "question": "<image1>?", "options": [], "answer": "2", "subject": "s",
-        "decoded_image": PICTURE}), "remi": ("test.parquet", "40", {
-        "task": "Clocks", "question": "<image1>, <image2>?", "label": "35", "image_1": PICTURE,
-        "image_2": PICTURE}), "mv-math": ("data/MV-MATH.json", "C", {
-        "problem_id": 1, "question": MV_TEXT, "answer": "C", "answer_type": "choice",
-        "input_image": ["q.png", "a.png", "b.png", "c.png", "d.png"]}),
-    "muirbench": ("data/test-0.parquet", "B", {
-        "idx": "1-1", "task": "Counting", "question": "<image><image> How many?", "answer": "B",
-        "options": ["1", "None of the choices provided"], "image_list": [PICTURE] * 2,
-        "image_relation": "", "image_type": "", "counterpart_idx": "1-2"}),
-    "medframeqa": ("data/test-0.parquet", "B", {
-        "question_id": "1", "question": "What?", "options": ["x", "y", "z"], "correct_answer": "B",
-        "image_1": PICTURE, "image_2": PICTURE, "image_3": None})}
-
-@table("name", LAYOUTS)
-def test_the_hub_is_asked_for_the_rows_wherever_they_lie(name, tmp_path, monkeypatch):
-    """The stand-in for snapshot_download keeps the files that the Hub's own filter lets through."""
-    file, _, row = LAYOUTS[name]
-    images = "images/deep/q.png" if ev.BENCHMARKS[name].has_paths else ""
-
-    def download(hub, repo_type, allow_patterns):
-        assert hub == ev.BENCHMARKS[name].hub and repo_type == "dataset"
-        files = [file, images, "README.md", "archive/train-0.parquet", "other.json"]
-        kept = set(filter_repo_objects(filter(None, files), allow_patterns=allow_patterns))
-        assert kept == set(filter(None, (file, images)))
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        if file.endswith("json"):
-            (tmp_path / file).write_text(json.dumps([row]))
-        else:
-            write_parquet([row], tmp_path / file)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    args = SimpleNamespace(data_dir="", out=str(tmp_path / "out"), limit=0)
-    assert len(ev.load_benchmark(name, args)) == 1
-
-@table("name", LAYOUTS)
-def test_every_adapter_reads_a_local_copy_with_its_zips(name, tmp_path):
-    file, answer, row = LAYOUTS[name]
-    folder = tmp_path / ev.BENCHMARKS[name].hub.split("/")[1]
-    (folder / file).parent.mkdir(parents=True)
-    if file.endswith("json"):  # twice: two rows with one id
-        (folder / file).write_text(json.dumps([row, row]))
-    else:
-        write_parquet([row, row], folder / file)
-    for image in row.get("input_image_path", []) + row.get("input_image", []):
-        inner = "2D-spatial/t" if name == "mmiu" else "images"  # in the zip's own inner folder
-        (tmp_path / "zipped" / inner).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 30)).save(tmp_path / "zipped" / inner / Path(image).name)
-        shutil.make_archive(str(folder / "images"), "zip", tmp_path / "zipped")
-    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=0)
-    questions = ev.load_benchmark(name, args)
-    assert len({q.sample.id for q in questions}) == 2
-    for q in questions:
-        assert all(Path(image).exists() for image in q.sample.images)
-        assert graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)["right"]
-        assert not graded(r"\boxed{D}", q.rule, q.sample.answer, q.options)["right"]
-        wanted = dict.fromkeys(("blink", "mv-math"), "letter") | dict.fromkeys(
-            ("mantis-eval", "muirbench", "medframeqa"), "keep")
-        assert q.sample.order_rule == wanted.get(name, "never")
-
-def test_option_images_are_no_duplicates():
-    q = ev.from_mv_math(LAYOUTS["mv-math"][2], 0, place)
-    assert q.sample.movable == (1, 2, 3, 4) and q.options == ("",) * 4
-    right = {letter for letter in "ABCD"
-             if graded(rf"\boxed{{{letter}}}", gold="C", options=q.options)["right"]}
-    assert right == {"C"}
-    worst = [graded("A", gold=ev.permute(q.sample, order).answer, options=q.options)["right"]
-             for order in ev.all_orders(q.sample, 24)]
-    assert any(worst) and not all(worst), "who always says A is right in some orders only"
-    for text in ("A: one\nB: two\n\nWhich is right?\nA. A only\nB. B only\nC. none\nD. both",
-                 "?\nA. A only\nB. B only\nC. none\nD. both\n\nPage 7 of 67"):
-        row = LAYOUTS["mv-math"][2] | {"question": text, "input_image": []}
-        assert ev.from_mv_math(row, 0, place).options == ("A only", "B only", "none", "both")
-
 @table("gold, options, right, wrong", [
     ("(C)", "xyz", ["C", "z"], ["A", "B"]), ("False", ["True", "False"], ["B", "False"], ["A"]),
     (r"090^\circ T", [r"180^\circ T", r"090^\circ T"], ["B"], ["A"]),
     ("C\nD", "wxyz", ["C, D", "D and C"], ["C", "A, C, D"])])
 def test_golds_of_mathverse(gold, options, right, wrong):
     text = "?\nChoices:" + "".join(f"\n{letter}:{o}" for letter, o in zip("ABCD", options))
-    row = LAYOUTS["mathverse"][2] | {"question_type": "multi-choice", "answer": gold,
-                                     "question_for_eval": text}
+    row = VERSE | {"question_type": "multi-choice", "answer": gold, "question_for_eval": text}
     q = ev.from_mathverse(row, 0, place)
-    for answers, verdict in ((right, True), (wrong, False)):
-        for answer in answers:
-            row = graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)
-            assert row["right"] is verdict, answer
+    for answer in right + wrong:
+        row = graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)
+        assert row["right"] is (answer in right), answer
 
 @table("gold, right, wrong", [
     (r"Area $=9 \pi \mathrm{cm}^{2}$", [r"9\pi", r"A = 9 \pi \text{ cm}^2"],
      [r"-9\pi", r"9\pi+1", r"90\pi", r"900\pi \text{ mm}^2", r"9\pi \text{ cm}^3"]),
-    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "5.4", "44", "440 cm", "4.4 cm"]), ("212°T", ["212", "212°"], ["221"]),
+    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "5.4", "44", "440 cm", "4.4 cm"]),
+    (r"84 \mathrm{cm}^2", ["84"], ["84 cm"]), ("2191.7 metres", ["2191.7"], ["2.1917"]),
+    ("212°T", ["212", "212°"], ["221"]), ("118掳T", ["118"], ["118.5"]),
     (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"1225\pi"]),
-    ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("$x=0$", ["x=0", "0"], ["y=0"]),
-    ("118掳T", ["118"], ["118.5"]), ("2191.7 metres", ["2191.7"], ["2.1917"]),
-    (r"\frac{25}{2} \text{ units}", ["12.5"], ["12"]), ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
-    (r"Surface Area $=603.186$ units $^{2}$", ["603.186", r"SA $=603.186$ units $^{2}$"],
+    ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("(90,5)", ["(x,y)=(90,5)"], []),
+    ("$x=0$", ["x=0", "0"], ["y=0"]), ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
+    (r"Surface Area $=603.186$ units $^{2}$",
+     ["603.186", "SA = 603.186", r"SA $=603.186$ units $^{2}$"],
      [r"Surface Area $=604.186$ units $^{2}$", r"Surface Area $=-603.186$ units $^{2}$"]),
     ("Center $=(20,10)$", ["(20,10)", "Center $=(20,10)$"], ["Center $=(21,10)$"]),
     (r"$2 \angle O=\angle C-\angle A$", [r"2\angle O = \angle C-\angle A"],
-     [r"$3 \angle O=\angle C-\angle A$"]), ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"],
+     [r"$3 \angle O=\angle C-\angle A$"]),
+    ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"],
      ["y_2=(x+3)^3=y_1(x+2)", "y_-2=(x+2)^3=y_1(x+2)", "y_2=(x+2)^{-3}=y_1(x+2)"]),
     ("$1+3+5+7=4^{2}$", ["1+3+5+7=4^2"], ["2+3+5+7=4^2"]),
     (r"\[g(x)=(x + 4)^2 - 5\].", ["(x+4)^2-5"], [r"(x + 5)^2 - 5\]."]),
     ("domain: [-4, 0) and range: (-3, 1]", ["Domain: [-4, 0), range: (-3, 1]"],
      [f"domain: {first} and range: (-3, 1]" for first in ("[-5, 0)", "[4, 0)", "[-40, 0)")]),
     (r"\text { local maximum: }(-3,60) \text {, local minimum: }(3, -60)",
-     ["(-3,60) (3, -60)"], ["(-4,60) (3, -60)"])])
+     ["(-3,60) (3, -60)"], ["(-4,60) (3, -60)", "(60, -3) (3, -60)"])])
 def test_left_side_and_unit_are_optional(gold, right, wrong):
-    for answers, verdict in ((right, True), (wrong, False)):
-        for answer in answers:
-            assert ev.same_value(answer, gold) is verdict, answer
+    assert all(ev.same_value(answer, gold) for answer in right)
+    assert not any(ev.same_value(answer, gold) for answer in wrong)
 
-def test_multi_step_answers_in_three_ways():
-    gold = "(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50"
-    for response in (r"\boxed{(1)(1) 3, (2) (1,2) (2) 40 or 50}",
-                     r"\boxed{3}, \boxed{(1,2)}, \boxed{40 or 50}", r"\boxed{3, (1,2), 40 or 50}"):
-        assert graded(response, "parts", gold)["right"], response
-    for response in (r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}", r"\boxed{3, (1,2)}",
-                     r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"):
-        assert not graded(response, "parts", gold)["right"], response
+@table("gold, right, wrong", [
+    ("(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5.",
+     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", r"\boxed{0.5}, \boxed{(3,4)}, last \boxed{7.5}"],
+     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", r"\boxed{7.5}"]),
+    ("(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50",
+     [r"\boxed{(1)(1) 3, (2) (1,2) (2) 40 or 50}", r"\boxed{3}, \boxed{(1,2)}, \boxed{40 or 50}",
+      r"\boxed{3, (1,2), 40 or 50}"],
+     [r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}", r"\boxed{3, (1,2)}",
+      r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"])])
+def test_multi_step_is_right_only_if_all_parts_are(gold, right, wrong):
+    assert all(graded(response, "parts", gold)["right"] for response in right)
+    assert not any(graded(response, "parts", gold)["right"] for response in wrong)
 
 # ---- measures ------------------------------------------------------------------------------------
 def test_average_and_bootstrap():
@@ -3299,54 +3152,40 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
             run(tmp_path / "b", flag, "7")
 
 def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
-    monkeypatch.setattr(perl, "load_samples", lambda path: [Sample(r["id"], (str(tmp_path / r["images"][0]),), r["question"], r["answer"], r["order_rule"], (0,)) for r in read_rows(Path(path))])
-    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
-    Image.new("RGB", (3, 900)).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
-    rows = [{"id": name, "images": [f"{name}.png"], "question": "<image>Which?", "answer": "1",
-             "order_rule": "keep"} for name in ("a", "thin")]
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ev.main(["--benchmarks", str(path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"])
-    r = json.loads((tmp_path / "out" / "tiny" / "mine" / "results.json").read_text())
+    noise(28, 28).save(tmp_path / "a.png")
+    noise(3, 900).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
+    asked = [Sample(name, (str(tmp_path / f"{name}.png"),), "<image>Which?", "1", "keep")
+             for name in ("a", "thin")]
+    monkeypatch.setattr(perl, "load_samples", lambda path: asked)
+    ev.main(["--benchmarks", "mine.jsonl", "--out", str(tmp_path), "--max-new-tokens", "4"])
+    r = json_of(tmp_path / "tiny" / "mine" / "results.json")
     assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (2, 1, 1, 1, 0)
 
-def test_compare_is_paired(tmp_path):
-    for run_name, answers in (("A", "1100"), ("B", "1010")):
-        folder = tmp_path / run_name / "digits"
-        folder.mkdir(parents=True)
-        rows = [graded(rf"\boxed{{{answer}}}", "text", "1", id=str(k), answer=None)
-                for k, answer in enumerate(answers)]
-        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4 - (
-            run_name == "B")]))
-    line = ev.compare(tmp_path / "A", tmp_path / "B").splitlines()[-1]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:4] == ["digits", "3", "66.7", "66.7"] and cells[4].startswith("0.0 [-")
-
-def test_compare_over_the_questions_that_both_could_be_read_for(tmp_path):
-    """A reads 3 of 4 and B all: the gain is 2/4, and over the three that both read 1/3."""
-    for run_name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well")),
-                            ("B", (r"\boxed{1}",) * 4)):
-        folder = tmp_path / run_name / "digits"
-        folder.mkdir(parents=True)
-        write_rows(folder / "samples.jsonl", *[graded(text, "text", "1", id=str(k))
-                                               for k, text in enumerate(texts)])
+def test_compare_is_paired_and_tells_what_was_read(tmp_path):
+    """A reads 3 of 4 and B all: the gain is 2/4, and over the three that both read 1/3. A fifth
+    question, which A alone answered, is not compared."""
+    for name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well", r"\boxed{1}")),
+                        ("B", (r"\boxed{1}",) * 4)):
+        (tmp_path / name / "digits").mkdir(parents=True)
+        rows = [graded(text, "text", "1", id=str(k)) for k, text in enumerate(texts)]
+        write_rows(tmp_path / name / "digits" / "samples.jsonl", *rows)
     heading, _, line = ev.compare(tmp_path / "A", tmp_path / "B").splitlines()[-3:]
     cells = dict(zip(*[[cell.strip() for cell in row.strip("|").split("|")]
                        for row in (heading, line)]))
-    assert cells["B - A [95 %]"].startswith("50.0") and cells["unread A"] == "25.0"
-    assert cells["where both were read"].startswith("33.3") and cells["unread B"] == "0.0"
+    assert [cells[name] for name in ("benchmark", "n", "A", "B", "unread A", "unread B")] == [
+        "digits", "4", "50.0", "100.0", "25.0", "0.0"]
+    assert cells["B - A [95 %]"].startswith("50.0 [")
+    assert cells["where both were read"].startswith("33.3")
 
 def test_the_report_stands_beside_the_paper():
-    result = {"score": 0.5, "interval": [0.4, 0.6], "unread": 0.07,
-              "config": {"labels": {"keep": 3, "never: one image": 97}}, "n": 100, "expected": 1901, "errors": 0,
-              "unparsed": 1, "truncated": 0, "missing": 0, "orders": {}, "all rotations": {},
+    result = {"score": 0.5, "interval": [0.4, 0.6], "unread": 0.07, "n": 100, "expected": 1901,
+              "errors": 0, "unparsed": 1, "truncated": 0, "missing": 0, "orders": {},
               "over questions": 0.5, "over tasks": 0.45}
     text = ev.report({"blink": result, "mathvista": result}, "mine")
     assert "50.0 [40.0, 60.0]" in text and "100 of 1901" in text and "58.53" in text
     assert "below judged" in text and "52.00" not in text  # MMIU was not run
-    lines = text.splitlines()
-    assert "7.0" in lines[5] and "no answer read" in lines[5], "next to the score"
-    assert "order label keep: 3" in text and "order label never: one image: 97" in text
+    line, = [line for line in text.splitlines() if "no answer read" in line]
+    assert "7.0" in line
 
 # ---- page of a run -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -3400,66 +3239,30 @@ def test_a_page_of_answers_that_name_no_single_image_and_of_a_forks_filter(paged
     assert [group["verdict"] for group in data["groups"]] == ["disagree"] * 4
     assert [group["orders"][0][0]["right_image"] for group in data["groups"]] == [-1, -1, 1, -1]
 
-def in_browser(page, profile, width):
-    """The page as Chromium has it after its script ran."""
-    browser = shutil.which("chromium") or pytest.skip("no chromium")
+@table("width, keys, shows", [
+    (1200, "", ["Order 2, 1: 1 of 1 right", "&lt;b&gt;bold&lt;/b&gt;", "Mean reward 0.500"]),
+    (400, "Right Right Right Left Right", ["Held-out question h", "step 1: right"])])
+def test_the_page_in_a_browser(paged, tmp_path, width, keys, shows):
+    """Chromium draws its curves; arrow keys go through the groups; nothing sticks out."""
+    browser, page = shutil.which("chromium") or pytest.skip("no chromium"), tmp_path / "page.html"
+    page.write_text(paged.read_text() + f"""<script>
+      for (const key of "{keys}".split(" "))
+        document.body.dispatchEvent(new KeyboardEvent("keydown", {{key: "Arrow" + key}}));
+      document.title = document.documentElement.scrollWidth <= innerWidth;
+    </script>""")
     flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-             f"--disable-component-update --disable-sync --user-data-dir={profile} --dump-dom "
-             f"--window-size={width},800")
-    return subprocess.run([browser, *flags.split(), f"file://{page}"], capture_output=True,
-                          text=True, timeout=60).stdout
-
-def test_the_page_in_a_browser(paged, tmp_path):
-    """Its script runs: curves are drawn, the group is shown, and model text is text."""
-    shown = in_browser(paged, tmp_path, 1200)
-    assert shown.count("<svg") == 6 and "<title>PeRL run</title>" in shown
-    assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
-    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
-    assert shown.count('class="right"') == 2, "the right image is framed in both orders"
-
-def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
-    """Arrow keys go through the groups, to the held-out question; nothing sticks out."""
-    keys = """<script>
-      for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
-        document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-      document.title = document.documentElement.scrollWidth + " of " + innerWidth;
-    </script>"""
-    page = tmp_path / "keys.html"
-    page.write_text(paged.read_text() + keys)
-    shown = in_browser(page, tmp_path / "profile", 400)
-    assert "Held-out question h" in shown and "step 1: right" in shown
-    width, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
-    assert width <= screen <= 500
+             f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} "
+             f"--dump-dom --window-size={width},800")
+    shown = subprocess.run([browser, *flags.split(), f"file://{page}"], capture_output=True,
+                           text=True, timeout=60).stdout
+    assert shown.count("<svg") == 6 and "<title>true</title>" in shown
+    assert all(text in shown for text in shows)
 
 def test_a_page_of_no_run_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="not a run folder"):
         ev.main(["--page", str(tmp_path)])
 
 # ---- Order labels of the benchmarks, and what three models get -------------------------
-NONE = "None of the choices provided"
-def listed(*options):
-    return "".join(f"\n({letter}) {option}" for letter, option in zip("ABCDE", options))
-
-def with_images(n, first=1):
-    return {f"image_{k}": k if k < n + first else None for k in range(first, 7)}
-
-ART = "Determine which one of the second or the third image has the style of the first image."
-BLINK = {"idx": "art", "sub_task": "Art_Style", "choices": LATTER, "answer": "(B)",
-         "prompt": f"{ART}\nSelect from the following choices.{listed(*LATTER)}"} | with_images(3)
-MUIR = {"idx": "m", "task": "Retrieval", "question": "<image>Which image shows the same bird?",
-        "options": ["<image>", "<image>", "<image>", NONE], "answer": "B", "image_list": [1, 2, 3, 4]}
-MED = {"question_id": "med", "question": "Based on the CT images, what is the likeliest diagnosis?",
-       "options": ["a cyst", "a stone", "a clot"], "correct_answer": "B"} | with_images(3)
-MANTIS = {"id": "man", "question": "Which picture shows the oldest car? <image><image><image>",
-          "images": [1, 2, 3], "answer": "(A)", "question_type": "multi-choice",
-          "options": ["Image 3", "Image 1", "Image 2"]}
-MMIU_OPTIONS = "A: the first image\nB: the second image\nC: the third image"
-MMIU = {"task": "forensic", "question": "Which of the three images is a real photo?", "output": "C",
-        "input_image_path": ["1", "2", "3"], "options": MMIU_OPTIONS,
-        "context": "Select from the following choices.\n" + MMIU_OPTIONS}
-REMI = {"task": "Charts", "label": "2",
-        "question": "<image1> <image2> How many of the two images show a bar chart?"} | with_images(2)
-
 def answers(question, model, monkeypatch):
     """samples.jsonl of a question whose images are named by their numbers, in all orders. A
     model is a function of the sample that it sees: images, options, gold."""
@@ -3536,36 +3339,32 @@ def test_a_never_has_a_reason(adapter, row, reason):
     assert q.sample.order_rule == "never" and q.label.startswith("never: " + reason), q.label
 
 def test_the_report_counts_labels_by_benchmark_and_reason(tmp_path, capsys):
-    picture = encoded(Image.new("RGB", (30, 30)), "PNG")
-    images = {f"image_{k}": picture for k in (1, 2, 3)}
-    rows = [MED | images | {"question_id": str(k)} for k in range(3)]
+    rows = [with_pictures(MED) | {"question_id": str(k)} for k in range(3)]
     rows[1]["question"] = "Which finding comes next?"
     write_parquet(rows, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
     flags = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
     ev.main(["--benchmarks", "medframeqa", "--orders", "6", *flags])
-    saved = json.loads((tmp_path / "out" / "tiny" / "medframeqa" / "results.json").read_text())
+    saved = json_of(tmp_path / "out" / "tiny" / "medframeqa" / "results.json")
     never = "never: words that may mean order, time or place"
     assert saved["config"]["labels"] == {"keep": 2, never: 1} and saved["unread"] == 1
     assert f"order label keep: 2\n  order label {never}: 1\n" in capsys.readouterr().out
     assert saved["orders"]["flip"]["n"] == 2, "what moves is asked in several orders"
 
-def test_mmiu_rows_without_a_gold_are_left_out(tmp_path):
-    Image.new("RGB", (30, 30)).save(tmp_path / "1.png")
-    rows = [MMIU | {"input_image_path": ["1.png"] * 3, "output": gold} for gold in ("A", "", None, "B")]
+def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path):
+    rows = [MMIU | {"output": gold} for gold in ("A", "", None, "B", "C", "A")]
     write_parquet(rows, tmp_path / "MMIU-Benchmark" / "all.parquet")
-    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=0)
-    assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == ["A", "B"]
+    for limit, golds in ((0, ["A", "B", "C", "A"]), (2, ["A", "C"])):
+        args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=limit)
+        assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == golds
 
 # ---- --flip ----------------------------------------------------------------------------
 @pytest.fixture
 def flip_data(tmp_path):
     """Copies of two benchmarks and of Facet-Probe, with three published ids of four each."""
-    pictures = [encoded(Image.new("RGB", (30, 30), color), "PNG") for color in ("red", "blue", "tan")]
-    images = {f"image_{k}": picture for k, picture in enumerate(pictures, 1)}
     ids = ("keep1", "keep2", "excluded", "border")
-    med = [MED | images | {"question_id": key} for key in ids]
+    med = [with_pictures(MED) | {"question_id": key} for key in ids]
     med[0]["question"] = "Which image comes first?"  # never, by our rules
-    mantis = [MANTIS | {"images": pictures, "id": key} for key in ids]
+    mantis = [with_pictures(MANTIS) | {"id": key} for key in ids]
     write_parquet(med, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
     write_parquet(mantis, tmp_path / "Mantis-Eval" / "mantis_eval" / "test-0.parquet")
     clone, classes = tmp_path / "facet-probe", ("keep", "keep", "exclude", "borderline")
@@ -3621,12 +3420,13 @@ def test_the_interval_of_a_rate():
     assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(0.1759, abs=1e-4)
 
 # ---- data_samples/curate.py ----------------------------------------------------------------------
-sys.path.append(str(HERE / "data_samples"))
-
-order_rules = ev
-
 LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
 DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
+
+def label_of(row):
+    n = row["question"].count("<image>")
+    gold = curate.gold_of(row["answer"], row["question"], n)
+    return ev.infer_label(row["question"], gold, n, row.get("style", "any"))
 
 @table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
 def test_order_labels_other_than_never_are_right(part, least):
@@ -3634,9 +3434,7 @@ def test_order_labels_other_than_never_are_right(part, least):
     to find wrong labels, after which the rules were mended."""
     found = 0
     for row in (row for row in LABELLED if row["set"] == part):
-        n = row["question"].count("<image>")
-        gold = curate.gold_of(row["answer"], row["question"], n)
-        label = order_rules.infer_label(row["question"], gold, n, row["style"])
+        label = label_of(row)
         if label.order_rule != "never":
             mentions = [int(k) for k in perl.MENTION.findall(label.question)]
             got = (label.order_rule, list(label.movable), label.answer, mentions)
@@ -3645,43 +3443,28 @@ def test_order_labels_other_than_never_are_right(part, least):
     assert found >= least
 
 @table("question, answer", [
-    ("<image><image> What is the number of the image that shows a cat?", "2"),
-    ("<image><image> Which image shows a cat?\nA. One\nB. Two", "A"),
-    ("<image><image> Which image shows a cat, and how many cats?", "2"),
-    ("<image><image> Is image one brighter than both other images?", "Yes"),
-    ("<image><image><image> Which image is closer to the reference image?", "2"),
-    ("Image 2: <image> Image 1: <image> Which image shows a cat?", "2"),
-    ("<image><image> Which image shows a cat?", "3"),
-    ("<image><image> The dogs in both images face each other. True or false?", "True"),
-    ("<image><image> The dog in one image is facing that in the other image. True?", "Yes"),
-    ("<image><image> What did the man pick up?\nA. A cup\nB. A book", "A"),
-    ("<image><image> Where in the images is the cat?", "the last one"),
-    ("<image><image><image> Which image shows a cat, 1 or 3?", "3"),
-    ("<image><image> What word do the letters in the images spell?", "on"),
-    ("<image><image> Give the rank of each image by size; sort the image numbers.", "2,1"),
-    ("<image><image> Sort the image numbers in reverse order.", "2,1"),
-    ("<image>Which is larger, A or B?\nA. <image>\nB. <image>", "A"),
-    ("<image><image> Answer with the 0-based index: which image shows a cat?", "1")])
+    ("What is the number of the image that shows a cat?", "2"),
+    ("Which image shows a cat?\nA. One\nB. Two", "A"),
+    ("Which image shows a cat, and how many cats?", "2"), ("Which image shows a cat?", "3"),
+    ("Is image one brighter than both other images?", "Yes"),
+    ("The dogs in both images face each other. True or false?", "True"),
+    ("The dog in one image is facing that in the other image. True?", "Yes"),
+    ("What did the man pick up?\nA. A cup\nB. A book", "A"),
+    ("Where in the images is the cat?", "the last one"),
+    ("What word do the letters in the images spell?", "on"),
+    ("Give the rank of each image by size; sort the image numbers.", "2,1"),
+    ("Sort the image numbers in reverse order.", "2,1"),
+    ("Answer with the 0-based index: which image shows a cat?", "1"),
+    ("How many images show a cow?", "image 1"),
+    ("<image>Which image is closer to the reference image?", "2"),
+    ("<image>Which image shows a cat, 1 or 3?", "3"),
+    ("<image>Which image is quieter, image 1 or 3?", "Image 3 suggests rest")])
 def test_in_doubt_never(question, answer):
-    label = order_rules.infer_label(question, answer, question.count("<image>"), "any")
-    assert label.order_rule == "never" and label.question == question
+    assert_never("any", "<image><image> " + question, answer)
 
-def test_a_label_means_the_same_picture_in_every_order(tmp_path):
-    """Eq. 1 on the labelled questions: the picture that an answer names moves with it."""
-    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
-    for row in LABELLED:
-        n = row["question"].count("<image>")
-        gold = curate.gold_of(row["answer"], row["question"], n)
-        label = order_rules.infer_label(row["question"], gold, n, row["style"])
-        if label.order_rule not in ("index", "letter"):
-            continue
-        names = tuple(f"{k}.png" for k in range(n))
-        sample = Sample("q", names, label.question, label.answer, label.order_rule, label.movable)
-        for order in perl.all_orders(sample, 6):
-            moved = perl.permute(sample, order)
-            place = {"index": lambda s: int(s.answer) - 1,
-                     "letter": lambda s: s.movable["ABCDEFGHIJ".index(s.answer)]}[sample.order_rule]
-            assert moved.images[place(moved)] == sample.images[place(sample)]
+def assert_never(source, question, answer):
+    label = ev.infer_label(question, answer, question.count("<image>"), source)
+    assert (label.order_rule, label.movable, label.question) == ("never", None, question)
 
 # ---- Free text: numbers, Chinese, programs (into the section of eval.py's tests) ----------------
 @table("text, number", [
@@ -3707,13 +3490,6 @@ def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer)
     assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
     assert graded(response, "number 0", "58", truncated=True)["answer"] is None
 
-@table("answer, gold, right", [
-    ("(x,y)=(90,5)", "(90,5)", True), ("SA = 8", "Surface Area $=8$ units $^{2}$", True),
-    ("84", r"84 \mathrm{cm}^2", True), ("84 cm", r"84 \mathrm{cm}^2", False), ("y = 3", "x = 3", False),
-    ("118", "118°T", True), ("(3, 1)", r"\text{ minimum: }(1, 3)", False)])
-def test_what_an_answer_may_leave_out(answer, gold, right):
-    assert ev.same_value(answer, gold) is right
-
 # ---- Order labels: what is freed, and what stays never ---------------------------------
 PAIR = "<image><image> Is this statement about the pair true or false? "
 @table("statement, mentions", [
@@ -3731,24 +3507,23 @@ def test_statements_about_a_pair(statement, mentions):
         other = ev.infer_label(PAIR + statement, "True", 2, "any")
         assert other.order_rule == "never", "a side is a name only where pairs stand side by side"
 
-@table("source, question, answer", [("nlvr2", PAIR + "The cow on the left is brown.", "True"),
+@table("source, question, answer", [
+    ("any", "Image 2: <image> Image 1: <image> Which image shows a cat?", "2"),
+    ("any", "<image>Which is larger, A or B?\nA. <image>\nB. <image>", "A"),
+    ("nlvr2", PAIR + "The cow on the left is brown.", "True"),
     ("nlvr2", PAIR + "The right side of the left image shows a cow.", "True"),
     ("nlvr2", PAIR + "The left image is missing on the right.", "True"),
-    ("any", "<image><image><image>Which image is quieter, image 1 or 3?", "Image 3 suggests rest"),
-    ("any", "<image><image>How many images show a cow?", "image 1"),
-    ("muirbench", "<image><image>What does the man in these pictures do?\n(A) getting up\n(B) lying",
-     "A"),
-    ("muirbench", "<image><image>Is the cup fuller or emptier?\n(A) fuller\n(B) emptier", "A"),
-    ("muirbench", "<image><image>Has the tumor shrunk?\n(A) yes\n(B) no", "A"),
-    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
-    ("muirbench", "<image><image><image>Which image is it?\n(A) 1\n(B) 2\n(C) 3", "A"),
+    *(("muirbench", "<image><image>" + text, "A") for text in (
+        "What does the man in these pictures do?\n(A) getting up\n(B) lying",
+        "Is the cup fuller or emptier?\n(A) fuller\n(B) emptier",
+        "Has the tumor shrunk?\n(A) yes\n(B) no", "What is the difference?\n(A) a hat\n(B) a coat",
+        "What lies between the two images?\n(A) a day\n(B) a year",
+        "<image>Which image is it?\n(A) 1\n(B) 2\n(C) 3")),
     ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
     ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
-     "(B) the second image and the first image\n(C) the third image", "A"),
-    ("muirbench", "<image><image>What is the difference?\n(A) a hat\n(B) a coat", "A")])
+     "(B) the second image and the first image\n(C) the third image", "A")])
 def test_benchmark_texts_that_stay_never(source, question, answer):
-    label = ev.infer_label(question, answer, question.count("<image>"), source)
-    assert (label.order_rule, label.movable) == ("never", None)
+    assert_never(source, question, answer)
 
 # ---- --against: copies of a benchmark's pictures ---------------------------------------
 def drawing(seed):
@@ -3777,21 +3552,14 @@ def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
     nothing = curate.read_benchmarks([])
     assert not nothing.shows(curate.near_hash(perl.read_image(copy)), copy)
 
-def update_at_lr_0(model, groups, cfg):
-    adamw_updates(model, [groups], cfg, lr=0.0)
-
 # ---- data_samples/ablate.py ------------------------------------------------------------
 def test_the_t_interval():
-    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
-    of its distribution, integrated by trapezoids."""
+    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2."""
     assert ablate.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
     assert ablate.interval([5.0]) == (5.0, math.inf)
-    for freedom, quantile in enumerate(ablate.T_QUANTILES, 1):
-        constant = math.gamma((freedom + 1) / 2) / (
-            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
-        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
-        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
-        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
+    # The first quantiles of Student's t at 97.5 %, from a table.
+    assert ablate.T_QUANTILES == (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262,
+                                  2.228, 2.201)
 
 CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
 
@@ -3829,7 +3597,6 @@ class AtOnce(Executor):
     """Runs what is submitted before it returns. Threads would not do: ast.parse is not safe."""
     def __init__(self, jobs):
         self.jobs = jobs
-
     def submit(self, task, *args):
         future = Future()
         try:
@@ -3887,15 +3654,14 @@ def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation, monkeyp
     broken.add(("perl", 1))
     refuses("1 runs failed", run_all)
     assert len(started) == 6 and len(read_rows(path)) == 5
-    assert "perl, seed 1: out of memory" in capsys.readouterr().out
     broken.clear()
     run_all()
-    assert started == [("perl", 1)]
-    assert ablate.summary(read_rows(path)).startswith("6 runs; 0 lines")
+    assert started == [("perl", 1)] and len(read_rows(path)) == 6
     changes = itertools.count()
     monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
     refuses("1 runs failed", run_all, names=("perl",), seeds=(0,))
-    assert "code or data changed during the run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "perl, seed 1: out of memory" in said and "code or data changed during" in said
     assert len(read_rows(path)) == 6
 
 def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
@@ -3928,13 +3694,6 @@ def test_tables_by_hand(ablation, tmp_path):
         assert picture.width > 1500 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
     assert (tmp_path / "ablation.png").stat().st_size < 200_000
 
-def test_the_curve_of_several_stages_is_one(tmp_path):
-    write_run(tmp_path, 0.5, 0.75)
-    (tmp_path / "stage0").mkdir()
-    found = ablate.read_run(tmp_path)
-    assert [point[0] for point in found["curve"]] == [0, 2, 4] and found["curve"][-1][2] == 0.75
-    assert (found["kept"], found["training_seconds"]) == (0.25, 12.0)
-
 def answered(text, order=(0, 1)):
     """A rollout of the answer `text` to a question of two images, whose first one is right."""
     asked = perl.permute(sample("index", "1", n=len(order)), order)
@@ -3953,20 +3712,17 @@ def group_of(*texts, orders=((0, 1), (1, 0))):
     n = len(texts) // len(orders)
     return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
 
-ONE_ORDER = group_of("1", "1", "1", "1", orders=((0, 1), (0, 1)))
-
 @table("fork, group, rewards", [  # columns: the first answers of both orders, then the second ones
     ("reward_agreement", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
     ("reward_agreement", group_of("2", "9", "1", "9"), [0.9, 0, 0.9, 0]),
-    ("reward_agreement", ONE_ORDER, [1, 1, 1, 1]),
     ("reward_agree_and_right", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
     ("reward_agree_and_right", group_of("2", "1", "1", "2"), [0, 1.9, 0, 1.9]),
-    ("reward_agree_and_right", ONE_ORDER, [1, 1, 1, 1])])
+    *[(fork, group_of("1", "1", "1", "1", orders=((0, 1), (0, 1))), [1, 1, 1, 1])
+      for fork in ("reward_agreement", "reward_agree_and_right")]])
 def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
     """Agreement pays whether right or wrong; being right together pays on top; a question in one
     order only has nothing to agree with."""
     monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group = [dataclasses.replace(rollout) for rollout in group]
     ablate.before_advantages(getattr(ablate, fork))
     perl.set_advantages([group])
     assert [rollout.reward for rollout in group] == pytest.approx(rewards)
@@ -3993,27 +3749,30 @@ def test_permuting_follows_a_questions_own_gap(monkeypatch):
         groups.append(group_of("1", "1", "1", "1")[:len(row)])
         for rollout, accuracy in zip(groups[-1], row):
             rollout.accuracy = float(accuracy)
-            rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
-    def sample_orders(*args, n_orders, n):
-        asked.append((n_orders, n))
-        return groups
+            rollout.prompt.sample = dataclasses.replace(sample(), id=name)
     monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
-    monkeypatch.setattr(perl, "sample_orders", sample_orders)
+    monkeypatch.setattr(perl, "sample_orders", lambda *args, n_orders, n: (
+        asked.append((n_orders, n)) or groups))
     ablate.permute_by_gap()
     for stage in (0, 1):
         perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
     assert asked == [(2, 2), (1, 4)]
     for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
-        asked_for = dataclasses.replace(sample("keep"), id=name)
+        asked_for = dataclasses.replace(sample(), id=name)
         drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
         assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
 
-def test_accuracy_by_the_position_of_the_right_image():
-    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on."""
-    letter = sample("letter", "B", movable=(1, 2))
-    option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
-                                 accuracy=0.0)
-    rollouts = group_of("1", "1", "1", "2") + [option]
+def test_a_run_is_read_over_its_stages_and_by_position(tmp_path):
+    """Stage 2's first evaluation is stage 1's last. In order (1, 0), the first image, which is
+    right, stands second; letters name image 2 and on."""
+    write_run(tmp_path, 0.5, 0.75)
+    (tmp_path / "stage0").mkdir()
+    found = ablate.read_run(tmp_path)
+    assert [point[0] for point in found["curve"]] == [0, 2, 4] and found["curve"][-1][2] == 0.75
+    assert (found["kept"], found["training_seconds"]) == (0.25, 12.0)
+    letter = perl.Prompt(sample("letter", "B", movable=(1, 2)), [1], [])
+    rollouts = group_of("1", "1", "1", "2")
+    rollouts.append(dataclasses.replace(answered("9"), prompt=letter, gold="B"))
     assert ablate.places_of(rollouts) == {"1": 1.0, "2": 0.5, "3": 0.0}
 
 def test_an_arm_runs_with_its_fork_and_notes_positions(tmp_path, monkeypatch, data):
@@ -4057,7 +3816,7 @@ def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
     prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
-        update_at_lr_0(model, [rollouts], cfg)
+        adamw_updates(model, [[rollouts]], cfg, lr=0.0)
     flops, _ = ablate.count_flops(model.config, cfg, SMALL_STEP)
     assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
@@ -4098,24 +3857,7 @@ def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, ca
         ablate.main(flags)
     assert message in f"{end.value} {capsys.readouterr().err}"
 
-def test_ctrl_c_during_the_cost_is_one_sentence():
-    process = subprocess.Popen([sys.executable, str(HERE / "data_samples" / "ablate.py"),
-                                *step_flags(2, 4, 9, 4)], stderr=subprocess.PIPE, text=True)
-    signal.alarm(60)
-    assert "timing a step" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 1 and "interrupted; the same command continues" in err
-    assert "KeyboardInterrupt" not in err
-
 # ---- data_samples/curate.py ------------------------------------------------------------
-DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
-
-def label_of(row, question=None, n=None):
-    question, n = question or row["question"], n or row["question"].count("<image>")
-    gold = curate.gold_of(row["answer"], question, n)
-    return ev.infer_label(question, gold, n, row.get("style", "any"))
-
 def digit(k, kind="PNG", mode="RGB"):
     """The bytes of a real digit; kind JPEG is another encoding of the same picture."""
     with Image.open(DIGITS[k]) as image:
@@ -4209,11 +3951,10 @@ def test_the_report_counts_and_shows(curated):
 def test_on_our_own_samples_the_rules_give_the_label_or_never():
     found = Counter()
     for row in read_rows(HERE / "data_samples" / "train.jsonl"):
-        question, n = perl.MENTION.sub(r"image \1", row["question"]), len(row["images"])
-        label = label_of(row, question, n)
+        label = label_of(row | dict(question=perl.MENTION.sub(r"image \1", row["question"])))
         found[label.order_rule] += 1
         if label.order_rule != "never":
-            movable = tuple(row.get("movable", range(n)))
+            movable = tuple(row.get("movable", range(len(row["images"]))))
             assert label[1:4] == (row["answer"], row["order_rule"], movable), row
     assert found["keep"] > 300 and found["index"] > 500
 
