@@ -2,7 +2,6 @@
 
     python -m pytest test_perl.py        # one CPU core, no network, under 3 minutes
 """
-import ast
 import base64
 import contextlib
 import dataclasses
@@ -18,12 +17,11 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import zipfile
 from collections import Counter
-from concurrent.futures import Executor, Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,12 +76,10 @@ def ends(message):
     assert "\n" not in str(end.value)
 
 def refuses(message, call, *args, **named):
-    """The call ends the program with one sentence."""
     with ends(message):
         call(*args, **named)
 
 def record(monkeypatch, name):
-    """The positional arguments of each call of perl.`name`, which works as before."""
     calls, real = [], getattr(perl, name)
     def recorded(*args, **named):
         calls.append(args)
@@ -104,7 +100,6 @@ PROCESSOR = perl.load_processor("tiny", tiny_config())
 ACCELERATOR = perl.accelerate.Accelerator(cpu=True)
 
 def process(world, rank=0, device=CPU):
-    """What perl.py asks an accelerator, of one process of several."""
     return SimpleNamespace(num_processes=world, process_index=rank, device=device, print=print)
 
 GOOD = dict(id="q1", images=["a.png", "b.png", "c.png"], answer="3", order_rule="index",
@@ -164,8 +159,7 @@ def tokens_of(text):
     return ids + PROCESSOR.eos_ids[-1:]
 
 def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
-    """Four rollouts of each question, with given words and rewards: two on the identity, two on
-    the reversed order. The same groups in every process."""
+    """Four rollouts of each question: two on the identity, two on the reversed order."""
     texts = (r"<think>one</think> \boxed{1}", "<think>a much longer thought", "3", "")
     groups = []
     for asked in questions:
@@ -182,7 +176,6 @@ def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
     return groups
 
 def scored_group(accuracies, rewards=None):
-    """Rollouts of which only accuracy and reward matter."""
     return [Rollout(None, (), "", [5], "", False, accuracy=float(accuracy), reward=float(reward))
             for accuracy, reward in zip(accuracies, rewards or accuracies)]
 
@@ -190,8 +183,7 @@ def run_update(model, optimizer, groups, cfg, reference=None):
     return perl.update(model, reference, optimizer, PROCESSOR, groups, cfg=cfg)
 
 def gradient_of_update(model, groups, cfg, reference=None, lr=0.0):
-    """The gradients that perl.update hands to the optimizer, flat; and the sums it returns. With
-    lr, plain descent: AdamW would blow up the rounding of near-zero gradients."""
+    """Gradients that perl.update hands to the optimizer, flat, and its sums; lr: plain descent."""
     gradients = []
     class Recorder:
         @torch.no_grad()
@@ -207,7 +199,6 @@ def gradient_of_update(model, groups, cfg, reference=None, lr=0.0):
     return torch.cat(gradients), sums
 
 def adamw_updates(model, steps, cfg, lr=1e-2):
-    """What perl.update returns for the groups of each step."""
     optimizer = perl.SplitAdamW(model, dataclasses.replace(cfg, lr=lr), ACCELERATOR)
     return [run_update(model, optimizer, groups, cfg) for groups in steps]
 
@@ -238,16 +229,12 @@ def every_second_is_right(monkeypatch):
 
 # ---- Config ----------------------------------------------------------------------------
 def test_every_field_is_read_and_explained_and_there_are_not_too_many(capsys):
-    read = set()
-    for path in (HERE / "perl.py", HERE / "eval.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                read |= {node.attr} if getattr(node.value, "id", "") == "cfg" else set()
+    code = (HERE / "perl.py").read_text() + (HERE / "eval.py").read_text()
+    read = set(re.findall(r"\bcfg\.(\w+)(?! ?=[^=])", code))
     assert not FIELDS.keys() - read and len(FIELDS) <= 45
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit):
         perl.parse_config(["--help"])
     text = "".join(capsys.readouterr().out.split())
-    assert end.value.code == 0
     for name, field in FIELDS.items():
         assert "--" + name.replace("_", "-") in text and len(field.metadata["help"]) > 10
         assert "".join(field.metadata["help"].split()) in text
@@ -291,7 +278,6 @@ def test_bad_flags_end_the_program(typed, message, capsys):
     assert end.value.code != 0 and message in str(end.value) + capsys.readouterr().err
 
 def saved_run(folder, **changes):
-    """A run folder with the settings that a run of 4 steps writes."""
     folder.mkdir(parents=True)
     settings = vars(tiny_config(out=str(folder.parent), steps=4, **changes))
     (folder / "config.json").write_text(json.dumps(settings))
@@ -303,13 +289,13 @@ def saved_run(folder, **changes):
     ("--optimizer-device host", dict(optimizer_device="host")),
     ("--gradient-checkpointing", dict(gradient_checkpointing=True)),
     ("--max-new-tokens 40 --stage 1 --beta 0", {})])  # as they were
-@table("schedule, alpha_steps", [(0, 4), (3, 3)])
-def test_resume_may_change_memory_and_steps(tmp_path, typed, changed, schedule, alpha_steps):
+def test_resume_may_change_memory_and_steps(tmp_path, typed, changed):
     """Alpha keeps the schedule of the run, however many steps there are now."""
-    folder = saved_run(tmp_path / "stage1", alpha_steps=schedule)
-    cfg = perl.parse_config(["--resume", str(folder), *typed.split()])
-    saved = json.loads((folder / "config.json").read_text())
-    assert vars(cfg) == saved | dict(resume=str(folder), alpha_steps=alpha_steps) | changed
+    for stage, schedule, alpha_steps in ((1, 0, 4), (2, 3, 3)):
+        folder = saved_run(tmp_path / f"stage{stage}", alpha_steps=schedule)
+        cfg = perl.parse_config(["--resume", str(folder), *typed.split()])
+        same = dict(resume=str(folder), alpha_steps=alpha_steps)
+        assert vars(cfg) == json_of(folder / "config.json") | same | changed
 
 @table("typed", [
     "--max-new-tokens 9", "--lr 1", "--beta 0.5", "--n-permutations 2", "--stage 2", "--seed 1",
@@ -318,11 +304,10 @@ def test_resume_may_change_memory_and_steps(tmp_path, typed, changed, schedule, 
     "--alpha-end 0.5", "--model x", "--freeze-vision", "--clip-high 0.3", "--out elsewhere"])
 def test_resume_refuses_to_change_the_method_by_name(tmp_path, typed):
     folder, flag = saved_run(tmp_path / "stage1"), typed.split()[0].replace("--no-", "--")
-    with ends(f"{flag} was .*new run"):
-        perl.parse_config(["--resume", str(folder), "--steps", "4", *typed.split()])
+    argv = ["--resume", str(folder), "--steps", "4", *typed.split()]
+    refuses(f"{flag} was .*new run", perl.parse_config, argv)
 
 def test_the_folder_that_resume_takes(tmp_path):
-    """A run folder, or OUT for the stage written last; no checkpoint, no damaged settings."""
     first, second = saved_run(tmp_path / "stage1"), saved_run(tmp_path / "stage2")
     os.utime(second / "config.json", (1, 1))
     assert perl.stage_folder(tmp_path) == perl.stage_folder(str(first)) == first
@@ -346,10 +331,8 @@ def test_the_folder_that_resume_takes(tmp_path):
     ([1, 0.9, 0.8, 0.7, 0.6], dict(alpha_steps=11)), ([0.0] * 5, dict(alpha_start=0.0))])
 def test_alpha_falls_linearly_over_its_steps_and_stays(monkeypatch, tmp_path, expected, changes):
     alphas = []
-    def collect_groups(*args, alpha, **others):
-        alphas.append(alpha)
-        return {name: [] for name in perl.VERDICTS} | {"flat": [scored_group([1, 0])]}
-    monkeypatch.setattr(perl, "collect_groups", collect_groups)
+    monkeypatch.setattr(perl, "collect_groups", lambda *args, alpha, **others: (
+        alphas.append(alpha) or {name: [] for name in perl.VERDICTS} | {"flat": [scored_group([1])]}))
     for name in ("log_group", "save_checkpoint", "log_metrics"):
         monkeypatch.setattr(perl, name, lambda *args, **others: None)
     cfg = tiny_config(**dict(steps=5, out=str(tmp_path)) | changes)
@@ -383,8 +366,8 @@ def test_permute(rule, answer, movable, order, images, expected):
 
 def test_permute_renumbers_mentions():
     asked = sample("index", "2", question=IMAGES + "<image_1> or <image_3>? <image_1>! 1")
-    permuted = perl.permute(asked, (2, 0, 1))
-    assert permuted.question == IMAGES + "<image_2> or <image_1>? <image_2>! 1"
+    moved = perl.permute(asked, (2, 0, 1))
+    assert moved.question == IMAGES + "<image_2> or <image_1>? <image_2>! 1"
     asked = sample("index", "2", n=26, question="<image_26> <image_1>")
     assert perl.permute(asked, LAST_FIRST).question == "<image_1> <image_2>"
 
@@ -436,9 +419,8 @@ def test_load_samples(folder):
     letter = dict(id="q2", order_rule="letter", movable=[2, 1], answer=" B ", source="toy")
     path = write_rows(folder / "good.jsonl", GOOD, "", GOOD | letter, TEXT_ONLY)
     first, second, text_only = perl.load_samples(str(path))
-    assert (first.id, first.answer, first.source) == ("q1", "3", "")
-    assert first.images == tuple(str(folder / name) for name in GOOD["images"])
-    assert first.movable == (0, 1, 2), "all may move unless said otherwise"
+    images = tuple(str(folder / name) for name in GOOD["images"])
+    assert first == Sample("q1", images, GOOD["question"], "3", "index", (0, 1, 2), "")
     assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
     assert (text_only.images, text_only.movable) == ((), ())
     # An image may come twice where that is harmless.
@@ -491,16 +473,14 @@ def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, othe
     assert len(str(refusal.value)) < 500, "a line that a terminal can show"
 
 @table("content, message", [
-    (b'{"id": ', "line 1: not valid JSON"), (b'\n{"id": "\xff"}', "line 2"),
     (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)[:50]}".encode(), "line 2: not valid JSON"),  # torn
     # A JSON array: what was found, and what is accepted.
     (f"[{json.dumps(GOOD)}]".encode(), "line 1: a list, not a JSON object"),
     (json.dumps([GOOD], indent=1).encode(), "line 1: not valid JSON, one object a line"),
-    (b'[["id", "x", 1], ["answer", "1"]]', "line 1: a list"), (b"1", "line 1: a"),
     (b'{"id":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 1: not valid JSON"),
     (b'{"id": ' + b"9" * 9000 + b"}", "line 1: not valid JSON"), (b'{"id": NaN}', "field"),
-    (json.dumps(GOOD).encode("utf-16") * 2, "line 1"), (b"\0\0\0\0", "line 1"),
-    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: "),
+    (json.dumps(GOOD).encode("utf-16") * 2, "line 1"), (b'\n{"id": "\xff"}', "line 2"),
+    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: "), (b"1", "line 1: a"),
     (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "is not a file")])
 def test_bad_files(folder, content, message):
     if content is not MISSING:
@@ -548,55 +528,45 @@ def test_a_bad_image_is_named(folder, name):
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field images: .* ({message})"):
         perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
 
-def drawn(mode, *colours, **options):
-    """A row of pixels of the given colours, and how to save it."""
-    image = Image.new(mode, (len(colours), 1))
-    if mode == "P":  # blue, number 1 of the palette, counts as transparent
-        image.putpalette([255, 0, 0, 0, 0, 255])
-    image.putdata(colours)
-    return image, options
-
-def animation(first, *others, **options):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (first, *others)]
-    return frames[0], dict(save_all=True, append_images=frames[1:]) | options
+RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
+GREYS = [BLACK, (128,) * 3, WHITE]
 
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
-GREY_16_BIT = Image.frombytes("I;16", (3, 1), struct.pack("<3H", 0, 32768, 65535))
-RGBA = ((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128))
-
-@table("name, image, pixels", [
-    ("rgba.png", drawn("RGBA", *RGBA), [RED, WHITE, (127,) * 3]),
-    ("la.png", drawn("LA", (0, 255), (0, 0)), [BLACK, WHITE]),
-    ("palette.png", drawn("P", 0, 1, 0, transparency=1), [RED, WHITE, RED]),
-    ("16.png", (GREY_16_BIT, {}), [BLACK, (128,) * 3, WHITE]),
-    ("bits.png", drawn("1", 0, 1), [BLACK, WHITE]),
-    ("grey.png", drawn("L", 0, 99), [BLACK, (99,) * 3]),
-    ("cmyk.jpg", drawn("CMYK", *[(0, 255, 255, 0)] * 8, quality=100), [RED] * 8),
-    ("moving.gif", animation("red", "blue"), [RED] * 8),
-    ("moving.webp", animation("red", "blue"), [RED] * 8),
-    # Phones write a JPEG with a second picture behind it.
-    ("phone.jpg", animation("red", "blue", format="MPO", quality=100), [RED] * 8),
-    ("rgb.bmp", drawn("RGB", RED, BLUE), [RED, BLUE])])
-def test_pictures_of_all_kinds_are_read_as_they_look(folder, name, image, pixels):
-    image, options = image
+@table("name, mode, stored, seen", [
+    ("rgba.png", "RGBA", [(*RED, 255), (0, 0, 0, 0), (0, 0, 0, 128)], [RED, WHITE, (127,) * 3]),
+    ("la.png", "LA", [(0, 255), (0, 0)], [BLACK, WHITE]), ("1.png", "1", [0, 1], [BLACK, WHITE]),
+    ("16.png", "I;16", [0, 32768, 65535], GREYS), ("grey.png", "L", [0, 128, 255], GREYS),
+    ("palette.png", "P", [0, 1, 0], [RED, WHITE, RED]), ("rgb.bmp", "RGB", [RED, BLUE], [RED, BLUE]),
+    ("cmyk.jpg", "CMYK", [(0, 255, 255, 0)] * 8, [RED] * 8)])
+def test_pictures_of_all_kinds_are_read_as_they_look(folder, name, mode, stored, seen):
+    image, options = Image.new(mode, (len(stored), 1)), {}
+    if mode == "P":  # blue, number 1 of the palette, counts as transparent
+        image.putpalette([*RED, *BLUE])
+        options["transparency"] = 1
+    image.putdata(stored)
     image.save(folder / name, **options)
     for file in (folder / name, io.BytesIO((folder / name).read_bytes())):
         read = perl.read_image(file)
         assert read.mode == "RGB" and read.size == image.size
-        for k, colour in enumerate(pixels):
+        for k, colour in enumerate(seen):
             assert read.getpixel((k, 0)) == pytest.approx(colour, abs=2)
 
-@table("suffix", ["jpg", "png", "webp"])
+# Phones write a JPEG (MPO) with a second picture behind it.
+@table("name, kind", [("moving.gif", "GIF"), ("moving.webp", "WEBP"), ("phone.jpg", "MPO")])
+def test_of_several_pictures_the_first_is_read(folder, name, kind):
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE))
+    first.save(folder / name, kind, save_all=True, append_images=[second])
+    assert perl.read_image(folder / name).getpixel((4, 4)) == pytest.approx(RED, abs=2)
+
 @table("orientation", range(1, 9))
-def test_exif_rotation_is_applied(folder, orientation, suffix):
-    """The prompt has the pixels as read_image shows them; its length is known before."""
+def test_exif_rotation_is_applied(folder, orientation):
     upright = Image.new("RGB", (112, 56), "white")
     upright.paste("black", (0, 0, 28, 28))  # a mark in the upper left corner
     undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Image.Transpose
     stored = upright if undo is None else upright.transpose(undo)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = folder / f"turned.{suffix}"
+    path = folder / "turned.jpg"
     stored.save(path, exif=exif)
     read = perl.read_image(path)
     corners = [read.getpixel(place)[0] < 128 for place in ((9, 9), (99, 9), (9, 47), (99, 47))]
@@ -624,7 +594,6 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
     prompts = encoded_prompts(questions, processor)
     assert max(p.tokens for prompt in prompts for p in prompt.pictures) <= most_tokens
     lengths = [len(prompt.ids) for prompt in prompts]
-    assert lengths == [perl.prompt_length(asked, processor) for asked in questions]
     def load(limit):
         cfg = tiny_config(max_prompt_tokens=limit)
         return perl.load_questions(str(folder / "four.jsonl"), processor, cfg, ACCELERATOR)
@@ -633,16 +602,11 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
         assert f"{kept} questions, {4 - kept} dropped" in capsys.readouterr().out
     refuses("no question is left", load, 5)
 
-# All that the published tokenizer adds, but <tool_call> and </tool_call>: those are plain words.
-REAL_TOKENS = [f"<|{name}|>" for name in (
-    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
-    "quad_end vision_start vision_end vision_pad image_pad video_pad fim_prefix fim_middle "
-    "fim_suffix fim_pad repo_name file_sep").split()]
-
 def test_no_text_becomes_a_control_token():
     added = PROCESSOR.tokenizer.added_tokens_decoder.values()
     special = [token.content for token in added if token.special]
-    assert special and all(map(perl.CONTROL.search, REAL_TOKENS + special))
+    for name in (*special, "<|endoftext|>", "<|object_ref_start|>", "<|fim_middle|>", "<|file_sep|>"):
+        assert perl.CONTROL.search(name)
 
 # Checkpoints laid out as the repositories of Qwen2.5-VL are.
 TEXT_TEMPLATE = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + "
@@ -650,8 +614,7 @@ TEXT_TEMPLATE = ("{%- for message in messages %}{{- '<|im_start|>' + message.rol
 
 @pytest.fixture
 def real_layout(tmp_path):
-    """The tiny checkpoint with a template for text in tokenizer_config.json and the one for
-    images in chat_template.json, which AutoTokenizer does not read; older names and fields."""
+    """The tiny checkpoint laid out as Qwen's: two templates, older names and fields."""
     folder = tmp_path / "real"
     shutil.copytree(TINY, folder)
     template = (folder / "chat_template.jinja").read_text()
@@ -669,24 +632,21 @@ def real_processor(folder):
     return perl.load_processor(str(folder), tiny_config())
 
 def test_the_template_for_images_is_found_beside_that_for_text(real_layout, questions):
-    """Checkpoints carry it on, to where AutoTokenizer and AutoProcessor look for it."""
     assert AutoTokenizer.from_pretrained(real_layout).chat_template == TEXT_TEMPLATE
     real, saved = real_processor(real_layout), real_layout / "saved"
     ours, theirs = encoded_prompts(questions), encoded_prompts(questions, real)
     assert [prompt.ids for prompt in ours] == [prompt.ids for prompt in theirs]
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert PROCESSOR.tokenizer.decode(ours[0].ids).startswith(system)
-    assert real.image_processor.size == {
-        "longest_edge": tiny_config().max_pixels, "shortest_edge": 784}
-    template = real.tokenizer.chat_template
+    size = real.image_processor.size
+    assert (size["longest_edge"], size["shortest_edge"]) == (tiny_config().max_pixels, 784)
     real.tokenizer.save_pretrained(saved)
     real.image_processor.save_pretrained(saved)
-    assert AutoTokenizer.from_pretrained(saved).chat_template == template
-    assert Qwen2_5_VLProcessor.get_processor_dict(saved)[0]["chat_template"] == template
-    for left in (TEXT_TEMPLATE, None):  # without the one for images
-        (real_layout / "chat_template.json").unlink(missing_ok=True)
-        edit(real_layout / "tokenizer_config.json", chat_template=left)
-        refuses("has no chat template for images", real_processor, real_layout)
+    for found in (AutoTokenizer.from_pretrained(saved).chat_template,
+                  Qwen2_5_VLProcessor.get_processor_dict(saved)[0]["chat_template"]):
+        assert found == real.tokenizer.chat_template
+    (real_layout / "chat_template.json").unlink()
+    refuses("has no chat template for images", real_processor, real_layout)
 
 @table("ending", ["<think>", "<think>\n\n"])
 def test_a_template_that_opens_think_itself(real_layout, questions, monkeypatch, ending):
@@ -736,7 +696,6 @@ def test_a_weight_that_does_not_fit_is_refused_by_name(real_layout, change, mess
     refuses(message, load_real, real_layout)
 
 def test_heads_that_are_not_tied_and_a_tied_one_that_was_saved_twice(real_layout):
-    """A 7B has a head of its own; a 3B's file may hold its embedding a second time as head."""
     rewrite_weights(real_layout, lambda weights: {HEAD: weights[EMBEDDING].clone()})
     assert torch.equal(flat_weights(load_real(real_layout)), flat_weights(load_tiny()))
     rewrite_weights(real_layout, lambda weights: {HEAD: weights[EMBEDDING] * 2})
@@ -760,33 +719,31 @@ def test_weights_cut_short_or_of_another_kind_and_no_pickle_is_run(real_layout, 
     path.unlink()
     torch.save({NORM: Hostile(flag)}, real_layout / "pytorch_model.bin")
     refuses("could not load .*real", load_real, real_layout)
-    torch.save({"model.norm.weight": Hostile(flag)}, tmp_path / "optimizer-0.pt")
-    optimizer = perl.SplitAdamW(load_tiny(), tiny_config(), ACCELERATOR)
+    torch.save({NORM: Hostile(flag)}, tmp_path / "optimizer-0.pt")
     with pytest.raises(SystemExit, match="optimizer-0.pt is missing or damaged"):
-        optimizer.load(tmp_path)
+        perl.load_state(tmp_path / "optimizer-0.pt")
     assert not flag.exists()
     torch.load(tmp_path / "optimizer-0.pt", weights_only=False)
     assert flag.exists(), "it would have been"
 
 def test_a_tokenizer_or_a_family_of_another_model_is_refused(real_layout):
     path, tokenizer = real_layout / "config.json", AutoTokenizer.from_pretrained(real_layout)
-    config = json_of(path)
+    config, others = json_of(path), "its tokenizer belongs to another model"
     rows = config["text_config"]["vocab_size"]  # of the embedding
     edit(path, text_config=config["text_config"] | {"vocab_size": rows + 64})
     refuses("mismatched.keys .*embed_tokens", load_real, real_layout)
-    for changes, message in ((dict(image_token_id=1), "its tokenizer belongs to another model"),
-                             (dict(model_type="llava"), "is a llava, none of"),
-                             ({}, "its tokenizer belongs to another model")):
-        edit(path, **config | changes)
-        if not changes:
-            tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
-            tokenizer.save_pretrained(real_layout)
+    for changes, message in ((dict(image_token_id=1), others),
+                             (dict(model_type="llava"), "is a llava, none of")):
+        path.write_text(json.dumps(config | changes))
         refuses(message, real_processor, real_layout)
+    path.write_text(json.dumps(config))
+    tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(real_layout)
+    refuses(others, real_processor, real_layout)
 
 # ---- Rollouts and rewards --------------------------------------------------------------
 def sample_and_record(model, prompts, n, cfg):
-    """Rollouts; and of each, the scores and the logits (T, V) that generate had for its tokens,
-    put together from the stretches in which it is decoded."""
+    """Rollouts; and of each, generate's scores and logits (T, V) for its tokens."""
     torch.manual_seed(0)
     rollouts, now, seen = [], [], {}
     next_inputs, generate = perl.next_inputs, model.generate
@@ -836,7 +793,6 @@ def test_logprobs_of_the_loss_are_those_of_sampling(questions, dtype, temperatur
     dict(exponential_decay_length_penalty=[2, 2.0]), dict(encoder_no_repeat_ngram_size=2),
     dict(top_h=0.5), dict(guidance_scale=3.0)], ids=lambda settings: list(settings)[-1])
 def test_the_checkpoints_own_sampling_settings_do_not_leak_in(questions, tmp_path, hostile):
-    """It keeps them for its own use, whether sampling ends or fails."""
     shutil.copytree(TINY, tmp_path / "hostile")
     edit(tmp_path / "hostile" / "generation_config.json", **hostile)
     cfg, prompts = tiny_config(temperature=0.7, max_new_tokens=12), all_asked(questions)
@@ -983,7 +939,6 @@ FAR = [0.0, -1e-30, -1.0, -19.0, -21.0, -100.0, -101.0, -1e4, -1e30, -3e38]
 
 @table("advantage", [-1e3, -1.0, 0.0, 1.0, 1e3])
 def test_the_loss_and_its_gradient_are_finite(advantage):
-    """For every pair of log-probabilities, far apart as they may be."""
     pairs = torch.cartesian_prod(torch.tensor(FAR), torch.tensor(FAR))              # (100, 2)
     for old, ref in ((1, None), (0, 1), (1, 1)):
         logprobs = pairs[None, :, 0].clone().requires_grad_()
@@ -1148,8 +1103,7 @@ def test_evaluate_by_hand(folder, monkeypatch):
 # ---- Run folder: a run, its metrics and checkpoint -------------------------------------
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eight real questions with four or more images, answered now right, now wrong, and three
-    of them to evaluate."""
+    """Eight real questions with four or more images, and three of them to evaluate."""
     target, source = tmp_path_factory.mktemp("digits"), HERE / "data_samples"
     rows = [row for row in read_rows(source / "test.jsonl")
             if len(row["images"]) > 3 and row["order_rule"] != "never"][:8]
@@ -1225,7 +1179,6 @@ def run_with(monkeypatch, name, call, event, argv):
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory):
-    """The folder of a run of four steps that was never interrupted."""
     out = tmp_path_factory.mktemp("runs") / "straight"
     perl.main(arguments(data, out))
     return out / "stage1"
@@ -1240,25 +1193,23 @@ def half(data, tmp_path_factory):
 
 @pytest.fixture
 def halted(half, tmp_path):
-    """A copy of `half` to go on with."""
     return shutil.copytree(half, tmp_path / "halted" / "stage1")
 
 def test_run_folder(straight, data):
     main_script = Path(sys.modules["__main__"].__file__).name  # pytest's, kept like a fork's
-    names = {"config.json", "run_id", "perl.py", "metrics.jsonl", "rollouts.jsonl",
-             "held_out.jsonl", "checkpoint-4", main_script}
-    assert {entry.name for entry in straight.iterdir()} == names
+    assert {entry.name for entry in straight.iterdir()} == {
+        "config.json", "run_id", "perl.py", "metrics.jsonl", "rollouts.jsonl", "held_out.jsonl",
+        "checkpoint-4", main_script}
     assert (straight / "perl.py").read_bytes() == (HERE / "perl.py").read_bytes()
     config = json_of(straight / "config.json")
     assert config.keys() == FIELDS.keys() and (config["steps"], config["data"]) == (4, str(data))
     rollouts = read_rows(straight / "rollouts.jsonl")
     assert [row["step"] for row in rollouts] == [1] * 6 + [3] * 6, "groups: 2 orders of 3 rollouts"
     assert rollouts[0].keys() >= {"id", "order", "question", "response", "gold", "reward"}
-    held_out = {}
+    held_out = {step: [] for step in (0, 2, 4)}
     for row in read_rows(straight / "held_out.jsonl"):
-        held_out.setdefault(row["step"], []).append((row["id"], row["order"]))
-    assert list(held_out) == [0, 2, 4] and held_out[0] == held_out[2] == held_out[4]
-    assert len({name for name, _ in held_out[0]}) == 3
+        held_out[row["step"]].append((row["id"], row["order"]))
+    assert held_out[0] == held_out[2] == held_out[4] and len({key for key, _ in held_out[0]}) == 3
 
 def test_metrics(straight):
     rows = metrics_of(straight)
@@ -1288,8 +1239,7 @@ def test_checkpoint_is_a_whole_hugging_face_folder(straight):
 
 # ---- Run folder: killed and resumed ----------------------------------------------------
 def in_a_child(monkeypatch, name, call, event, argv):
-    """run_with in a child process, which may die or stop in the middle. Returns its id and wait
-    status. What it printed is in OUT.log; the sentence that ended it in OUT.end."""
+    """run_with in a child; its id and wait status. Files: OUT.log, OUT.end (the last sentence)."""
     child = os.fork()
     if child:
         return os.waitpid(child, os.WUNTRACED)
@@ -1349,7 +1299,6 @@ PHASES |= {"SplitAdamW.step": 2, "shutil.rmtree": 1, "torch.save": 2, "os.replac
 
 @table("part", range(4))
 def test_ctrl_c_in_any_phase_of_a_step(straight, halted, monkeypatch, part):
-    """It ends the run at once, which goes on from the last checkpoint, time after time."""
     for phase in [*PHASES][part::4]:
         with ends("KeyboardInterrupt.*; continue with --resume"):
             run_with(monkeypatch, phase, PHASES[phase], send_me("SIGINT"),
@@ -1361,7 +1310,6 @@ def test_ctrl_c_in_any_phase_of_a_step(straight, halted, monkeypatch, part):
 @table("stage, name, call", [(1, "update", 3), (0, "sample_groups", 1)])
 def test_sigterm_ends_the_step_and_loses_nothing(
         data, straight, tmp_path, monkeypatch, stage, name, call):
-    """A preempted job: what was under way is finished and saved; the exit names the folder."""
     monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 5)  # eight questions have a histogram
     run, argv = tmp_path / f"stage{stage}", arguments(data, tmp_path, stage=stage)
     _, status = in_a_child(monkeypatch, name, call, send_me("SIGTERM"), argv)
@@ -1382,8 +1330,7 @@ def test_sigterm_ends_the_step_and_loses_nothing(
 
 @table("name, call, fault, message", [
     ("write_atomic", 1, "EROFS", "cannot run in .*halted: .*failed"),
-    ("append_line", 1, "EBADF", None), ("append_line", 1, "EDQUOT", "failed.*--resume"),
-    ("torch.save", 2, "ENOSPC", "failed.*--resume"), ("log_group", 1, "EACCES", "failed"),
+    ("append_line", 1, "EBADF", None), ("torch.save", 2, "ENOSPC", "failed.*--resume"),
     # No file may become larger than this: weights (2 MB), optimizer's state (6 MB), a log.
     *[(name, 1, room, "File too large.*--resume") for name, room in (
         ("save_checkpoint", 10 ** 6), ("save_checkpoint", 4 * 10 ** 6), ("append_line", 0))]])
@@ -1407,7 +1354,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
         assert not (halted / "checkpoint.tmp").exists()
 
 def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, monkeypatch):
-    """Whether new or resumed, and without a trace; until the first one ends, however it ends."""
     out = tmp_path / "run"
     first, status = in_a_child(monkeypatch, "update", 3, send_me("SIGSTOP"), arguments(data, out))
     try:
@@ -1427,7 +1373,6 @@ def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, mo
 # ---- Run folder: what --resume takes, changes and refuses ------------------------------
 def test_more_steps_equal_a_run_of_that_many_with_the_old_schedule_of_alpha(
         data, straight, tmp_path, capsys):
-    """Without them, a finished run stays as it is."""
     longer, whole = tmp_path / "longer", tmp_path / "whole"
     shutil.copytree(straight, longer / "stage1")
     before = files_of(longer)
@@ -1460,7 +1405,6 @@ TORN = dict(missing=Path.unlink, torn=cut, empty=lambda path: path.write_bytes(b
 @table("name", ["training_state.pt", "optimizer-0.pt", "model.safetensors"])
 @table("damage", TORN)
 def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
-    """One sentence; its advice works, and the run goes on to the same end."""
     checkpoint = halted / "checkpoint-2"
     TORN[damage](checkpoint / name)
     before = files_of(halted)
@@ -1474,8 +1418,7 @@ def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
         assert_equal_runs(halted, straight)
 
 def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch):
-    """A resumed run continues the run of its tracker; other runs are others there. A tracker
-    that is not installed is named."""
+    """A resumed run continues the run of its tracker; other runs are others there."""
     kind, available = perl.accelerate.Accelerator, [*perl.accelerate.utils.LoggerType]
     run_ids, logged = [], []
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: available)
@@ -1524,20 +1467,8 @@ def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
     assert before.items() <= after.items(), "each stage in its folder, moved aside, nothing lost"
     assert all((out / name / "perl.py").exists() for name in ("stage0", "stage1", "stage2"))
 
-def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(tmp_path):
-    cfg = tiny_config(out=str(tmp_path))
-    def start():
-        os.close(perl.open_run(cfg, ACCELERATOR))
-        return (cfg.folder / "run_id").read_text()
-    ids = [start() for _ in range(3)]
-    shutil.rmtree(tmp_path / "stage1-1")
-    ids.append(start())
-    kept = {path.name: (path / "run_id").read_text() for path in tmp_path.glob("stage1*")}
-    assert kept == {"stage1": ids[3], "stage1-1": ids[2], "stage1-2": ids[1]}
-
 @table("n, right", [(1, True), (2, False), (8, True), (12, True), (12, False)])
 def test_stage_0_keeps_some_questions_whatever_their_scores(data, tmp_path, monkeypatch, n, right):
-    """All of fewer than eleven; some of twelve, which the start model all knows, or none."""
     answer_always(r"\boxed{1}", monkeypatch)
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: right)
     rows = [row | {"id": f"{row['id']}-{copy}"} for copy in range(2) for row in read_rows(data)][:n]
@@ -1652,7 +1583,6 @@ def test_extract_answer_and_has_format(response, answer, well_formed):
     assert (perl.extract_answer(response), perl.has_format(response)) == (answer, well_formed)
 
 def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
-    """Out of reach of a terminal's Ctrl-C."""
     monkeypatch.setattr(perl.MathJudge, "SECONDS", 1.0)
     signal.alarm(40)
     for hostile in ("9^{9^{9^9}}", "99999999!", "((((((9^9)^9)^9)^9)^9)^9)^9", "9e99999999"):
@@ -1753,7 +1683,6 @@ def sample_watched(model, prompts, n, cfg):
     (0, 2, dict(rollout_batch=5, max_tokens_per_micro_batch=1)), (3, 3, {}),
     (3, 3, dict(rollout_batch=4))])  # from question 3 on: text only
 def test_a_row_depends_on_neither_its_neighbours_nor_sharing(asked, first, n, changes):
-    """The reference: all rows in one batch."""
     model, prompts, rows = load_tiny(), encoded_prompts(asked[first:]), []
     limit = dict(max_new_tokens=changes.get("max_new_tokens", 40))
     for way in ({}, changes, changes | PLAIN):
@@ -1772,21 +1701,6 @@ def test_prompts_join_while_others_are_at_work(asked, dtype, n, changes, several
     assert any(held > 1 for held, _ in stretches) == several
     assert any(ages > 1 for _, ages in stretches) == joins
 
-def test_attention_in_bfloat16_is_as_exact_as_float32_scores_allow():
-    torch.manual_seed(0)
-    read = perl.DynamicLayer()
-    read.keys, read.values = torch.randn(2, 3, 2, 50, 16).bfloat16()
-    layer = perl.SharedPromptLayer(read, 4)
-    for _ in range(20):
-        layer.update(*torch.randn(2, 12, 2, 1, 16).bfloat16())
-    query = (3 * torch.randn(12, 6, 1, 16)).bfloat16()
-    ours = perl.decode_attention(query, layer, None, 0.25)[:, 0]                    # (B, H, d)
-    prompts, rows = layer.prompts[:, layer.of], layer.rows[:, :, :, :layer.length]
-    keys, values = torch.cat([prompts, rows], dim=3).double().repeat_interleave(3, dim=2)
-    exact = ((query.double() @ keys.mT) * 0.25).softmax(-1) @ values                # (B, H, 1, d)
-    assert (ours.double() - exact[:, :, 0]).abs().max() < 0.012
-    assert (ours.double() - exact[:, :, 0]).abs().mean() < 0.001
-
 @table("changes, sampling, training", [
     ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 2, 4),
     (dict(gradient_checkpointing=True), 1, 1), (dict(freeze_vision=True), 1, 1),
@@ -1803,8 +1717,7 @@ def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, samplin
     assert list(seen.values()) == [training] * 3
 
 def test_tree_attention_is_attention_under_the_mask_of_the_tree():
-    """Rows of 1 token of padding, a prompt of 3, responses of 2 and 2; and of 4, 1 and 3; and
-    one with fewer responses than the others."""
+    """Lengths of padding, prompt and responses; the last row has fewer responses."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, heads, 8, 16) for heads in (4, 2, 2))
     lengths = [[1, 3, 2, 2], [0, 4, 1, 3], [2, 3, 3, 0]]
@@ -1846,7 +1759,6 @@ def test_no_memory_setting_changes_logprobs_or_gradients(questions, monkeypatch,
 
 @table("changes", [dict(freeze_vision=True), dict(lora_rank=2)], ids=str)
 def test_a_frozen_tower_is_not_differentiated(questions, changes):
-    """Two blocks run once each; with gradients they would run again in the backward pass."""
     cfg, calls = tiny_config(gradient_checkpointing=True, **changes), []
     model = load_tiny(gradient_checkpointing=True, **changes)
     if cfg.lora_rank:
@@ -1890,7 +1802,6 @@ def random_family(kind, folder):
     return str(folder)
 
 def shared_and_plain(path, questions):
-    """Both ways' greedy rows, log-probabilities, and norms of three updates with KL."""
     results = []
     for share in (True, False):
         cfg = tiny_config(max_new_tokens=12, beta=0.01, updates_per_step=3, share=share,
@@ -1949,8 +1860,7 @@ def trained(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 def backward(model, seed):
-    """Some gradient in every weight of the language model, the same for the same seed; the
-    vision tower has seen no image, and has none."""
+    """The same gradients for the same seed; the vision tower has seen no image, and has none."""
     ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(seed))
     logits = model(input_ids=ids).logits.float()
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
@@ -1967,8 +1877,7 @@ def split_run(steps, accelerator=ACCELERATOR, **changes):
 @table("dtype", ["float32", "bf16"])
 @table("max_grad_norm", [0.05, 1e9])
 def test_on_one_process_it_is_adamw_bit_for_bit(monkeypatch, dtype, max_grad_norm):
-    """In bfloat16, the weights are roundings of what AdamW makes of float32 copies. A weight
-    without a gradient has one of zeros."""
+    """In bfloat16, on float32 copies. A weight without a gradient has one of zeros."""
     monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
     monkeypatch.setattr(perl, "WEIGHT_DECAY", 0.1)
     model, optimizer, norms = split_run(3, dtype=dtype)
@@ -1995,31 +1904,14 @@ def test_on_one_process_it_is_adamw_bit_for_bit(monkeypatch, dtype, max_grad_nor
         is_copy = master.data_ptr() != weight.data_ptr()
         assert is_copy == (dtype == "bf16"), "a float32 weight needs no copy"
 
-@table("dtype, bad", [("float32", math.nan), ("bf16", math.nan), ("float32", -math.inf)])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
-    model, optimizer, _ = split_run(1, dtype=dtype)
-    plain, other, _ = split_run(1, dtype=dtype)
-    backward(model, 1)
-    model.model.language_model.norm.weight.grad[7] = bad  # one number of all
-    before = flat_weights(model)
-    assert not math.isfinite(optimizer.step())
-    assert torch.equal(flat_weights(model), before) and before.isfinite().all()
-    for seed in range(2, 4):  # it goes on as if there had been no such step
-        for each, its in ((model, optimizer), (plain, other)):
-            backward(each, seed)
-            assert math.isfinite(its.step())
-    assert torch.equal(flat_weights(model), flat_weights(plain))
-    for ours, theirs in zip(optimizer.state_dict().values(), other.state_dict().values()):
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
 @table("dtype", ["float32", "bf16"])
 def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, dtype):
+    """Saved by three, read by two and by one, which goes on as if nothing had been."""
     model, optimizer, _ = split_run(2, dtype=dtype)
     states, loaded = optimizer.state_dict(), {}
-    paths = [tmp_path / f"optimizer-{rank}.pt" for rank in range(3)]
-    for rank, path in enumerate(paths):  # saved by three, read by two
+    for rank in range(3):
         owned = split_run(0, process(3, rank))[1].masters
-        torch.save({name: states[name] for name in owned}, path)
+        torch.save({name: states[name] for name in owned}, tmp_path / f"optimizer-{rank}.pt")
     for rank in range(2):
         part = split_run(0, process(2, rank), dtype=dtype)[1]
         part.load(tmp_path)
@@ -2030,15 +1922,12 @@ def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, 
         assert all(torch.equal(loaded[name][key], state[key]) for key in state)
     resumed, again, _ = split_run(0, dtype=dtype)
     again.load(tmp_path)
-    for content, message in ((None, "lacks the optimizer's state"), (b"", "missing or damaged")):
-        for path in paths:  # nothing of them is mapped still
-            path.write_bytes(content) if content is not None else torch.save({}, path)
-        with pytest.raises(SystemExit, match=message):
-            split_run(0)[1].load(tmp_path)
     for each, its in ((model, optimizer), (resumed, again)):
         backward(each, 5)
         its.step()
     assert torch.equal(flat_weights(model), flat_weights(resumed))
+    (tmp_path / "optimizer-1.pt").unlink()
+    refuses("lacks the optimizer's state", again.load, tmp_path)
 
 @table("share", [True, False])
 def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, share):
@@ -2052,52 +1941,36 @@ def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, s
     assert torch.cosine_similarity(*gradients, dim=0) > 0.998
 
 @table("dtype, rank", [("float32", 4), ("bf16", 16)])
-def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, dtype, rank):
-    cfg = tiny_config(lora_rank=rank, beta=0.1, dtype=dtype, lr=1e-2)
+def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, tmp_path, dtype, rank):
+    """Checkpoints are plain folders with the adapters merged."""
+    cfg = tiny_config(lora_rank=rank, beta=0.1, dtype=dtype, lr=1e-2, out=str(tmp_path))
     model, start = perl.load_model("tiny", cfg, CPU), load_tiny(dtype=dtype)
-    adapters, base = perl.add_lora(model, cfg), {}
-    scaled = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    adapters, groups = perl.add_lora(model, cfg), written_groups(questions)
+    scaled = {name: module.scaling["default"] for name, module in model.named_modules()
+              if hasattr(module, "lora_A")}
     assert len(scaled) == 7 * model.config.text_config.num_hidden_layers
     assert not any("visual" in name for name in scaled)
-    scales = {model.get_submodule(name).scaling["default"] for name in scaled}
-    assert scales == {2.0}, "whatever the rank"
+    assert set(scaled.values()) == {2.0}, "whatever the rank"
     assert {weight.dtype for weight in trained(model)} == {torch.float32}
-    optimizer, groups = perl.SplitAdamW(model, cfg, ACCELERATOR), written_groups(questions)
+    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
     sums, (norm,) = run_update(model, optimizer, groups, cfg, adapters)
     assert sums["kl"] == 0 and norm > 0, "before training it is the start model, to the bit"
     assert run_update(model, optimizer, groups, cfg, adapters)[0]["kl"] > 0
     for rollout, logprobs in perl.frozen_logprobs(start, PROCESSOR, flatten(groups), cfg):
         assert torch.equal(rollout.ref_logprobs, logprobs), "the reference is the start model"
-    for name, weight in model.state_dict().items():
-        assert "lora_B" not in name or weight.abs().max() > 0
-        if ".lora_" not in name:
-            base[name.replace(".base_layer", "")] = weight
-    assert base.keys() == start.state_dict().keys()
+    base = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
     assert all(torch.equal(weight, base[name]) for name, weight in start.state_dict().items())
-
-def test_lora_exports_a_plain_folder(questions, tmp_path):
-    cfg = tiny_config(lora_rank=4, out=str(tmp_path))
-    model, rollouts = perl.load_model("tiny", cfg, CPU), flatten(written_groups(questions))
-    adapters = perl.add_lora(model, cfg)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:  # so that the adapters do something
-            weight.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
     cfg.folder.mkdir()
     before = flat_weights(model)
     perl.save_checkpoint(cfg, perl.Progress(1, [], random.Random(0)), questions, PROCESSOR,
-                         perl.SplitAdamW(model, cfg, ACCELERATOR), model=model,
-                         reference=adapters, accelerator=ACCELERATOR)
+                         optimizer, model=model, reference=adapters, accelerator=ACCELERATOR)
     assert torch.equal(flat_weights(model), before), "merged in a copy"
-    names = {path.name for path in (cfg.folder / "checkpoint-1").iterdir()}
-    assert "model.safetensors" in names and not any("adapter" in name for name in names)
     plain = perl.load_model(str(cfg.folder / "checkpoint-1"), cfg, CPU)
     assert plain.lm_head.weight is plain.get_input_embeddings().weight, "tied, as before"
-    expected, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
-    logprobs, _ = perl.response_logprobs(plain, PROCESSOR, rollouts, cfg)
-    adapters.disable_adapter_layers()
-    without, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
-    assert torch.allclose(logprobs, expected, atol=1e-5)
-    assert (without - expected).abs().max() > 0.1
+    ours, theirs, without = (perl.response_logprobs(each, PROCESSOR, flatten(groups), cfg)[0]
+                             for each in (model, plain, start))
+    assert torch.allclose(ours, theirs, atol=1e-5 if dtype == "float32" else 0.5)
+    assert (without - ours).abs().max() > 0.1
 
 def planned(model, capsys, accelerator=ACCELERATOR, **changes):
     """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
@@ -2175,8 +2048,7 @@ def test_dtype_auto_is_that_of_the_device(typed, device, dtype):
 
 # ---- Memory and machines: gradients and weights that are not finite --------------------
 def spoil_gradients(monkeypatch, updates, bad=math.nan, rank=0):
-    """Multiply the loss of these updates, counted from 1, by `bad` in one process. Returns a list
-    that learns of each update whether the weights changed."""
+    """`bad` losses in these updates, from 1, of one process. Returns which changed the weights."""
     every_second_is_right(monkeypatch)
     real, real_step, changed = perl.policy_loss, perl.SplitAdamW.step, []
     def policy_loss(*args, **more):
@@ -2229,17 +2101,6 @@ def test_a_weight_that_is_not_finite_reaches_no_checkpoint(data, tmp_path, monke
     assert newest(tmp_path / "stage1") == "checkpoint-1"
     assert weights_of(tmp_path / "stage1" / "checkpoint-1").isfinite().all()
 
-def test_resume_with_other_memory(halted, straight, monkeypatch):
-    """A run that needed too much memory goes on with less; the steps so far stay as they were."""
-    calls = record(monkeypatch, "generate")
-    perl.main(["--resume", str(halted), "--rollout-batch", "6", "--optimizer-device", "host",
-               "--max-tokens-per-micro-batch", "300"])
-    for _, _, _, _, cfg in calls:
-        assert (cfg.rollout_batch, cfg.max_tokens_per_micro_batch) == (6, 300)
-        assert cfg.optimizer_device == "host"
-    rows = metrics_of(halted)
-    assert rows[:3] == metrics_of(straight)[:3] and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-
 @table("share", [True, False])
 def test_text_only_and_two_image_questions_train_and_evaluate_together(
         data, tmp_path, monkeypatch, share):
@@ -2287,7 +2148,6 @@ def three_updates(accelerator, data, parts):
     return norms, before, optimizer.state_dict()
 
 def two_processes(data, out):
-    """What the launched processes do."""
     accelerator, patch = perl.start_processes(perl.Config()), pytest.MonkeyPatch()
     rank = accelerator.process_index
     with patch.context() as bound:
@@ -2330,7 +2190,6 @@ ALONE = {name: value for name, value in os.environ.items()
 
 @pytest.fixture(scope="module")
 def launched(data, tmp_path_factory):
-    """The folder of what two processes wrote, from one launch."""
     out, here = tmp_path_factory.mktemp("two"), Path(__file__)
     script = out / "two.py"
     script.write_text(LAUNCHED.format(paths=[str(HERE), str(here.parent)], tests=here.stem))
@@ -2385,7 +2244,6 @@ def test_a_gradient_that_is_not_finite_in_one_of_two_processes(launched):
 
 # ---- Main ------------------------------------------------------------------------------
 def test_a_copy_named_my_perl_beside_the_data_is_a_whole_program(data, tmp_path):
-    """It imports nothing of ours, trains with its own attention and keeps its own code."""
     samples, script = tmp_path / "house" / "data_samples", tmp_path / "house" / "my_perl.py"
     shutil.copytree(data.parent, samples)
     shutil.copytree(TINY, samples / "tiny")
@@ -2426,95 +2284,65 @@ def test_a_run_that_cannot_start_ends_with_one_sentence(
     assert not (tmp_path / "run").exists()
 
 # ---- Fuzz: FUZZ=N for N times as many examples, drawn anew each time -------------------
-FUZZ = int(os.environ.get("FUZZ", 0))
+FUZZ, SEEN = int(os.environ.get("FUZZ", 0)), Counter()
 
-def fuzz(n_examples):
+def fuzz(n_examples, **drawn):
     """Call a test with n_examples draws; the same ones each time, unless FUZZ is set."""
-    settings = hypothesis.settings(
+    options = hypothesis.settings(
         max_examples=n_examples * max(FUZZ, 1), derandomize=not FUZZ, database=None, deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck))
-    return lambda test: settings(hypothesis.given(st.data())(test))
+    return lambda test: options(given(**drawn)(test))
 
 @pytest.fixture(scope="module")
 def fuzz_folder(tmp_path_factory):
-    """Good pictures g0.png .. g4.png of different sizes, and files that are none."""
-    outside = tmp_path_factory.mktemp("fuzz")
-    folder = outside / "data"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("fuzz")
     for k in range(5):
         noise(28 * (k + 1), 28).save(folder / f"g{k}.png")
-    noise().save(outside / "outside.png")
     (folder / "empty.png").touch()
-    (folder / "out.png").symlink_to(outside / "outside.png")
-    Image.new("RGB", (5000, 10)).save(folder / "strip.png")
     return folder
 
-def load_alone(folder, *lines, most_tokens=120):
-    """What a user gets for a file of these lines: the questions kept, the others dropped and
-    counted, or the sentence that ends the program. Anything else that is raised fails the test."""
-    (folder / "fuzz.jsonl").write_bytes(b"\n".join(lines))
-    said, kept, cfg = [], [], tiny_config(max_prompt_tokens=most_tokens)
+def load_line(folder, row):
+    """The samples of a file of one line, or none if a sentence refuses line 1."""
+    (folder / "fuzz.jsonl").write_bytes(row if isinstance(row, bytes) else json.dumps(row).encode())
     try:
-        kept = perl.load_questions(str(folder / "fuzz.jsonl"), PROCESSOR, cfg,
-                                   SimpleNamespace(print=said.append))
-    except SystemExit as end:
-        assert isinstance(end.code, str) and len(end.code) < 2000
-        if "no question is left" not in end.code:
-            return None, end.code
-    dropped = int(re.search(r"questions, (\d+) dropped", said[0])[1])
-    assert f" {len(kept)} questions, " in said[0] and len(kept) + dropped == len(lines)
-    return kept, ""
+        return perl.load_samples(folder / "fuzz.jsonl")
+    except perl.UserError as error:
+        assert re.search(r"fuzz\.jsonl, line 1(, field (?s:.*))?: ", str(error)), error
+        assert len(str(error)) < 2000
+        return []
 
-HARMLESS = st.sampled_from([
-    "Which?", " like ", "\n", "<image_1>", "<image_01>", "<image", "_1>", "<imagE>", "images",
-    "{{x}}", "{% if %}", "<think>", "</think>", "<tool_call>", "<|", "|>", "im_end", "\\boxed{2}",
-    "1", "B", "\U0001f600", "'", '"', "\\", "\u202e", "\x1b", "\u2028"]) | st.text(max_size=4)
-HARMFUL = st.sampled_from([
-    "<image_2>", "<image_3>", "<image_0>", "<image_99>", "<image_\u0662>", "image 2", "Image #1",
-    "<image>", "<|im_end|>", "<|image_pad|>", "\0", "\ud83d"])
-TEXTS = st.builds(lambda *parts: "".join(sum(parts, [])), st.lists(HARMLESS, max_size=4), st.one_of(
-    *[st.just([])] * 7, st.lists(HARMFUL, max_size=1)), st.lists(HARMLESS, max_size=2))
-JUNK = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner),
-                    max_leaves=4)
-BAD_PATHS = ["empty.png", "none.png", "out.png", "../outside.png", "strip.png", ".", "", "g0.png\0"]
-
-@st.composite
-def rows(draw):
-    """A record: half of them as they should be, the others with something wrong in them."""
-    n = draw(st.sampled_from([0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 26, 27, 33]))
-    images = [f"g{k % 5}.png" for k in draw(st.permutations(range(n)))]
-    if n and draw(st.integers(0, 9)) == 0:
-        images[draw(st.integers(0, n - 1))] = draw(st.sampled_from([*images, *BAD_PATHS]))
-    movable = draw(st.sampled_from([None, [k for k in range(n) if draw(st.booleans())]]))
-    options = n if movable is None else len(movable)
-    rule = draw(st.sampled_from(perl.ORDER_RULES))
-    listed = draw(st.permutations(range(1, max(n, 1) + 1)))[:draw(st.integers(1, 4))]
-    answer = {"index": str(listed[0]), "letter": perl.LETTERS[listed[0] % 26 % max(options, 1)],
-              "sequence": draw(st.sampled_from([",", ", ", " , "])).join(map(str, listed))
-              }.get(rule) or "7" + draw(TEXTS)
-    pieces = draw(st.permutations(["<image>"] * n + draw(st.lists(TEXTS, max_size=2))))
-    row = dict(id=draw(st.sampled_from("vwxyz") | TEXTS.map(lambda text: "q" + text)),
-               images=images, question="".join(pieces), answer=answer, order_rule=rule)
-    row |= {} if movable is None else {"movable": movable}
-    if draw(st.integers(0, 7)) == 0:
-        field = draw(st.sampled_from([*Sample.__dataclass_fields__, "extra"]))
-        row[field] = draw(JUNK)
-        if draw(st.booleans()):
-            del row[field]
-    return row
+TEXTS = st.lists(st.text(max_size=4) | st.sampled_from([
+    "Which?", " like ", "\n", "<image_1>", "<image_01>", "<image", "_1>", "<imagE>", "images", "{{x}}",
+    "{% if %}", "<think>", "</think>", "<tool_call>", "<|", "|>", "im_end", "\\boxed{2}", "1", "B",
+    "\U0001f600", "'", '"', "\\", "\u202e", "\x1b", "\u2028",  # harmless; and harmful:
+    "<image_2>", "<image_99>", "image 2", "<image>", "<|im_end|>", "\0", "\ud83d"]),
+    max_size=3).map("".join)
+JUNK = TEXTS | st.sampled_from([None, True, 3, 1.5, 10 ** 400, {}, [], [0, 0], [1, 0], [[0]], ["\0"],
+                                ["g0.png", "empty.png"], ["g0.png"], ["../g0.png"], ["."]])
 
 @st.composite
 def lines(draw):
-    """A record as bytes; one in ten is cut short, has a byte changed, or is no object."""
-    line = json.dumps(draw(rows()), ensure_ascii=True).encode()
-    kind, cut = draw(st.integers(0, 29)), draw(st.integers(0, len(line)))
-    return {0: line[:cut], 1: line[:cut] + draw(st.binary(max_size=3)) + line[cut + 1:],
-            2: b"[" + line + b"]"}.get(kind, line).replace(b"\n", b" ").strip() or b"{"
+    """A record: about half of them as they should be, the others with something wrong in them."""
+    n = draw(st.sampled_from([0, 1, 2, 2, 3, 3, 3, 4, 5, 6, 26, 27]))
+    images = [f"g{k % 5}.png" for k in draw(st.permutations(range(n)))]
+    movable = draw(st.sampled_from([None, [k for k in range(n) if draw(st.booleans())]]))
+    options = n if movable is None else len(movable)
+    listed = draw(st.permutations(range(1, max(n, 1) + 1)))[:draw(st.integers(1, 4))]
+    rule = draw(st.sampled_from(perl.ORDER_RULES))
+    answer = {"index": str(listed[0]), "letter": perl.LETTERS[listed[0] % 26 % max(options, 1)],
+              "sequence": draw(st.sampled_from([",", " , "])).join(map(str, listed))
+              }.get(rule) or "7" + draw(TEXTS)
+    pieces = draw(st.permutations(["<image>"] * n + [draw(TEXTS), draw(TEXTS)]))
+    row = dict(id="q" + draw(TEXTS), images=images, question="".join(pieces), answer=answer,
+               order_rule=rule, movable=movable)
+    if draw(st.integers(0, 3)) == 0:
+        row[draw(st.sampled_from([*row, "extra"]))] = draw(JUNK)
+    if draw(st.integers(0, 9)) == 0:  # torn
+        return json.dumps(row).encode()[:draw(st.integers(1, 40))]
+    return row
 
 def meaning(images, movable, sample):
-    """What a question and its answer say with pictures in the place of their names, read from the
-    README's table; nothing of perl.permute is used. Images: a label for each."""
+    """What question and answer say with labels for names, read from the README's table alone."""
     def picture(number):
         return f"[{images[int(number) - 1]}]"
     question = re.sub(r"<image_(\d+)>", lambda found: picture(found[1]), sample.question)
@@ -2527,92 +2355,48 @@ def meaning(images, movable, sample):
         assert not re.search(r"\bimages?[\s_#]*\d", answer, re.IGNORECASE)
     return question, answer
 
-def assert_permutations_keep_the_meaning(asked, row, rng):
-    n, labels = len(asked.images), [f"picture {k}" for k in range(len(asked.images))]
-    movable = list(range(n)) if row.get("movable") is None else row["movable"]
-    free = [] if asked.order_rule == "never" else sorted(movable)
-    before, answers = meaning(labels, movable, asked), {}
-    for _ in range(4):
-        order, shuffled = list(range(n)), rng.sample(free, len(free))
-        for new, old in zip(free, shuffled):
-            order[new] = old
-        permuted = perl.permute(asked, tuple(order))
-        moved = [labels[old] for old in order]
-        assert permuted.images == tuple(asked.images[old] for old in order)
-        assert meaning(moved, movable, permuted) == before
-        shown = permuted.images, permuted.question  # what the model sees has one answer
-        assert answers.setdefault(shown, permuted.answer) == permuted.answer
-    for order in perl.draw_orders(asked, 3, 1.0, rng):
-        assert all(order[k] == k for k in range(n) if k not in free) and set(order) == {*range(n)}
-
-SEEN = Counter()
-
-@fuzz(100)
-def test_fuzz_records(fuzz_folder, data):
-    """Each record alone, then all as one file: loaded, dropped and counted, or refused by name."""
-    some = data.draw(st.lists(lines(), min_size=2, max_size=5))
-    rng, ids = random.Random(data.draw(st.integers(0, 99))), set()
-    fit, first_refused = 0, None
-    for number, line in enumerate(some, 1):
-        kept, why = load_alone(fuzz_folder, line)
-        SEEN["refused" if kept is None else "kept"] += 1
-        row = json.loads(line) if kept is not None else None
-        if kept is None or row["id"] in ids:
-            first_refused = first_refused or number
-        if kept is None:
-            assert re.search(r"fuzz\.jsonl, line 1(, field (?s:.*))?: ", why), why
-            continue
-        ids.add(row["id"])
-        fit += len(kept)
-        for asked in kept:
-            assert_permutations_keep_the_meaning(asked, row, rng)
-            assert_only_its_own_control_tokens(asked, rng)
-    kept, why = load_alone(fuzz_folder, *some)
-    if first_refused:
-        assert kept is None and f"fuzz.jsonl, line {first_refused}" in why
-    else:
-        assert len(kept) == fit
-
-def assert_only_its_own_control_tokens(asked, rng):
-    """Neither a text nor a new order adds to those of the same images without a text."""
-    bare = dataclasses.replace(asked, question="<image>" * len(asked.images))
-    permuted = perl.permute(asked, perl.draw_orders(asked, 1, 1.0, rng)[1])
+def control_tokens(sample):
+    ids = perl.encode_prompt(sample, PROCESSOR).ids
+    assert len(ids) == perl.prompt_length(sample, PROCESSOR)
     controls = {*PROCESSOR.tokenizer.all_special_ids, *PROCESSOR.banned_ids, *PROCESSOR.eos_ids}
-    counts = []
-    for sample in (bare, asked, permuted):
-        ids = perl.encode_prompt(sample, PROCESSOR).ids
-        assert len(ids) == perl.prompt_length(sample, PROCESSOR)
-        counts.append(Counter(token for token in ids if token in controls))
-    assert counts[0] == counts[1] == counts[2]
+    return Counter(token for token in ids if token in controls)
 
-@fuzz(25)
+@fuzz(250, row=lines(), rng=st.randoms(use_true_random=False))
+def test_fuzz_records(fuzz_folder, row, rng):
+    """A record is refused by name, or means the same in every order, without control tokens."""
+    kept = load_line(fuzz_folder, row)
+    SEEN["kept" if kept else "refused"] += 1
+    for asked in kept:
+        n, labels = len(asked.images), [f"picture {k}" for k in range(len(asked.images))]
+        movable = list(range(n)) if row["movable"] is None else row["movable"]
+        free = [] if asked.order_rule == "never" else sorted(movable)
+        bare = dataclasses.replace(asked, question="<image>" * n)
+        before, controls, answers = meaning(labels, movable, asked), control_tokens(bare), {}
+        for order in perl.draw_orders(asked, 4, 1.0, rng):
+            assert all(order[k] == k for k in range(n) if k not in free)
+            permuted = perl.permute(asked, order)
+            assert permuted.images == tuple(asked.images[old] for old in order)
+            assert meaning([labels[old] for old in order], movable, permuted) == before
+            assert control_tokens(permuted) == controls
+            shown = permuted.images, permuted.question  # what the model sees has one answer
+            assert answers.setdefault(shown, permuted.answer) == permuted.answer
+
+@fuzz(25, data=st.data())
 def test_fuzz_images(fuzz_folder, data):
-    """Whatever the bytes: a prompt whose length was foreseen, or a refusal that names the file."""
-    draw, file = data.draw, io.BytesIO()
-    kind, modes = draw(st.sampled_from([
-        ("png", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")), ("jpeg", ("L", "RGB", "CMYK")),
-        ("webp", ("RGB", "RGBA")), ("gif", ("1", "P")), ("bmp", ("L", "RGB")), ("tiff", ("F",))]))
+    draw, kind = data.draw, data.draw(st.sampled_from(["png", "jpeg", "webp", "gif", "bmp"]))
     size = draw(st.sampled_from([1, 20, 90, 300, 4000])), draw(st.integers(1, 90))
-    image = Image.frombytes("L", size, random.Random(0).randbytes(size[0] * size[1]))
-    exif = Image.Exif()
-    exif[0x0112] = draw(st.integers(0, 9))
-    image.convert(draw(st.sampled_from(modes))).save(file, kind, exif=exif.tobytes())
-    content = bytearray(file.getvalue())
+    content = bytearray(bytes_of(Image.effect_noise(size, 60), kind))
     for _ in range(draw(st.sampled_from([0, 1, 1, 3]))):  # damage
         place = draw(st.integers(0, len(content)) | st.integers(0, min(60, len(content))))
-        length = draw(st.sampled_from([0, 1, 1, 4, len(content)]))
-        content[place:place + length] = draw(st.binary(max_size=length and 4))
-    path = fuzz_folder / f"image.{kind}"
-    path.write_bytes(content)
-    row = dict(id="x", images=["g0.png", path.name], question="<image><image>?", answer="2",
-               order_rule="index")
-    kept, why = load_alone(fuzz_folder, json.dumps(row).encode(), most_tokens=8192)
-    SEEN["image refused" if kept is None else "image kept"] += 1
-    if kept is None:
-        assert re.search(rf"(line 1|x), field images: .*{path.name}", why), why
-    for prompt in encoded_prompts(kept or []):
+        end = place + draw(st.sampled_from([0, 1, 4, len(content)]))
+        content[place:end] = draw(st.binary(max_size=4))
+    (fuzz_folder / "image.png").write_bytes(content)
+    kept = load_line(fuzz_folder, dict(id="x", images=["image.png"], question="<image>?",
+                                       answer="1", order_rule="index"))
+    SEEN["image kept" if kept else "image refused"] += 1
+    for prompt in encoded_prompts(kept):
         assert len(prompt.ids) == perl.prompt_length(prompt.sample, PROCESSOR)
-        assert all(picture.pixels.isfinite().all() for picture in prompt.pictures)
+        assert prompt.pictures[0].pixels.isfinite().all()
 
 def test_fuzz_ran():
     """Hypothesis may stop early: so the examples are counted. pytest -s shows them."""
@@ -2623,63 +2407,38 @@ def test_fuzz_ran():
 
 # ---- The READMEs' forks and reading map ------------------------------------------------
 def snippets_of(name):
-    """The fork snippets of a README: its Python blocks that replace a part of perl.py."""
-    path = HERE / name
-    text = path.read_text() if path.exists() else ""
-    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    blocks = re.findall(r"(?s)```python\n(.*?)```", (HERE / name).read_text())
     return [block for block in blocks if "import perl" in block]
 
 SNIPPETS = snippets_of("README.md") + snippets_of("data_samples/README.md")
 
-def as_loss(ratios, advantages):
-    """policy_loss of two rollouts of two tokens each, whose ratios to the old policy are given."""
-    rollouts = [Rollout(None, (), "", [5, 5], "", False)] * 2
-    loss, _ = perl.policy_loss(
-        torch.tensor(ratios).log(), torch.zeros(2, 2), None, torch.tensor(advantages),
-        torch.ones(2, 2), clip_low=0.2, clip_high=0.2, beta=0.0,
-        denominator=perl.loss_denominator(rollouts))
-    return loss.item()
-
-def reward_of_100_tokens():
-    rollout = Rollout(None, (), "5", [1] * 100, r"<think>x</think>\boxed{5}", False)
-    perl.grade(rollout, tiny_config())
-    return rollout.reward
-
 def advantages_of(*rewards):
     return perl.group_advantages(torch.tensor([rewards]))[0].tolist()
 
-def in_two_orders(accuracies):
-    """Two rollouts each to a prompt as given, "g", and a permuted one, "p"."""
-    return [dataclasses.replace(rollout, order=(k // 2,), prompt="ggpp"[k])
-            for k, rollout in enumerate(scored_group(accuracies))]
-
-def verdicts_of_two_orders():
-    verdicts = []
-    for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1]):
-        group = in_two_orders(accuracies)
-        verdicts.append(perl.verdict(group, tiny_config(filter="disagree")))
-    return verdicts
-
-def two_orders(field):
-    group = in_two_orders([1, 0, 0, 0])
+def in_two_orders(*accuracies):
+    group = scored_group(accuracies)
+    for k, rollout in enumerate(group):
+        rollout.order = (k // 2,)
     perl.set_advantages([group])
-    return [getattr(r, field) for r in group]
+    return group
 
-def pairs():
-    sample = Sample("s", tuple("abc"), "?", "1-3", "pair")
-    return [perl.permute(sample, (2, 0, 1)).answer, perl.same_answer("1-3", "1-3"),
-            perl.same_answer("2-4", "1-3"), perl.same_answer("1/2", "0.5")]
+def graded_rollout():
+    rollout = Rollout(None, (), "5", [1] * 100, r"<think>x</think>\boxed{5}", False)
+    perl.grade(rollout, tiny_config())
+    return rollout
 
+PAIR_RULE = Sample("s", tuple("abc"), "?", "1-3", "pair")
+DISAGREE = tiny_config(filter="disagree")
 FORKS = {  # the name in a snippet: what it changes, and what that is afterwards
-    "shorter": (reward_of_100_tokens, pytest.approx(0.95)),
-    "gspo": (lambda: as_loss([[2.0, 0.5], [1.1, 1.1]], [1.0, 2.0]),
-             pytest.approx(-(1.0 + 2.2) / 2)),
+    "shorter": (lambda: graded_rollout().reward, pytest.approx(0.95)),
     "centered": (lambda: advantages_of(1.0, 0, 0, 0) + advantages_of(*[0.1] * 3),
                  [0.75, -0.25, -0.25, -0.25, 0, 0, 0]),
-    "pair": (pairs, ["2-1", True, False, True]),
-    "disagree": (verdicts_of_two_orders, ["kept", "agree"]),
-    "per_order": (lambda: two_orders("advantage"), [1, -1, 0, 0]),
-    "clean": (lambda: two_orders("prompt"), list("gggg"))}
+    "pair": (lambda: (perl.permute(PAIR_RULE, (2, 0, 1)).answer, perl.same_answer("2-4", "1-3"),
+                      perl.same_answer("1-3", "1-3"), perl.same_answer("1/2", "0.5")),
+             ("2-1", False, True, True)),
+    "disagree": (lambda: [perl.verdict(in_two_orders(*row), DISAGREE)
+                          for row in ([1, 0, 0, 0], [1, 0, 0, 1])], ["kept", "agree"]),
+    "per_order": (lambda: [r.advantage for r in in_two_orders(1, 0, 0, 0)], [1, -1, 0, 0])}
 
 def replaced_by(snippet):
     """The names of perl that a snippet assigns to, or changes an entry of."""
@@ -2691,7 +2450,6 @@ def test_the_readme_has_forks_of_a_few_lines():
         assert len(snippet.split("\n")) <= 21 and snippet.rstrip().endswith("perl.main()")
         unknown = replaced_by(snippet) - vars(perl).keys()
         assert replaced_by(snippet) and not unknown, f"without effect: perl.py has no {unknown}"
-        assert any(name in snippet for name in FORKS), f"FORKS lacks a value to check:\n{snippet}"
 
 @table("number", range(len(SNIPPETS)))
 def test_a_fork_does_what_it_says_and_runs(data, tmp_path, monkeypatch, number):
@@ -2716,27 +2474,23 @@ def test_a_fork_does_what_it_says_and_runs(data, tmp_path, monkeypatch, number):
     assert row["dropped"] == sum(row[name] for name in perl.VERDICTS[1:])
     assert row["kept"] + row["dropped"] >= 3
 
-def section_of(name):
-    """The banner above a function of perl.py."""
-    before = (HERE / "perl.py").read_text().split(f"\ndef {name}(")[0]
-    return re.findall(r"(?m)^# ---- (.*?) -+$", before)[-1]
-
 def test_the_reading_map():
-    """README's table from the paper to the code: each name is there. Where an equation is named,
-    the function or its section says so; of other places in the paper, one function of the row."""
-    readme = (HERE / "README.md").read_text()
+    """README's table from the paper to the code: the places name their equations."""
+    readme, code = (HERE / "README.md").read_text(), (HERE / "perl.py").read_text()
     table = readme.partition("| paper | code |")[2].partition("\n\n")[0]
     rows = [line.strip("| ").split(" | ") for line in table.strip().split("\n")[1:]]
     assert len(rows) >= 9
     fields = {f.name for kind in (Sample, Rollout) for f in dataclasses.fields(kind)}
-    for paper, code in rows:
-        names = set(re.findall(r"`([A-Za-z_]+)`", code)) - fields
-        assert names and names <= vars(perl).keys(), f"{paper}: not all of {code} is in perl.py"
-        functions = [name for name in names if isinstance(getattr(perl, name), type(section_of))]
-        said = [f"{getattr(perl, name).__doc__} {section_of(name)}" for name in functions]
+    for paper, places in rows:
+        names, said = set(re.findall(r"`([A-Za-z_]+)`", places)) - fields, []
+        assert names and names <= vars(perl).keys(), f"{paper}: not all of {places} is in perl.py"
+        for name in names:
+            if isinstance(getattr(perl, name), type(ends)):
+                banner = code.partition(f"\ndef {name}(")[0].rpartition("# ---- ")[2].split("\n")[0]
+                said.append(f"{getattr(perl, name).__doc__} {banner}")
         for place in re.findall(r"Eq\. [\d-]+|Algorithm 1|A\.[\d.]*\d", paper):
             found = [place in text for text in said]
-            assert all(found) if place.startswith("Eq") else any(found), (place, functions)
+            assert all(found) if place.startswith("Eq") else any(found), (place, names)
 
 # ---- Option extraction and eval.py --------------------------------------------------------------
 OPTION_TEXTS = ["Left image", "Right image", "Both images", "Neither image"]
@@ -2744,26 +2498,23 @@ LATTER = ["the second image", "the third image"]
 POINTS = ["Point A", "Point B", "Point C", "Point D"]
 
 # ---- extraction ----------------------------------------------------------------------------------
-# Without options of their own: OPTION_TEXTS.
 CHOICES = [
     (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("option c.", "C"), ("Both images", "C"),
-    ("both images.", "C"), ("(C)", "C"), ("c", "C"), ("**C**", "C"), ('"C"', "C"), ("C)", "C"),
-    ("The answer is (C).", "C"), ("Answer: C", "C"), ("The correct option is (C), since", "C"),
+    ("(C)", "C"), ("c", "C"), ("**C**", "C"), ('"C"', "C"), ("C)", "C"), ("<answer>C", "C"),
+    ("The correct option is (C), since", "C"), ("Answer: C", "C"), ("A C", None), ("E", None),
     ("The correct answer is:\n\n(C) Both images", "C"), ("C, because both show it", "C"),
     ("not A but C", "C"), ("The answer is not A but C.", "C"), ("It is not (A) but (C).", "C"),
     ("option A looks right, but C fits better", "C"), ("(A) looks right. However, (C) fits.", "C"),
     ("The answer is C because A is not in the picture.", "C"), ("So A is wrong. It is C.", "C"),
-    ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"), ("<answer>C", "C"),
-    (r"\boxed{A} no, \boxed{C}", "C"), ("The answer is A. No, the answer is C.", "C"),
-    ("Neither A nor B is right. C is the best option.", "C"), ("A C", None),
-    ("A and C", None), ("(A) and (C)", None), ("A, C", None), ("The answer is A and C.", None),
-    (r"\boxed{A, C}", None), (r"\boxed{AC}", None), ("E", None), ("(F)", None),
-    (r"\boxed{E}", None), (r"\boxed{92.5}. It is a left image.", None),
-    ("The answer is (E).", None), ("<think>the answer is C", None), ("", None), (" \n", None),
-    (r"\boxed{}", None), ("Not C.", None), ("None of the above.", None), ("I cannot tell.", None),
+    ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"), (r"\boxed{A} no, \boxed{C}", "C"),
+    ("The answer is A. No, the answer is C.", "C"), (r"\boxed{A, C}", None), (r"\boxed{AC}", None),
+    ("Neither A nor B is right. C is the best option.", "C"), ("The answer is (E).", None),
+    ("A and C", None), ("(A) and (C)", None), ("The answer is A and C.", None), ("(F)", None),
+    (r"\boxed{E}", None), (r"\boxed{92.5}. It is a left image.", None), (r"\boxed{}", None),
+    ("<think>the answer is C", None), (" \n", None), ("Not C.", None), ("C</s>", "C"),
+    ("None of the above.", None), ("I cannot tell.", None), ("B. cats or C. dogs", None),
     ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image", None),
-    ("(A) Left image (B) Right image (C) Both images", None), ("B. cats or C. dogs", None),
-    ("(C) Both images. (A) shows one only.", "C"), ("C. a cat and a dog", "C"), ("C</s>", "C"),
+    ("(C) Both images. (A) shows one only.", "C"), ("C. a cat and a dog", "C"),
     ("Both show it. (C)\n\nWhy the others are wrong:\n* **(A) Left.** It would be the correct "
      "answer if it was red.\n* **(B) Right.** No.", "C"),
     ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image\n\n(C) Both images", "C")]
@@ -2860,7 +2611,6 @@ def encoded(picture, kind):
 PICTURE = encoded(Image.new("RGB", (30, 30)), "PNG")
 
 def with_pictures(row):
-    """The row with a real picture in the place of each number."""
     row = dict(row)
     for name, value in row.items():
         if value and name.startswith(("image", "decoded_image")):
@@ -2881,8 +2631,6 @@ LAYOUTS = {  # where the rows lie; a right answer, its order rule and task; the 
 
 @table("name", LAYOUTS)
 def test_every_adapter_reads_what_the_hub_sends_and_a_local_copy(name, tmp_path, monkeypatch):
-    """Each row is there twice, with one id; images with paths are in a zip. The stand-in for
-    snapshot_download has the files that the Hub's own filter lets through."""
     (file, answer, rule, task, row), hub = LAYOUTS[name], ev.BENCHMARKS[name].hub
     folder, wanted = tmp_path / hub.split("/")[1], {file}
     (folder / file).parent.mkdir(parents=True)
@@ -2998,26 +2746,6 @@ def test_mathverse_and_mathvision_rows():
     assert q.sample.question.startswith("<image>Cut out <image1>?\n<image2>\n(A) A\n")
     assert (q.rule, q.sample.images) == ("choice", ("1.png",))
 
-def test_place_tags_and_mojibake():
-    text = "a <image_2> b <image_1> <image_2> <image_9>"
-    assert ev.place_tags(text, ["x", "y"]) == ("a <image> b <image> <image_1> ", ["y", "x"])
-    q = ev.make_question("q", ["x"], "ï¼ˆ30Â°ï¼‰ <|im_end|> <image><image>", "1", "text")
-    assert q.sample.question == "ï¼ˆ30Â°ï¼‰  <image>"
-    assert ev.place_tags("[1, 2] <image1>", ["x"])[0] == "[1, 2] <image>"
-    assert ev.make_question("q", ["x"], "?", [1, 2], "text").sample.answer == "1, 2"
-
-def test_broken_images_are_counted_wrong_and_odd_paths_found(tmp_path):
-    bomb = encoded(Image.new("1", (20000, 10000)), "PNG")
-    for image in ({"bytes": b"junk", "path": None}, bomb, None):
-        path = ev.place_image(image, None, tmp_path)
-        q = ev.plan(ev.make_question("q", [path], "?", "1", "text"), 1, PROCESSOR,
-                    SimpleNamespace(max_prompt_tokens=99))
-        assert q.problem.startswith("image: ")
-    (tmp_path / "2D-spatial" / "a").mkdir(parents=True)
-    noise().save(tmp_path / "2D-spatial" / "a" / "0.jpg")
-    for name in ("./2D-spatial/a/0.jpg", "a/0.jpg"):
-        assert Path(ev.place_image(name, tmp_path, tmp_path)).exists()
-
 def write_parquet(rows, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -3075,21 +2803,23 @@ def test_multi_step_is_right_only_if_all_parts_are(gold, right, wrong):
     assert not any(graded(response, "parts", gold)["right"] for response in wrong)
 
 # ---- measures ------------------------------------------------------------------------------------
-def test_average_and_bootstrap():
+def test_average_and_intervals():
     values = {"a": [1, 1, 0, 0], "b": [1]}
     assert ev.average(values) == 0.6 and ev.average(values, "tasks") == 0.75
     assert ev.bootstrap({"": [1, 1, 1]}) == [1, 1] and ev.bootstrap(values) == ev.bootstrap(values)
-    low, high = ev.bootstrap({"": [0, 1] * 50})  # 1.96 * sqrt(.25 / 100) = .098
-    assert abs(low - 0.402) < 0.02 and abs(high - 0.598) < 0.02
+    # 1.96 * sqrt(.25 / 100) = .098
+    assert ev.bootstrap({"": [0, 1] * 50}) == pytest.approx([0.402, 0.598], abs=0.02)
     assert ev.bootstrap({"a": [0, 0], "b": [1, 1]}, "tasks") == [0.5, 0.5]  # tasks are not redrawn
+    assert ev.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by hand
+    assert ev.wilson(0, 18) == pytest.approx((0, 0.1759), abs=1e-4)
 
 def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
     rows = []
     for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
-        row = graded("" if answer is None else rf"\boxed{{{answer}}}", "text", gold, k=k,
-                     order=list(order), orders=n_orders or len(orders), order_rule=rule,
-                     movable=movable or [*range(len(order))])
-        rows.append(row)
+        text = "" if answer is None else rf"\boxed{{{answer}}}"
+        rows.append(graded(text, "text", gold, k=k, order=list(order), order_rule=rule,
+                           orders=n_orders or len(orders),
+                           movable=movable or [*range(len(order))]))
     return rows
 
 def test_order_measures():
@@ -3103,18 +2833,15 @@ def test_order_measures():
     values = {name: share["value"] for name, share in m.items() if name != "by position"}
     assert values == {"mean": (1 + 0 + 0.25 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
                       "same choice": 0.5, "flip": 0.25, "unread": 0.25}
-    assert {place: (p["value"], p["n"]) for place, p in m["by position"].items()} == {
-        "1": (0.5, 4), "2": (0.25, 8), "3": (0.25, 4)}
+    def by_position(m):
+        return {place: (share["value"], share["n"]) for place, share in m["by position"].items()}
+    assert by_position(m) == {"1": (0.5, 4), "2": (0.25, 8), "3": (0.25, 4)}
     unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
     assert unfinished["mean"]["value"] == 0.5 and unfinished["same choice"]["value"] == 0
-
-def test_order_measures_of_letters_with_a_reference_image():
-    orders = [(0, 1, 2), (0, 2, 1)]
-    m = ev.order_measures([group("AB", "AB", orders, "letter", movable=[1, 2])])
-    assert m["same choice"]["value"] == 1
-    assert [(k, p["value"], p["n"]) for k, p in m["by position"].items()] == [
-        ("2", 1, 1), ("3", 1, 1)]
-    m = ev.order_measures([group(["7", "7"], ["8", "8"], orders, "keep")])
+    # Letters with a reference image, which is image 1.
+    m = ev.order_measures([group("AB", "AB", swaps[0::2], "letter", movable=[1, 2])])
+    assert m["same choice"]["value"] == 1 and by_position(m) == {"2": (1, 1), "3": (1, 1)}
+    m = ev.order_measures([group("77", "88", swaps[:2], "keep")])
     assert (m["same choice"]["value"], m["by position"]) == (1, {})
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -3126,26 +2853,22 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
     whole = run(tmp_path / "a")
     assert json.loads(whole)["n"] == 12 and "bias" in capsys.readouterr().out
     calls, sample_groups = [], ev.sample_groups
-
     def dies(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return sample_groups(*args, **kwargs)
-
     monkeypatch.setattr(ev, "sample_groups", dies)
     with pytest.raises(SystemExit, match="run the same command again to continue"):
         run(tmp_path / "b")
     samples = tmp_path / "b" / "tiny" / "digits" / "samples.jsonl"
-    lines = samples.read_bytes().count(b"\n")
     samples.write_bytes(samples.read_bytes()[:-30])  # a torn last line: its batch is asked again
-    run(tmp_path / "b", "--score-only")
-    assert json.loads((samples.parent / "results.json").read_bytes())["missing"] > 0
+    assert json.loads(run(tmp_path / "b", "--score-only"))["missing"] > 0
     done = len(calls)
-    assert run(tmp_path / "b") == whole and lines > 0
-    assert run(tmp_path / "b") == whole and run(tmp_path / "b", "--score-only") == whole
-    whole_run = len(calls) - done
-    assert run(tmp_path / "c") == whole and len(calls) - done - whole_run == whole_run + 1
+    assert run(tmp_path / "b") == whole
+    rest = len(calls) - done
+    assert run(tmp_path / "b") == whole == run(tmp_path / "b", "--score-only")
+    assert run(tmp_path / "c") == whole and len(calls) == done + rest + rest + 1
     for flag, field in (("--orders", "orders"), ("--max-new-tokens", "max_new_tokens"),
                         ("--batch", "rollout_batch")):
         with pytest.raises(SystemExit, match=f"{field} was .* is 7 now"):
@@ -3154,16 +2877,17 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
 def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
     noise(28, 28).save(tmp_path / "a.png")
     noise(3, 900).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    (tmp_path / "junk.png").write_bytes(b"junk")
     asked = [Sample(name, (str(tmp_path / f"{name}.png"),), "<image>Which?", "1", "keep")
-             for name in ("a", "thin")]
+             for name in ("a", "thin", "bomb", "junk", "missing")]
     monkeypatch.setattr(perl, "load_samples", lambda path: asked)
     ev.main(["--benchmarks", "mine.jsonl", "--out", str(tmp_path), "--max-new-tokens", "4"])
     r = json_of(tmp_path / "tiny" / "mine" / "results.json")
-    assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (2, 1, 1, 1, 0)
+    assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (5, 4, 1, 1, 0)
 
 def test_compare_is_paired_and_tells_what_was_read(tmp_path):
-    """A reads 3 of 4 and B all: the gain is 2/4, and over the three that both read 1/3. A fifth
-    question, which A alone answered, is not compared."""
+    """A reads 3 of 4 and B all; a fifth question, which A alone answered, is left out."""
     for name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well", r"\boxed{1}")),
                         ("B", (r"\boxed{1}",) * 4)):
         (tmp_path / name / "digits").mkdir(parents=True)
@@ -3177,37 +2901,25 @@ def test_compare_is_paired_and_tells_what_was_read(tmp_path):
     assert cells["B - A [95 %]"].startswith("50.0 [")
     assert cells["where both were read"].startswith("33.3")
 
-def test_the_report_stands_beside_the_paper():
-    result = {"score": 0.5, "interval": [0.4, 0.6], "unread": 0.07, "n": 100, "expected": 1901,
-              "errors": 0, "unparsed": 1, "truncated": 0, "missing": 0, "orders": {},
-              "over questions": 0.5, "over tasks": 0.45}
-    text = ev.report({"blink": result, "mathvista": result}, "mine")
-    assert "50.0 [40.0, 60.0]" in text and "100 of 1901" in text and "58.53" in text
-    assert "below judged" in text and "52.00" not in text  # MMIU was not run
-    line, = [line for line in text.splitlines() if "no answer read" in line]
-    assert "7.0" in line
-
 # ---- page of a run -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory):
-    """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
-    held-out question asked at steps 0 and 1."""
-    run = tmp_path_factory.mktemp("paged") / "run"
-    Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
-    run.mkdir()
+    """A run with a kept and a dropped group whose texts try to break out; a held-out question."""
+    run = tmp_path_factory.mktemp("paged")
+    Image.new("RGB", (300, 20), "red").save(run / "red.png")
     (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
-    shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="")
+    shared = dict(images=[str(run / "red.png"), "gone.png"], question="<image><image>Which?",
+                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="", gold="1",
+                  order=[0, 1], advantage=0.0)
     hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
-    rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
-                          reward=right, advantage=2 * right - 1)
-            for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
-    rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
-                              reward=1.0, advantage=0.0))
-    write_rows(run / "rollouts.jsonl", *rows)
+    write_rows(run / "rollouts.jsonl", *[
+        shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
+                      reward=right, advantage=2 * right - 1)
+        for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))],
+        shared | dict(step=2, id="r", response="x", accuracy=1.0, reward=1.0))
     write_rows(run / "held_out.jsonl", *[
-        shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
-                      accuracy=step, reward=step, advantage=0.0) for step in (0, 1)])
+        shared | dict(step=step, id="h", response="first" * step, accuracy=step, reward=step)
+        for step in (0, 1)])
     write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
                dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
                     length=9.0, kl=0.0, idle=.1, truncated=0.0))
@@ -3215,48 +2927,32 @@ def paged(tmp_path_factory):
     return run / "page.html"
 
 def test_a_page_needs_nothing_else(paged):
-    text = paged.read_text()
+    text, data = paged.read_text(), page_data(paged)
     assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text)
     assert "<b>bold" not in text and text.count("</script>") == 1
-    data = json.loads(re.search(r"const DATA = (.*);", text)[1])
+    first, _, held_out = data["groups"]
     assert [(group["verdict"], group["mean"], len(group["orders"])) for group in data["groups"]] == [
         ("kept", 0.5, 2), ("all_right", 1.0, 1), ("flat", 0.5, 1)]
-    assert [row["step"] for row in data["groups"][2]["orders"][0]] == [0, 1], "through the run"
-    assert [order[0]["right_image"] for order in data["groups"][0]["orders"]] == [0, 1]
+    assert [row["step"] for row in held_out["orders"][0]] == [0, 1], "through the run"
+    assert [order[0]["right_image"] for order in first["orders"]] == [0, 1]
     red, gone = data["images"].values()
     with Image.open(io.BytesIO(base64.b64decode(red.partition(",")[2]))) as image:
         assert image.width == 256 and gone == ""
 
+def page_data(page):
+    return json.loads(re.search(r"const DATA = (.*);", page.read_text())[1])
+
 def test_a_page_of_answers_that_name_no_single_image_and_of_a_forks_filter(paged, tmp_path):
-    rows = [dict(row, order_rule=rule, gold=gold, id=rule) for row in read_rows(
-        paged.parent / "rollouts.jsonl")[:1] for rule, gold in (
-            ("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("a fork's", "1-2"))]
-    write_rows(tmp_path / "rollouts.jsonl", *rows)
+    row = read_rows(paged.parent / "rollouts.jsonl")[0]
+    rules = ("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("a fork's", "1-2")
+    write_rows(tmp_path / "rollouts.jsonl", *[
+        row | dict(order_rule=rule, gold=gold, id=rule) for rule, gold in rules])
     write_rows(tmp_path / "metrics.jsonl", dict(step=1, kept=1, dropped=0))
     (tmp_path / "config.json").write_text(json.dumps(vars(perl.Config(filter="disagree"))))
     ev.write_page(tmp_path)
-    data = json.loads(re.search(r"const DATA = (.*);", (tmp_path / "page.html").read_text())[1])
-    assert [group["verdict"] for group in data["groups"]] == ["disagree"] * 4
-    assert [group["orders"][0][0]["right_image"] for group in data["groups"]] == [-1, -1, 1, -1]
-
-@table("width, keys, shows", [
-    (1200, "", ["Order 2, 1: 1 of 1 right", "&lt;b&gt;bold&lt;/b&gt;", "Mean reward 0.500"]),
-    (400, "Right Right Right Left Right", ["Held-out question h", "step 1: right"])])
-def test_the_page_in_a_browser(paged, tmp_path, width, keys, shows):
-    """Chromium draws its curves; arrow keys go through the groups; nothing sticks out."""
-    browser, page = shutil.which("chromium") or pytest.skip("no chromium"), tmp_path / "page.html"
-    page.write_text(paged.read_text() + f"""<script>
-      for (const key of "{keys}".split(" "))
-        document.body.dispatchEvent(new KeyboardEvent("keydown", {{key: "Arrow" + key}}));
-      document.title = document.documentElement.scrollWidth <= innerWidth;
-    </script>""")
-    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-             f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} "
-             f"--dump-dom --window-size={width},800")
-    shown = subprocess.run([browser, *flags.split(), f"file://{page}"], capture_output=True,
-                           text=True, timeout=60).stdout
-    assert shown.count("<svg") == 6 and "<title>true</title>" in shown
-    assert all(text in shown for text in shows)
+    groups = page_data(tmp_path / "page.html")["groups"]
+    assert [group["verdict"] for group in groups] == ["disagree"] * 4
+    assert [group["orders"][0][0]["right_image"] for group in groups] == [-1, -1, 1, -1]
 
 def test_a_page_of_no_run_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="not a run folder"):
@@ -3317,14 +3013,6 @@ def test_three_models_get_what_a_hand_count_gives(adapter, row, rule, movable, a
         got = tuple(measures[name]["value"] for name in ("mean", "worst", "bias", "flip"))
         assert got == pytest.approx(wanted, abs=1e-6), model
 
-def test_an_option_follows_its_picture_in_the_prompt_and_in_the_texts():
-    q = ev.from_mantis(MANTIS, 0, place)
-    moved = perl.permute(q.sample, (2, 0, 1))
-    assert moved.answer == "A" and moved.images[0] == "3.png"
-    assert ev.listed_options(moved.question)[0] == "<image_1>", "image 3 stands first now"
-    assert ev.options_in(q, (2, 0, 1)) == ["image 1", "image 2", "image 3"]
-    assert "the second image" in ev.from_blink(BLINK, 0, place).sample.question, "as published"
-
 @table("adapter, row, reason", [(ev.from_medframeqa, MED | with_images(1), "one image"),
     (ev.from_medframeqa, MED | {"correct_answer": ""}, "no gold"),
     (ev.from_medframeqa, MED | {"correct_answer": "E"}, "no gold"),
@@ -3347,7 +3035,9 @@ def test_the_report_counts_labels_by_benchmark_and_reason(tmp_path, capsys):
     saved = json_of(tmp_path / "out" / "tiny" / "medframeqa" / "results.json")
     never = "never: words that may mean order, time or place"
     assert saved["config"]["labels"] == {"keep": 2, never: 1} and saved["unread"] == 1
-    assert f"order label keep: 2\n  order label {never}: 1\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"order label keep: 2\n  order label {never}: 1\n" in shown
+    assert re.search(r"no answer read +\| 100\.0", shown) and "3 of 2851" in shown
     assert saved["orders"]["flip"]["n"] == 2, "what moves is asked in several orders"
 
 def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path):
@@ -3360,7 +3050,6 @@ def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path
 # ---- --flip ----------------------------------------------------------------------------
 @pytest.fixture
 def flip_data(tmp_path):
-    """Copies of two benchmarks and of Facet-Probe, with three published ids of four each."""
     ids = ("keep1", "keep2", "excluded", "border")
     med = [with_pictures(MED) | {"question_id": key} for key in ids]
     med[0]["question"] = "Which image comes first?"  # never, by our rules
@@ -3400,11 +3089,9 @@ def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(flip_data, ca
 def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
     with (flip_data / "facet-probe" / ev.SCREEN).open("a") as screen:
         screen.write("medframeqa,gone,keep\n")
-    with pytest.raises(SystemExit, match="medframeqa has no question gone"):
-        flip(flip_data)
+    refuses("medframeqa has no question gone", flip, flip_data)
     shutil.rmtree(flip_data / "facet-probe")
-    with pytest.raises(SystemExit, match="clone github.com/yahskapar/facet-probe"):
-        flip(flip_data)
+    refuses("clone github.com/yahskapar/facet-probe", flip, flip_data)
 
 @table("answers, flips, unread", [("AAAAAA", 0, 0), ("AAAAAB", 1, 0), ("AAA?AA", 0, 1),
                                   ("??????", 0, 1), ("AB????", 1, 1)])
@@ -3413,11 +3100,6 @@ def test_a_flip_is_more_than_one_parsed_answer(answers, flips, unread):
     orders = ev.all_orders(Sample("s", tuple("abc"), "?", "A", "keep"), 6)
     m = ev.order_measures([group(answers, "A" * 6, orders, "keep")])
     assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
-
-def test_the_interval_of_a_rate():
-    assert ev.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by hand
-    low, high = ev.wilson(0, 18)
-    assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(0.1759, abs=1e-4)
 
 # ---- data_samples/curate.py ----------------------------------------------------------------------
 LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
@@ -3430,8 +3112,7 @@ def label_of(row):
 
 @table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
 def test_order_labels_other_than_never_are_right(part, least):
-    """The held-out questions were written without sight of the rules, and scored once; `attack`
-    to find wrong labels, after which the rules were mended."""
+    """held-out: written without sight of the rules; attack: to find wrong labels."""
     found = 0
     for row in (row for row in LABELLED if row["set"] == part):
         label = label_of(row)
@@ -3442,27 +3123,39 @@ def test_order_labels_other_than_never_are_right(part, least):
             found += 1
     assert found >= least
 
-@table("question, answer", [
-    ("What is the number of the image that shows a cat?", "2"),
-    ("Which image shows a cat?\nA. One\nB. Two", "A"),
-    ("Which image shows a cat, and how many cats?", "2"), ("Which image shows a cat?", "3"),
-    ("Is image one brighter than both other images?", "Yes"),
-    ("The dogs in both images face each other. True or false?", "True"),
-    ("The dog in one image is facing that in the other image. True?", "Yes"),
-    ("What did the man pick up?\nA. A cup\nB. A book", "A"),
-    ("Where in the images is the cat?", "the last one"),
-    ("What word do the letters in the images spell?", "on"),
-    ("Give the rank of each image by size; sort the image numbers.", "2,1"),
-    ("Sort the image numbers in reverse order.", "2,1"),
-    ("Answer with the 0-based index: which image shows a cat?", "1"),
-    ("How many images show a cow?", "image 1"),
-    ("<image>Which image is closer to the reference image?", "2"),
-    ("<image>Which image shows a cat, 1 or 3?", "3"),
-    ("<image>Which image is quieter, image 1 or 3?", "Image 3 suggests rest")])
-def test_in_doubt_never(question, answer):
-    assert_never("any", "<image><image> " + question, answer)
+TRUE = "<image><image> Is this statement about the pair true or false? "
 
-def assert_never(source, question, answer):
+@table("source, question, answer", [
+    *(("any", "<image><image> " + question, answer) for question, answer in (
+        ("What is the number of the image that shows a cat?", "2"),
+        ("Which image shows a cat?\nA. One\nB. Two", "A"), ("Which image shows a cat?", "3"),
+        ("Which image shows a cat, and how many cats?", "2"),
+        ("Is image one brighter than both other images?", "Yes"),
+        ("The dog in one image is facing that in the other image. True?", "Yes"),
+        ("What did the man pick up?\nA. A cup\nB. A book", "A"),
+        ("What word do the letters in the images spell?", "on"),
+        ("Give the rank of each image by size; sort the image numbers.", "2,1"),
+        ("Sort the image numbers in reverse order.", "2,1"),
+        ("Answer with the 0-based index: which image shows a cat?", "1"),
+        ("How many images show a cow?", "image 1"),
+        ("<image>Which image is closer to the reference image?", "2"),
+        ("<image>Which image shows a cat, 1 or 3?", "3"),
+        ("<image>Which image is quieter, image 1 or 3?", "Image 3 suggests rest"))),
+    ("any", "Image 2: <image> Image 1: <image> Which image shows a cat?", "2"),
+    ("any", "<image>Which is larger, A or B?\nA. <image>\nB. <image>", "A"),
+    ("nlvr2", TRUE + "The cow on the left is brown.", "True"),
+    ("nlvr2", TRUE + "The right side of the left image shows a cow.", "True"),
+    ("nlvr2", TRUE + "The left image is missing on the right.", "True"),
+    *(("muirbench", "<image><image>" + text, "A") for text in (
+        "What does the man in these pictures do?\n(A) getting up\n(B) lying",
+        "Is the cup fuller or emptier?\n(A) fuller\n(B) emptier",
+        "Has the tumor shrunk?\n(A) yes\n(B) no", "What is the difference?\n(A) a hat\n(B) a coat",
+        "What lies between the two images?\n(A) a day\n(B) a year",
+        "<image>Which image is it?\n(A) 1\n(B) 2\n(C) 3")),
+    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
+    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
+     "(B) the second image and the first image\n(C) the third image", "A")])
+def test_in_doubt_never(source, question, answer):
     label = ev.infer_label(question, answer, question.count("<image>"), source)
     assert (label.order_rule, label.movable, label.question) == ("never", None, question)
 
@@ -3491,7 +3184,6 @@ def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer)
     assert graded(response, "number 0", "58", truncated=True)["answer"] is None
 
 # ---- Order labels: what is freed, and what stays never ---------------------------------
-PAIR = "<image><image> Is this statement about the pair true or false? "
 @table("statement, mentions", [
     ("The left image shows a cow.", [1]), ("There is a cow in the image on the right.", [2]),
     ("The right-hand picture has more cows than the left picture.", [2, 1]),
@@ -3500,30 +3192,12 @@ PAIR = "<image><image> Is this statement about the pair true or false? "
     ("The cows have different colors.", []), ("A cow stands between two trees in an image.", []),
     ("The image pair shows three cows.", []), ("Every cow in the images is facing forward.", [])])
 def test_statements_about_a_pair(statement, mentions):
-    label = ev.infer_label(PAIR + statement, "True", 2, "nlvr2")
+    label = ev.infer_label(TRUE + statement, "True", 2, "nlvr2")
     assert label.order_rule == "keep" and label.movable == (0, 1)
     assert [int(k) for k in perl.MENTION.findall(label.question)] == mentions
     if mentions and "left" in statement + "right":
-        other = ev.infer_label(PAIR + statement, "True", 2, "any")
+        other = ev.infer_label(TRUE + statement, "True", 2, "any")
         assert other.order_rule == "never", "a side is a name only where pairs stand side by side"
-
-@table("source, question, answer", [
-    ("any", "Image 2: <image> Image 1: <image> Which image shows a cat?", "2"),
-    ("any", "<image>Which is larger, A or B?\nA. <image>\nB. <image>", "A"),
-    ("nlvr2", PAIR + "The cow on the left is brown.", "True"),
-    ("nlvr2", PAIR + "The right side of the left image shows a cow.", "True"),
-    ("nlvr2", PAIR + "The left image is missing on the right.", "True"),
-    *(("muirbench", "<image><image>" + text, "A") for text in (
-        "What does the man in these pictures do?\n(A) getting up\n(B) lying",
-        "Is the cup fuller or emptier?\n(A) fuller\n(B) emptier",
-        "Has the tumor shrunk?\n(A) yes\n(B) no", "What is the difference?\n(A) a hat\n(B) a coat",
-        "What lies between the two images?\n(A) a day\n(B) a year",
-        "<image>Which image is it?\n(A) 1\n(B) 2\n(C) 3")),
-    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
-    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
-     "(B) the second image and the first image\n(C) the third image", "A")])
-def test_benchmark_texts_that_stay_never(source, question, answer):
-    assert_never(source, question, answer)
 
 # ---- --against: copies of a benchmark's pictures ---------------------------------------
 def drawing(seed):
@@ -3538,19 +3212,16 @@ def drawing(seed):
     return picture
 
 def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
-    (tmp_path / "benchmark").mkdir()
     for seed in range(60):
-        drawing(seed).save(tmp_path / "benchmark" / f"{seed}.png")
-    benchmarks = curate.read_benchmarks([tmp_path / "benchmark"])
-    copy, found, others = tmp_path / "copy.jpg", 0, 0
+        drawing(seed).save(tmp_path / f"{seed}.png")
+    benchmarks, nothing = curate.read_benchmarks([tmp_path]), curate.read_benchmarks([])
+    copy = tmp_path / "copy.jpg"
     for seed in range(60):
-        drawing(seed).resize((256, 192)).save(copy, quality=80)
-        found += benchmarks.shows(curate.near_hash(perl.read_image(copy)), copy)
-        drawing(1000 + seed).save(copy)
-        others += benchmarks.shows(curate.near_hash(perl.read_image(copy)), copy)
-    assert (found, others) == (60, 0)
-    nothing = curate.read_benchmarks([])
-    assert not nothing.shows(curate.near_hash(perl.read_image(copy)), copy)
+        for picture, is_known in ((drawing(seed).resize((256, 192)), True),
+                                  (drawing(1000 + seed), False)):
+            picture.save(copy, quality=80)
+            bits = curate.near_hash(perl.read_image(copy))
+            assert benchmarks.shows(bits, copy) == is_known and not nothing.shows(bits, copy)
 
 # ---- data_samples/ablate.py ------------------------------------------------------------
 def test_the_t_interval():
@@ -3563,24 +3234,24 @@ def test_the_t_interval():
 
 CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
 
-@table("changed, same", [
-    (CODE.replace("return", "# why\n\n    return  "), True), (CODE.replace("What", "Which"), True),
-    (CODE.replace('    """What."""\n', ""), True), ('"""Module."""\n' + CODE, True),
-    (CODE.replace("+ 1", "+ 2"), False), (CODE + "f(1)\n", False),
-    (CODE.replace('"""What."""', 'y = "What."'), False)])
-def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, same):
-    assert (ablate.code_hash(changed) == ablate.code_hash(CODE)) is same
+def test_comments_and_docstrings_do_not_change_the_hash_and_code_does():
+    same = [CODE.replace("return", "# why\n\n    return  "), CODE.replace("What", "Which"),
+            CODE.replace('    """What."""\n', ""), '"""Module."""\n' + CODE]
+    others = [CODE.replace("+ 1", "+ 2"), CODE + "f(1)\n", CODE.replace('"""What."""', 'y = "What."')]
+    assert {ablate.code_hash(code) for code in same} == {ablate.code_hash(CODE)}
+    assert ablate.code_hash(CODE) not in map(ablate.code_hash, others)
 
 def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
-    arm, base = ablate.Arm("title", ("--seed 1",)), "base"
-    others = [ablate.arm_hash(arm._replace(**change), base) for change in (
-        dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(share="0.5"),
-        dict(share="0.8"), dict(change=ablate.reward_agreement),
-        dict(fork=ablate.permute_by_gap))] + [ablate.arm_hash(arm, "other")]
-    before = ablate.arm_hash(arm._replace(title="other"), base)
-    assert ablate.arm_hash(arm, base) == before and len({before, *others}) == len(others) + 1
+    arm = ablate.Arm("title", ("--seed 1",))
+    changes = [dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(share="0.5"),
+               dict(share="0.8"), dict(change=ablate.reward_agreement),
+               dict(fork=ablate.permute_by_gap), {}]
+    hashes = [ablate.arm_hash(arm._replace(**change), "base") for change in changes]
+    assert ablate.arm_hash(arm._replace(title="other"), "base") == hashes[-1]
+    hashes.append(ablate.arm_hash(arm, "other"))
     monkeypatch.setattr(ablate, "EVALUATION", "--eval-orders 2")
-    assert ablate.arm_hash(arm, base) not in others + [before]
+    hashes.append(ablate.arm_hash(arm, "base"))
+    assert len(set(hashes)) == len(hashes)
 
 def write_run(out, *worst_orders):
     """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
@@ -3593,22 +3264,9 @@ def write_run(out, *worst_orders):
                    evaluation | dict(step=0, eval_worst=0.25), step | dict(step=1),
                    step | evaluation | dict(step=2, eval_worst=worst))
 
-class AtOnce(Executor):
-    """Runs what is submitted before it returns. Threads would not do: ast.parse is not safe."""
-    def __init__(self, jobs):
-        self.jobs = jobs
-    def submit(self, task, *args):
-        future = Future()
-        try:
-            future.set_result(task(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
 @pytest.fixture
 def ablation(tmp_path, monkeypatch):
-    """run_all on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO;
-    those in `broken` fail. Returns what is called, the runs started, `broken`, and the file."""
+    """run_all without training: worst order .5, .6 .. by seed, minus .1 for GRPO; some are broken."""
     started, broken, path = [], set(), tmp_path / "ablation.jsonl"
     def trained(argv):
         seed, out = int(argv[argv.index("--seed") + 1]), Path(argv[argv.index("--out") + 1])
@@ -3622,7 +3280,7 @@ def ablation(tmp_path, monkeypatch):
     monkeypatch.setattr(perl, "main", trained)
     for name, fake in dict(  # all in this process, whose output is the test's
             redirect_stdout=contextlib.nullcontext, redirect_stderr=contextlib.nullcontext,
-            fresh_processes=AtOnce, base_hash=lambda: "now",
+            fresh_processes=lambda jobs: ThreadPoolExecutor(1), base_hash=lambda: "now",
             training_set=lambda share, scratch: scratch).items():
         monkeypatch.setattr(ablate, name, fake)
     def run_all(names=("perl", "grpo"), seeds=(0, 1, 2), jobs=1):
@@ -3649,7 +3307,6 @@ def test_a_finished_run_is_not_run_again_until_its_code_changes(ablation, tmp_pa
     assert ablate.summary(read_rows(path)).startswith("2 runs; 8 lines of other code or data")
 
 def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation, monkeypatch, capsys):
-    """Code that changes during a run makes it fail too."""
     run_all, started, broken, path = ablation
     broken.add(("perl", 1))
     refuses("1 runs failed", run_all)
@@ -3665,17 +3322,13 @@ def test_a_failed_run_is_told_and_run_again_and_stops_no_other(ablation, monkeyp
     assert len(read_rows(path)) == 6
 
 def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
-    """perl.py refuses a negative seed: the process starts, ends and says why without training."""
-    with ends("1 runs failed"):
-        ablate.run_all(["clean"], [-1], 1, tmp_path / "a.jsonl", tmp_path / "scratch")
+    refuses("1 runs failed", ablate.run_all, ["clean"], [-1], 1, tmp_path / "a.jsonl", tmp_path)
     assert "clean, seed -1: --seed -1 must be" in capfd.readouterr().out
-    assert (tmp_path / "scratch" / "clean-seed-1.log").exists()
     assert not (tmp_path / "a.jsonl").exists()
     assert perl.set_advantages.__name__ == "set_advantages", "the fork is not in this process"
 
 def test_tables_by_hand(ablation, tmp_path):
-    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
-    paired difference is over two seeds and without spread. The picture is small."""
+    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less; seed 2 has only PeRL."""
     run_all, _, _, path = ablation
     run_all(names=("perl", "grpo", "perl-0.5", "grpo-0.5"), seeds=(0, 1))
     run_all(names=("perl",), seeds=(2,))
@@ -3701,12 +3354,6 @@ def answered(text, order=(0, 1)):
     return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
                    truncated=False, accuracy=accuracy, reward=accuracy)
 
-@table("text, order, given", [
-    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
-    ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
-def test_an_answer_moved_back_to_the_given_order(text, order, given):
-    assert ablate.answer_as_given(answered(text, order)) == given
-
 def group_of(*texts, orders=((0, 1), (1, 0))):
     """Answers order by order, as many in each."""
     n = len(texts) // len(orders)
@@ -3720,8 +3367,6 @@ def group_of(*texts, orders=((0, 1), (1, 0))):
     *[(fork, group_of("1", "1", "1", "1", orders=((0, 1), (0, 1))), [1, 1, 1, 1])
       for fork in ("reward_agreement", "reward_agree_and_right")]])
 def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
-    """Agreement pays whether right or wrong; being right together pays on top; a question in one
-    order only has nothing to agree with."""
     monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
     ablate.before_advantages(getattr(ablate, fork))
     perl.set_advantages([group])
@@ -3731,40 +3376,21 @@ def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
 def test_the_forks_of_baseline_and_condition(monkeypatch):
     """Advantages of rewards 1, 0, 0, 0, pooled and by order; then what is learned."""
     monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group = group_of("1", "9", "9", "9")
-    for expected, answers, fork in (
-            ([ROOT] + [-1 / ROOT] * 3, "1122", ablate.baseline_per_order),
-            ([1, -1, 0, 0], "1122", lambda: ablate.before_advantages(ablate.loss_on_clean_order)),
-            ([1, -1, 0, 0], "1111", None)):
+    group, pooled, by_order = group_of("1", "9", "9", "9"), [ROOT] + [-1 / ROOT] * 3, [1, -1, 0, 0]
+    def nothing():
+        pass
+    def clean():
+        ablate.before_advantages(ablate.loss_on_clean_order)
+    for fork, expected, answers in ((nothing, pooled, "1122"),
+                                    (ablate.baseline_per_order, by_order, "1122"),
+                                    (clean, by_order, "1111")):
+        fork()
         perl.set_advantages([group])
         assert [r.advantage for r in group] == pytest.approx(expected)
         assert [r.prompt.sample.answer for r in group] == list(answers)
-        if fork:
-            fork()
-
-def test_permuting_follows_a_questions_own_gap(monkeypatch):
-    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
-    groups, asked, rng = [], [], random.Random(0)
-    for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
-        groups.append(group_of("1", "1", "1", "1")[:len(row)])
-        for rollout, accuracy in zip(groups[-1], row):
-            rollout.accuracy = float(accuracy)
-            rollout.prompt.sample = dataclasses.replace(sample(), id=name)
-    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
-    monkeypatch.setattr(perl, "sample_orders", lambda *args, n_orders, n: (
-        asked.append((n_orders, n)) or groups))
-    ablate.permute_by_gap()
-    for stage in (0, 1):
-        perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
-    assert asked == [(2, 2), (1, 4)]
-    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
-        asked_for = dataclasses.replace(sample(), id=name)
-        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
-        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
 
 def test_a_run_is_read_over_its_stages_and_by_position(tmp_path):
-    """Stage 2's first evaluation is stage 1's last. In order (1, 0), the first image, which is
-    right, stands second; letters name image 2 and on."""
+    """Stage 2's first evaluation is stage 1's last. Letters name image 2 and on."""
     write_run(tmp_path, 0.5, 0.75)
     (tmp_path / "stage0").mkdir()
     found = ablate.read_run(tmp_path)
@@ -3794,8 +3420,6 @@ def test_a_training_set_without_a_favoured_place(tmp_path):
     assert ablate.training_set("balanced", tmp_path) == folder, "made once"
 
 # ---- data_samples/ablate.py --cost -----------------------------------------------------
-SMALL_STEP = [3, 6, 10]  # images, tokens of each, other tokens
-
 def step_flags(images, image_tokens, text_tokens, new_tokens):
     return ["--cost", f"--images={images}", f"--max-new-tokens={new_tokens}",
             f"--image-tokens={image_tokens}", f"--text-tokens={text_tokens}"]
@@ -3807,50 +3431,39 @@ def step_config(**changes):
 @table("changes", [{}, PLAIN, dict(n_permutations=2, rollouts_per_order=2),
                    dict(max_tokens_per_micro_batch=50)])
 def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
-    """The parts that --cost prints add up to what torch counts in sampling and an update."""
-    cfg, model = step_config(**changes), load_tiny()
+    cfg, model, shape = step_config(**changes), load_tiny(), [3, 6, 10]
     endless = SimpleNamespace(**vars(PROCESSOR) | dict(
         banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids))
-    rollouts = ablate.full_rollouts(cfg, SMALL_STEP, model.config.vision_config, 40,
-                                    PROCESSOR.image_id)
+    rollouts = ablate.full_rollouts(cfg, shape, model.config.vision_config, 40, PROCESSOR.image_id)
     prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
         adamw_updates(model, [[rollouts]], cfg, lr=0.0)
-    flops, _ = ablate.count_flops(model.config, cfg, SMALL_STEP)
+    flops, _ = ablate.count_flops(model.config, cfg, shape)
     assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 def test_flops_at_the_size_of_the_7b():
-    def count(**changes):
-        return ablate.count_flops(ablate.QWEN_7B, step_config(max_new_tokens=256, **changes),
-                                  [4, 256, 64])
-    (shared, minimum), (plain, _) = count(), count(share=False)
-    total = sum(shared.values())
+    cfg, shape = step_config(max_new_tokens=256), [4, 256, 64]
+    shared, minimum = ablate.count_flops(ablate.QWEN_7B, cfg, shape)
+    cfg.share = False
+    total, (plain, _) = sum(shared.values()), ablate.count_flops(ablate.QWEN_7B, cfg, shape)
     assert total <= 0.30 * sum(plain.values()) and total <= 1.15 * sum(minimum.values())
     assert all(0.95 < minimum[part] / shared[part] < 1.001 for part in minimum)
-    fewer, permuted = count(rollouts_per_order=2)[0], count(n_permutations=3)[0]
-    assert fewer["prefill"] == shared["prefill"] and permuted["prefill"] == 2 * shared["prefill"]
-    assert fewer["vision"] == permuted["vision"] == shared["vision"]
 
 def test_the_last_line_of_cost_is_an_object(capsys):
-    """With a process for each of the two ways, whose peak memory is its own."""
     ablate.main(step_flags(2, 4, 9, 4) + ["--n-permutations", "2"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    names = {f"{kind}_{way}" for kind in ("flops", "seconds", "peak_mb")
-             for way in ("shared", "plain")} | {"flops_minimum"}
-    parts = {f"flops_{way}_{part}" for way in ("shared", "plain", "minimum")
-             for part in ("vision", "prefill", "decode", "loss")}
-    assert set(row) == names | parts | {f"seconds_{way}_{part}" for way in ("shared", "plain")
-                                        for part in ("sample", "update")}
-    assert min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
+    names, flop_parts = {"flops_minimum"}, ("vision", "prefill", "decode", "loss")
+    for way in ("shared", "plain"):
+        names |= {f"{kind}_{way}" for kind in ("flops", "seconds", "peak_mb")}
+        names |= {f"seconds_{way}_sample", f"seconds_{way}_update"}
+    for way in ("shared", "plain", "minimum"):
+        names |= {f"flops_{way}_{part}" for part in flop_parts}
+    assert set(row) == names and min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
 
 @table("flags, message", [
-    (step_flags(0, 4, 9, 4), "more text tokens than images"),
-    (step_flags(4, 4, 4, 4), "more text tokens than images"),
-    (step_flags(1, -4, 9, 4), "more text tokens than images"),
+    (step_flags(4, 4, 4, 4), "more text tokens than images"), (["--nonsense"], "--nonsense"),
     (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
-    (step_flags(1, 4, 9, 1), "--max-new-tokens"),
-    (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
     (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of perl")])
 def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
@@ -3859,7 +3472,6 @@ def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, ca
 
 # ---- data_samples/curate.py ------------------------------------------------------------
 def digit(k, kind="PNG", mode="RGB"):
-    """The bytes of a real digit; kind JPEG is another encoding of the same picture."""
     with Image.open(DIGITS[k]) as image:
         return encoded(image.convert(mode), kind)["bytes"]
 
@@ -3893,7 +3505,6 @@ DREAM = ("Answer the following multiple-choice question:\nHere are there images:
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
-    """Local copies in the layouts of the Hub; images of one name lie in several folders."""
     root, contents, dream, icon = tmp_path_factory.mktemp("copies"), {}, [], []
     for k in range(6):
         for rows, kind, names, question, answer, first in (
@@ -3935,28 +3546,13 @@ def test_rows_of_all_layouts_become_samples(curated):
     k12, geometry = samples["mmk12-0000003"], samples["geometry3k-0000002"]
     assert (k12.answer, k12.order_rule) == ("2", "never") and k12.question.startswith("<image>As")
     assert (geometry.answer, geometry.question) == (r"1\sqrt{2}", "<image>Find x.")
+    report = (curated / "REPORT.md").read_text()
+    assert report.startswith("# 19 of 19 questions") and (curated / "ten.jpg").exists()
+    assert "| mantis-iconqa: option image | 0 | 0 | 0 | 6 | 6 |" in report
     for sample, first in ((dream, 3), (icon, 20), (k12, 52), (geometry, 61)):
         for k, path in enumerate(sample.images, first):  # the right picture stands at each place
             with Image.open(path) as image, Image.open(DIGITS[k]) as source:
                 assert image.tobytes() == source.convert("RGB").tobytes()
-
-def test_the_report_counts_and_shows(curated):
-    text = (curated / "REPORT.md").read_text()
-    assert text.startswith("# 19 of 19 questions") and text.count("\n1. ") == 1
-    assert "| mantis-iconqa: option image | 0 | 0 | 0 | 6 | 6 |" in text
-    assert "| mantis-dreamsim: image | 3 | 3 | 0 | 0 | 6 |" in text, "option A names image 1"
-    with Image.open(curated / "ten.jpg") as image:
-        assert image.height > 10 * 100
-
-def test_on_our_own_samples_the_rules_give_the_label_or_never():
-    found = Counter()
-    for row in read_rows(HERE / "data_samples" / "train.jsonl"):
-        label = label_of(row | dict(question=perl.MENTION.sub(r"image \1", row["question"])))
-        found[label.order_rule] += 1
-        if label.order_rule != "never":
-            movable = tuple(row.get("movable", range(len(row["images"]))))
-            assert label[1:4] == (row["answer"], row["order_rule"], movable), row
-    assert found["keep"] > 300 and found["index"] > 500
 
 def one_image(question, answer, path="a.png"):
     return mantis_row(0, [path], "<image> " + question, answer)
@@ -4075,26 +3671,24 @@ def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, 
     refuses("begun with other sources", run_curate, copies, out, sources=["mmk12"])
 
 def test_a_label_that_a_model_disputes_is_never(copies, tmp_path, monkeypatch):
-    """A stub says that images are options and that order matters: only `letter` is so. A killed
-    run does not ask again; the tiny model, which knows none of this, agrees with none."""
+    """A stub says: images are options, order matters. The tiny model agrees with nothing."""
     asked, out = [], tmp_path / "out"
     def says_yes(model, processor, samples, orders, cfg, *, n, greedy):
         asked.extend(samples)
-        assert greedy and n == 1 and all(order == [tuple(range(len(s.images)))]
-                                         for s, order in zip(samples, orders))
+        assert greedy and n == 1 and {*flatten(orders)} <= {(0, 1, 2), (0, 1, 2, 3)}
         return [[SimpleNamespace(accuracy=float(s.answer == "Yes"))] for s in samples]
+    def labels(out):
+        return Counter((s.source, s.order_rule) for s in perl.load_samples(out / "train.jsonl"))
     with monkeypatch.context() as patch:
         patch.setattr(perl, "sample_groups", says_yes)
         for _ in range(2):
             run_curate(copies, out, "--label-with", "tiny")
-            rules = Counter((s.source, s.order_rule)
-                            for s in perl.load_samples(out / "train.jsonl"))
-            assert rules == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6,
-                             ("mmk12", "never"): 4, ("geometry3k", "never"): 3}
+            assert labels(out) == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6,
+                                   ("mmk12", "never"): 4, ("geometry3k", "never"): 3}
             assert len(asked) == 2 * 12 and "options to choose from" in asked[1].question
-            assert "| never, not keep | all |" in (out / "REPORT.md").read_text()
+    assert "| never, not keep | all |" in (out / "REPORT.md").read_text()
     out = run_curate(copies, tmp_path / "real", "--label-with", "tiny", sources=["mantis:iconqa"])
-    assert {s.order_rule for s in perl.load_samples(out / "train.jsonl")} == {"never"}
+    assert labels(out) == {("mantis-iconqa", "never"): 6}
 
 @table("sources, message", [
     (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
@@ -4105,20 +3699,6 @@ def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, s
     shutil.copytree(copies, tmp_path / "copies")
     (tmp_path / "copies" / "Mantis-Instruct" / "iconqa" / "part_1.zip").unlink()
     refuses(message, run_curate, tmp_path / "copies", tmp_path / "out", sources=sources)
-
-def test_the_hub_is_asked_for_train_files(copies, tmp_path, monkeypatch):
-    asked = []
-    def snapshot_download(name, *, allow_patterns, **_):
-        asked.append((name, allow_patterns))
-        return copies / name.split("/")[1]
-    hub = SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    curate.main(["mmk12", "mantis:iconqa", "--out", str(tmp_path / "loaded")])
-    assert asked == [("FanqingM/MMK12", ["*train*.parquet"]),
-                     ("TIGER-Lab/Mantis-Instruct", ["iconqa/train*"])]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with ends("pip install huggingface_hub"):
-        curate.main(["mmk12", "--out", str(tmp_path / "hub")])
 
 def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(perl, "read_image", lambda file: pytest.fail("decoded"))
