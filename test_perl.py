@@ -1371,8 +1371,8 @@ def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, mo
     assert_equal_runs(out / "stage1", straight)
 
 # ---- Run folder: what --resume takes, changes and refuses ------------------------------
-def test_more_steps_equal_a_run_of_that_many_with_the_old_schedule_of_alpha(
-        data, straight, tmp_path, capsys):
+def test_more_steps_equal_a_run_with_the_old_schedule_of_alpha(data, straight, tmp_path, capsys):
+    """Without them, a finished run stays as it is."""
     longer, whole = tmp_path / "longer", tmp_path / "whole"
     shutil.copytree(straight, longer / "stage1")
     before = files_of(longer)
@@ -1382,8 +1382,7 @@ def test_more_steps_equal_a_run_of_that_many_with_the_old_schedule_of_alpha(
     perl.main(["--resume", str(longer), "--steps", "6"])
     perl.main(arguments(data, whole, steps=6, alpha_steps=4))
     assert_equal_runs(longer / "stage1", whole / "stage1", step=6)
-    alphas = [row["alpha"] for row in metrics_of(whole / "stage1")[1:]]
-    assert alphas == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
+    assert [row["alpha"] for row in metrics_of(whole / "stage1")[4:]] == [0, 0, 0]
 
 @table("change", ["fewer", "another", "reordered"])
 def test_resume_names_training_data_that_changed(data, halted, change):
@@ -1615,16 +1614,6 @@ def test_a_response_is_never_run_as_code(tmp_path):
 # ---- Shared compute: it changes the cost of a step and nothing else --------------------
 PLAIN = dict(share=False)
 
-def pictures_encoded(model, monkeypatch):
-    """Counts of the vision tower's pictures, by their pixels; grows as the tower runs."""
-    real, seen = model.model.visual.forward, Counter()
-    def forward(pixels, grid_thw, **others):
-        sizes = grid_thw.prod(1).tolist()
-        seen.update(float(p.double().sum()) for p in pixels.split(sizes))
-        return real(pixels, grid_thw=grid_thw, **others)
-    monkeypatch.setattr(model.model.visual, "forward", forward)
-    return seen
-
 @pytest.fixture
 def asked(questions):
     """Five questions of unequal length: with 3, 2 and 1 images, and two with none."""
@@ -1648,8 +1637,6 @@ def sample_watched(model, prompts, n, cfg):
         for layer in cache.layers:
             # A prompt's last token is read anew by each of its rows.
             assert layer.prompts.shape[1:4:2] == (len(held), longest - 1)
-            assert layer.rows.shape[1] == len(live)
-            assert layer.get_seq_length() == longest - 1 + max(ages)
             assert max(ages) <= layer.rows.shape[3] <= max(ages) + 32
             assert {layer.prompts.dtype, layer.rows.dtype} == {model.dtype}
         assert len(live) <= max(cfg.rollout_batch, n)
@@ -1700,21 +1687,6 @@ def test_prompts_join_while_others_are_at_work(asked, dtype, n, changes, several
     _, stretches = sample_watched(load_tiny(dtype=dtype), encoded_prompts(asked * 2), n, cfg)
     assert any(held > 1 for held, _ in stretches) == several
     assert any(ages > 1 for _, ages in stretches) == joins
-
-@table("changes, sampling, training", [
-    ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 2, 4),
-    (dict(gradient_checkpointing=True), 1, 1), (dict(freeze_vision=True), 1, 1),
-    (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
-def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
-    model, cfg, orders = load_tiny(**changes), tiny_config(**changes), [(0, 1, 2), (2, 1, 0)]
-    seen = pictures_encoded(model, monkeypatch)
-    groups = perl.sample_groups(model, PROCESSOR, questions[:1], [orders], cfg, n=2)
-    assert list(seen.values()) == [sampling] * 3
-    seen.clear()
-    for rollout, advantage in zip(groups[0], (1.0, 0.5, -0.5, -1.0)):
-        rollout.advantage = advantage
-    adamw_updates(model, [groups], cfg, lr=0.0)
-    assert list(seen.values()) == [training] * 3
 
 def test_tree_attention_is_attention_under_the_mask_of_the_tree():
     """Lengths of padding, prompt and responses; the last row has fewer responses."""
@@ -1928,17 +1900,6 @@ def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, 
     assert torch.equal(flat_weights(model), flat_weights(resumed))
     (tmp_path / "optimizer-1.pt").unlink()
     refuses("lacks the optimizer's state", again.load, tmp_path)
-
-@table("share", [True, False])
-def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, share):
-    gradients = []
-    for dtype in ("float32", "bf16"):
-        cfg = tiny_config(dtype=dtype, share=share)
-        model = perl.load_model("tiny", cfg, CPU)
-        perl.SplitAdamW(model, cfg, ACCELERATOR)  # sets how gradients are summed
-        gradients.append(gradient_of_update(model, written_groups(questions), cfg)[0])
-    assert all(gradient.dtype == torch.float32 for gradient in gradients)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.998
 
 @table("dtype, rank", [("float32", 4), ("bf16", 16)])
 def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, tmp_path, dtype, rank):
@@ -2385,7 +2346,8 @@ def test_fuzz_records(fuzz_folder, row, rng):
 def test_fuzz_images(fuzz_folder, data):
     draw, kind = data.draw, data.draw(st.sampled_from(["png", "jpeg", "webp", "gif", "bmp"]))
     size = draw(st.sampled_from([1, 20, 90, 300, 4000])), draw(st.integers(1, 90))
-    content = bytearray(bytes_of(Image.effect_noise(size, 60), kind))
+    pixels = random.Random(0).randbytes(size[0] * size[1])
+    content = bytearray(bytes_of(Image.frombytes("L", size, pixels), kind))
     for _ in range(draw(st.sampled_from([0, 1, 1, 3]))):  # damage
         place = draw(st.integers(0, len(content)) | st.integers(0, min(60, len(content))))
         end = place + draw(st.sampled_from([0, 1, 4, len(content)]))
@@ -2412,34 +2374,6 @@ def snippets_of(name):
 
 SNIPPETS = snippets_of("README.md") + snippets_of("data_samples/README.md")
 
-def advantages_of(*rewards):
-    return perl.group_advantages(torch.tensor([rewards]))[0].tolist()
-
-def in_two_orders(*accuracies):
-    group = scored_group(accuracies)
-    for k, rollout in enumerate(group):
-        rollout.order = (k // 2,)
-    perl.set_advantages([group])
-    return group
-
-def graded_rollout():
-    rollout = Rollout(None, (), "5", [1] * 100, r"<think>x</think>\boxed{5}", False)
-    perl.grade(rollout, tiny_config())
-    return rollout
-
-PAIR_RULE = Sample("s", tuple("abc"), "?", "1-3", "pair")
-DISAGREE = tiny_config(filter="disagree")
-FORKS = {  # the name in a snippet: what it changes, and what that is afterwards
-    "shorter": (lambda: graded_rollout().reward, pytest.approx(0.95)),
-    "centered": (lambda: advantages_of(1.0, 0, 0, 0) + advantages_of(*[0.1] * 3),
-                 [0.75, -0.25, -0.25, -0.25, 0, 0, 0]),
-    "pair": (lambda: (perl.permute(PAIR_RULE, (2, 0, 1)).answer, perl.same_answer("2-4", "1-3"),
-                      perl.same_answer("1-3", "1-3"), perl.same_answer("1/2", "0.5")),
-             ("2-1", False, True, True)),
-    "disagree": (lambda: [perl.verdict(in_two_orders(*row), DISAGREE)
-                          for row in ([1, 0, 0, 0], [1, 0, 0, 1])], ["kept", "agree"]),
-    "per_order": (lambda: [r.advantage for r in in_two_orders(1, 0, 0, 0)], [1, -1, 0, 0])}
-
 def replaced_by(snippet):
     """The names of perl that a snippet assigns to, or changes an entry of."""
     return set(re.findall(r"perl\.(\w+)(?=[^=\n]* \+?= )", snippet))
@@ -2452,24 +2386,20 @@ def test_the_readme_has_forks_of_a_few_lines():
         assert replaced_by(snippet) and not unknown, f"without effect: perl.py has no {unknown}"
 
 @table("number", range(len(SNIPPETS)))
-def test_a_fork_does_what_it_says_and_runs(data, tmp_path, monkeypatch, number):
-    """Its values by hand; then a step from the command line on, which uses what it replaced."""
+def test_a_fork_runs_with_what_it_replaces(data, tmp_path, monkeypatch, number):
     snippet, started = SNIPPETS[number], []
-    values = [FORKS[name] for name in FORKS if name in snippet]
     for name, value in vars(perl).copy().items():  # put back after the test, tables' entries too
         if name in replaced_by(snippet) | {"main"} or name.isupper() and isinstance(value, dict):
             monkeypatch.setattr(perl, name, dict(value) if isinstance(value, dict) else value)
     main, choices = perl.main, perl.CHOICES["filter"]
-    assert all(value() != after for value, after in values), "each changes something"
     perl.main = lambda: started.append(number)
     exec(snippet, {})
-    assert started == [number] and all(value() == after for value, after in values)
     replaced = [name for name in replaced_by(snippet) if callable(getattr(perl, name))]
     used = [record(monkeypatch, name) for name in replaced]
     new = [choice for choice in perl.CHOICES["filter"] if choice not in choices]
     main(arguments(data, tmp_path, filter=(new or ["none"])[0], steps=1, eval_every=0, beta=0,
                    alpha_end=1))
-    assert all(used), replaced
+    assert started == [number] and all(used), replaced
     row, = metrics_of(tmp_path / "stage1")
     assert row["dropped"] == sum(row[name] for name in perl.VERDICTS[1:])
     assert row["kept"] + row["dropped"] >= 3
@@ -2532,16 +2462,14 @@ OF_OPTIONS = [
     ("(B) 5 m", ["(A) 3 m", "(B) 5 m"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
     ("(A) Point A is the handle.\n(B) Point B is the tip.\n\nThere is no correct answer.", POINTS,
      None), ("I cannot see a picture.", list("ABCDE"), None), (r"\boxed{N/A}", POINTS, None),
-    ("I can see a cat on a mat.", list("ABCDE"), None), ("A unique shape is shown.", POINTS, None),
-    ("It cannot be determined from the images.", POINTS, None),
+    ("A unique shape is shown.", POINTS, None), ("In this answer a person is named.", POINTS, None),
+    ("It cannot be determined.", POINTS, None),
     ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
     (r"\boxed{\text{None of the choices provided}}", ["1", "None of the choices provided"], "B"),
     ("Box B has the right curve and fits. Box A, on the other hand, is too small.",
      ["box A", "box B"], "B"),
     ("Point A is closer to the camera. Point B is further back.", POINTS[:2], "A"),
-    ("Image B shows the colour more accurately. Image A is darker.", ["image A", "image B"], "B"),
-    ("The second image is most similar. The third image has other colours.", LATTER, "A"),
-    ("In this answer a person is named.", POINTS, None)]
+    ("The second image is most similar. The third image has other colours.", LATTER, "A")]
 # Chinese, and programs, whose source is not searched for a letter.
 OF_ANIMALS = [("选C", "C"), ("答案：D", "D"), ("答案是A。", "A"), ("选项B是正确答案", "B"), ("应选择C。", "C"),
     ("因此，正确的是（D）。", "D"), (r"\boxed{选B}", "B"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
@@ -2618,7 +2546,7 @@ def with_pictures(row):
     return row
 
 LAYOUTS = {  # where the rows lie; a right answer, its order rule and task; the row
-    "mantis-eval": ("mantis_eval/test-0.parquet", "A", "keep", "", MANTIS),
+    "mantis-eval": ("mantis_eval/test-0.parquet", "A", "keep", "multi-choice", MANTIS),
     "blink": ("Jigsaw/val-0.parquet", "B", "letter", "Art_Style", BLINK),
     "mmiu": ("all.parquet", "C", "letter", "forensic", MMIU),
     "mathvista": ("data/testmini-0.parquet", "1.449", "never", "fqa", VISTA),
@@ -2665,20 +2593,17 @@ def test_every_adapter_reads_what_the_hub_sends_and_a_local_copy(name, tmp_path,
     refuses("--data-dir takes the Hub's files", ev.load_benchmark, name, args)
 
 def test_mantis_rows():
-    row = MANTIS | {"question": "Which is <image> brighter?", "images": [0, 1], "answer": "(B)",
+    row = MANTIS | {"question": "Is the first image brighter?", "images": [0, 1], "answer": "(B)",
                     "options": ["(A) First image", "Second image"]}
     q = ev.from_mantis(row, 0, place)
-    assert q.sample.question == (
-        "<image>Which is <image> brighter?\n(A) First image\n(B) Second image")
-    assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "letter", (0, 1))
-    q = ev.from_mantis(row | {"question": "Is the first image brighter?"}, 0, place)
-    assert q.sample.order_rule == "keep"  # the question names one image: all names follow
-    assert q.sample.question == (
+    assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "keep", (0, 1))
+    assert q.sample.question == (  # the question names one image: all names follow
         "<image><image>Is <image_1> brighter?\n(A) <image_1>\n(B) <image_2>")
     assert ev.options_in(q, (1, 0)) == ["image 2", "image 1"]
-    q = ev.from_mantis(row | {"question_type": "short-answer", "options": [], "answer": "Yes"}, 0,
-                       place)
-    assert (q.rule, q.sample.answer, q.options) == ("text", "Yes", ())
+    q = ev.from_mantis(row | {"question": "Which is <image> brighter?"}, 0, place)
+    assert q.sample.question.startswith("<image>Which is <image> brighter?\n(A) First image\n")
+    q = ev.from_mantis(row | {"question_type": "short-answer", "options": []}, 0, place)
+    assert (q.rule, q.sample.answer, q.options) == ("text", "(B)", ())
 
 def test_remi_rows():
     row = REMI | with_images(3) | {"question": "At <image2> and <image1>, not <image2>?"}
@@ -2710,7 +2635,6 @@ def test_mv_math_rows():
         row = MV_MATH | {"question": text, "input_image": ["a", "b"]}
         q = ev.from_mv_math(row, 0, place)
         assert q.options == ("A only", "B only", "none", "both")
-        assert q.sample.order_rule == "never"
     row = MV_MATH | {"answer_type": "multi-step", "answer": "(1) B (3, 5); (2) 7.5."}
     assert ev.from_mv_math(row, 0, place).rule == "parts"
 
@@ -2771,18 +2695,14 @@ def test_golds_of_mathverse(gold, options, right, wrong):
     (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"1225\pi"]),
     ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("(90,5)", ["(x,y)=(90,5)"], []),
     ("$x=0$", ["x=0", "0"], ["y=0"]), ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
-    (r"Surface Area $=603.186$ units $^{2}$",
-     ["603.186", "SA = 603.186", r"SA $=603.186$ units $^{2}$"],
+    (r"Surface Area $=603.186$ units $^{2}$", ["603.186", "SA = 603.186"],
      [r"Surface Area $=604.186$ units $^{2}$", r"Surface Area $=-603.186$ units $^{2}$"]),
-    ("Center $=(20,10)$", ["(20,10)", "Center $=(20,10)$"], ["Center $=(21,10)$"]),
     (r"$2 \angle O=\angle C-\angle A$", [r"2\angle O = \angle C-\angle A"],
      [r"$3 \angle O=\angle C-\angle A$"]),
-    ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"],
-     ["y_2=(x+3)^3=y_1(x+2)", "y_-2=(x+2)^3=y_1(x+2)", "y_2=(x+2)^{-3}=y_1(x+2)"]),
+    ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"], ["y_2=(x+3)^3=y_1(x+2)"]),
     ("$1+3+5+7=4^{2}$", ["1+3+5+7=4^2"], ["2+3+5+7=4^2"]),
-    (r"\[g(x)=(x + 4)^2 - 5\].", ["(x+4)^2-5"], [r"(x + 5)^2 - 5\]."]),
     ("domain: [-4, 0) and range: (-3, 1]", ["Domain: [-4, 0), range: (-3, 1]"],
-     [f"domain: {first} and range: (-3, 1]" for first in ("[-5, 0)", "[4, 0)", "[-40, 0)")]),
+     ["domain: [4, 0) and range: (-3, 1]"]),
     (r"\text { local maximum: }(-3,60) \text {, local minimum: }(3, -60)",
      ["(-3,60) (3, -60)"], ["(-4,60) (3, -60)", "(60, -3) (3, -60)"])])
 def test_left_side_and_unit_are_optional(gold, right, wrong):
@@ -2826,16 +2746,16 @@ def test_order_measures():
     swaps = [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)]
     right = group("2132", "2132", swaps)                # image 2 of the given order, found anywhere
     wrong = group("1213", "2132", swaps)                # always the same wrong picture
-    first = group("1111", "2132", swaps)                # always says "first": right once
+    first = group("2222", "2132", swaps)                # always says "second": right at first
     unread = group([None] * 4, "2132", swaps)
     m = ev.order_measures([right, wrong, first, unread])
     assert m["bias"]["n"] == 4
     values = {name: share["value"] for name, share in m.items() if name != "by position"}
-    assert values == {"mean": (1 + 0 + 0.25 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
+    assert values == {"mean": (1 + 0 + 0.5 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
                       "same choice": 0.5, "flip": 0.25, "unread": 0.25}
     def by_position(m):
         return {place: (share["value"], share["n"]) for place, share in m["by position"].items()}
-    assert by_position(m) == {"1": (0.5, 4), "2": (0.25, 8), "3": (0.25, 4)}
+    assert by_position(m) == {"1": (0.25, 4), "2": (0.5, 8), "3": (0.25, 4)}
     unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
     assert unfinished["mean"]["value"] == 0.5 and unfinished["same choice"]["value"] == 0
     # Letters with a reference image, which is image 1.
@@ -2902,57 +2822,35 @@ def test_compare_is_paired_and_tells_what_was_read(tmp_path):
     assert cells["where both were read"].startswith("33.3")
 
 # ---- page of a run -------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory):
-    """A run with a kept and a dropped group whose texts try to break out; a held-out question."""
-    run = tmp_path_factory.mktemp("paged")
-    Image.new("RGB", (300, 20), "red").save(run / "red.png")
-    (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
-    shared = dict(images=[str(run / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="", gold="1",
-                  order=[0, 1], advantage=0.0)
-    hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
-    write_rows(run / "rollouts.jsonl", *[
-        shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
-                      reward=right, advantage=2 * right - 1)
-        for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))],
-        shared | dict(step=2, id="r", response="x", accuracy=1.0, reward=1.0))
-    write_rows(run / "held_out.jsonl", *[
-        shared | dict(step=step, id="h", response="first" * step, accuracy=step, reward=step)
-        for step in (0, 1)])
-    write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
-               dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
-                    length=9.0, kl=0.0, idle=.1, truncated=0.0))
+def test_the_page_of_a_run(straight, tmp_path):
+    """With a fork's filter, answers that name no single image, and texts that try to break out."""
+    run = shutil.copytree(straight, tmp_path / "run")
+    logged = read_rows(run / "rollouts.jsonl")
+    write_rows(run / "rollouts.jsonl", *logged, *[
+        logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1, 2], order=[0, 1],
+                         response="</script><script>document.title='broken'</script><b>bold</b>",
+                         images=["gone.png", "images/a.png"])
+        for rule, gold in (("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("pair", "1-2"))])
     ev.main(["--page", str(run)])
-    return run / "page.html"
-
-def test_a_page_needs_nothing_else(paged):
-    text, data = paged.read_text(), page_data(paged)
-    assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text)
+    text = (run / "page.html").read_text()
+    data = json.loads(re.search(r"const DATA = (.*);", text)[1])
+    assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text), "it needs no other file"
     assert "<b>bold" not in text and text.count("</script>") == 1
-    first, _, held_out = data["groups"]
-    assert [(group["verdict"], group["mean"], len(group["orders"])) for group in data["groups"]] == [
-        ("kept", 0.5, 2), ("all_right", 1.0, 1), ("flat", 0.5, 1)]
-    assert [row["step"] for row in held_out["orders"][0]] == [0, 1], "through the run"
-    assert [order[0]["right_image"] for order in first["orders"]] == [0, 1]
-    red, gone = data["images"].values()
-    with Image.open(io.BytesIO(base64.b64decode(red.partition(",")[2]))) as image:
-        assert image.width == 256 and gone == ""
-
-def page_data(page):
-    return json.loads(re.search(r"const DATA = (.*);", page.read_text())[1])
-
-def test_a_page_of_answers_that_name_no_single_image_and_of_a_forks_filter(paged, tmp_path):
-    row = read_rows(paged.parent / "rollouts.jsonl")[0]
-    rules = ("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("a fork's", "1-2")
-    write_rows(tmp_path / "rollouts.jsonl", *[
-        row | dict(order_rule=rule, gold=gold, id=rule) for rule, gold in rules])
-    write_rows(tmp_path / "metrics.jsonl", dict(step=1, kept=1, dropped=0))
-    (tmp_path / "config.json").write_text(json.dumps(vars(perl.Config(filter="disagree"))))
-    ev.write_page(tmp_path)
-    groups = page_data(tmp_path / "page.html")["groups"]
-    assert [group["verdict"] for group in groups] == ["disagree"] * 4
-    assert [group["orders"][0][0]["right_image"] for group in groups] == [-1, -1, 1, -1]
+    assert data["metrics"] == read_rows(run / "metrics.jsonl") and data["images"]["gone.png"] == ""
+    picture = data["images"][logged[0]["images"][0]].partition(",")[2]
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        assert max(image.size) <= 256
+    first, second, *others = data["groups"]
+    for group, rows in ((first, logged[:6]), (second, logged[6:])):
+        rewards = [row["reward"] for row in rows]
+        assert (group["id"], len(group["orders"])) == (rows[0]["id"], 2)
+        assert group["mean"] == pytest.approx(sum(rewards) / 6)
+        assert (group["verdict"] == "kept") == (len(set(rewards)) > 1)
+    assert [group["orders"][0][0]["right_image"] for group in others[:4]] == [-1, -1, 1, -1]
+    held_out = [[row["step"] for row in group["orders"][0]] for group in others[4:]]
+    assert held_out == [[0, 2, 4]] * 3, "a held-out question through the run"
+    edit(run / "config.json", filter="disagree")
+    assert '"verdict": "disagree"' in ev.write_page(run).read_text()
 
 def test_a_page_of_no_run_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="not a run folder"):
@@ -3125,33 +3023,21 @@ def test_order_labels_other_than_never_are_right(part, least):
 
 TRUE = "<image><image> Is this statement about the pair true or false? "
 
-@table("source, question, answer", [
-    *(("any", "<image><image> " + question, answer) for question, answer in (
-        ("What is the number of the image that shows a cat?", "2"),
-        ("Which image shows a cat?\nA. One\nB. Two", "A"), ("Which image shows a cat?", "3"),
-        ("Which image shows a cat, and how many cats?", "2"),
-        ("Is image one brighter than both other images?", "Yes"),
-        ("The dog in one image is facing that in the other image. True?", "Yes"),
-        ("What did the man pick up?\nA. A cup\nB. A book", "A"),
-        ("What word do the letters in the images spell?", "on"),
-        ("Give the rank of each image by size; sort the image numbers.", "2,1"),
-        ("Sort the image numbers in reverse order.", "2,1"),
-        ("Answer with the 0-based index: which image shows a cat?", "1"),
-        ("How many images show a cow?", "image 1"),
-        ("<image>Which image is closer to the reference image?", "2"),
-        ("<image>Which image shows a cat, 1 or 3?", "3"),
-        ("<image>Which image is quieter, image 1 or 3?", "Image 3 suggests rest"))),
+@table("source, question, answer", [  # order_labels.jsonl has 218 more of them
+    ("any", "<image><image> Which image shows a cat?\nA. One\nB. Two", "A"),
+    ("any", "<image><image> Which image shows a cat?", "3"),
+    ("any", "<image><image> How many images show a cow?", "image 1"),
+    ("any", "<image><image> Sort the image numbers in reverse order.", "2,1"),
+    ("any", "<image><image> Answer with the 0-based index: which image shows a cat?", "1"),
+    ("any", "<image><image><image>Which image shows a cat, 1 or 3?", "3"),
+    ("any", "<image><image><image>Which one is quieter, image 1 or 3?", "Image 3 suggests rest"),
     ("any", "Image 2: <image> Image 1: <image> Which image shows a cat?", "2"),
     ("any", "<image>Which is larger, A or B?\nA. <image>\nB. <image>", "A"),
+    ("any", TRUE + "The left image shows a cow.", "True"),  # a name where pairs stand side by side
     ("nlvr2", TRUE + "The cow on the left is brown.", "True"),
     ("nlvr2", TRUE + "The right side of the left image shows a cow.", "True"),
-    ("nlvr2", TRUE + "The left image is missing on the right.", "True"),
-    *(("muirbench", "<image><image>" + text, "A") for text in (
-        "What does the man in these pictures do?\n(A) getting up\n(B) lying",
-        "Is the cup fuller or emptier?\n(A) fuller\n(B) emptier",
-        "Has the tumor shrunk?\n(A) yes\n(B) no", "What is the difference?\n(A) a hat\n(B) a coat",
-        "What lies between the two images?\n(A) a day\n(B) a year",
-        "<image>Which image is it?\n(A) 1\n(B) 2\n(C) 3")),
+    ("muirbench", "<image><image>Has the tumor shrunk?\n(A) yes\n(B) no", "A"),
+    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
     ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
     ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
      "(B) the second image and the first image\n(C) the third image", "A")])
@@ -3184,21 +3070,6 @@ def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer)
     assert graded(response, "number 0", "58", truncated=True)["answer"] is None
 
 # ---- Order labels: what is freed, and what stays never ---------------------------------
-@table("statement, mentions", [
-    ("The left image shows a cow.", [1]), ("There is a cow in the image on the right.", [2]),
-    ("The right-hand picture has more cows than the left picture.", [2, 1]),
-    ("The left and right image show cows.", [1, 2]), ("The photo to the left is darker.", [1]),
-    ("Two cows stand next to each other in one image.", []), ("Each image shows a row of cows.", []),
-    ("The cows have different colors.", []), ("A cow stands between two trees in an image.", []),
-    ("The image pair shows three cows.", []), ("Every cow in the images is facing forward.", [])])
-def test_statements_about_a_pair(statement, mentions):
-    label = ev.infer_label(TRUE + statement, "True", 2, "nlvr2")
-    assert label.order_rule == "keep" and label.movable == (0, 1)
-    assert [int(k) for k in perl.MENTION.findall(label.question)] == mentions
-    if mentions and "left" in statement + "right":
-        other = ev.infer_label(TRUE + statement, "True", 2, "any")
-        assert other.order_rule == "never", "a side is a name only where pairs stand side by side"
-
 # ---- --against: copies of a benchmark's pictures ---------------------------------------
 def drawing(seed):
     """A figure of thin lines, as in mathematics; another one for each seed."""
@@ -3227,10 +3098,8 @@ def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
 def test_the_t_interval():
     """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2."""
     assert ablate.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
+    assert ablate.interval([1, 2]) == (1.5, pytest.approx(6.353, abs=1e-3))  # 12.706 / 2
     assert ablate.interval([5.0]) == (5.0, math.inf)
-    # The first quantiles of Student's t at 97.5 %, from a table.
-    assert ablate.T_QUANTILES == (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262,
-                                  2.228, 2.201)
 
 CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
 
@@ -3409,15 +3278,6 @@ def test_an_arm_runs_with_its_fork_and_notes_positions(tmp_path, monkeypatch, da
     line = ablate.run("agree", 100, tmp_path)
     assert [point[0] for point in line["curve"]] == [0, 1] and line["places"]
     assert "step 1/1" in (tmp_path / "agree-seed100.log").read_text()
-
-def test_a_training_set_without_a_favoured_place(tmp_path):
-    pytest.importorskip("sklearn")
-    folder = ablate.training_set("balanced", tmp_path)
-    assert (folder / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
-    answers = [row["answer"] for row in read_rows(folder / "train.jsonl")
-               if row["source"] == "largest" and len(row["images"]) == 4]
-    assert Counter(answers) == dict.fromkeys("1234", 30)
-    assert ablate.training_set("balanced", tmp_path) == folder, "made once"
 
 # ---- data_samples/ablate.py --cost -----------------------------------------------------
 def step_flags(images, image_tokens, text_tokens, new_tokens):
@@ -3608,15 +3468,6 @@ def test_golds_that_a_natural_answer_meets_are_unwrapped(answer, question, gold)
     assert curate.unwrap_gold(curate.gold_of(answer, question, 1), question) == gold
     curate.check_gold(gold)
     assert perl.is_correct(rf"\boxed{{{gold}}}", gold)
-
-@table("gold, rule", [
-    *[(gold, "has several parts") for gold in (
-        "3.4.", "1.3.4.", "40 60 80", r"5 \quad 6", "x = 1, y = 2", "yes, 5", "(1, 2), (3, 4)")],
-    ("3 或 5", "lists alternatives"), ("dog/puppy", "lists alternatives"),
-    ("答案不唯一", "is one of many"), (r"\SI{24}{cm}", "in unknown LaTeX")])
-def test_golds_that_no_natural_answer_meets_are_dropped(gold, rule):
-    with pytest.raises(curate.Dropped, match=f"answer {rule}"):
-        curate.check_gold(curate.unwrap_gold(gold, "How long is AB?"))
 
 def test_what_a_rule_drops_is_counted_and_shown(bad_copies, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # ev.main sets it
