@@ -309,11 +309,11 @@ def test_resume_refuses_to_change_the_method_by_name(tmp_path, typed):
 
 def test_the_folder_that_resume_takes(tmp_path):
     first, second = saved_run(tmp_path / "stage1"), saved_run(tmp_path / "stage2")
-    os.utime(second / "config.json", (1, 1))
-    assert perl.stage_folder(tmp_path) == perl.stage_folder(str(first)) == first
-    os.utime(first / "config.json", (0, 0))
-    assert perl.stage_folder(tmp_path) == perl.stage_folder(second) == second
-    assert perl.parse_config(["--resume", str(tmp_path)]).folder == second
+    for written, newest_stage in ((1, first), (-1, second)):
+        os.utime(first / "config.json", (written, written))
+        os.utime(second / "config.json", (0, 0))
+        assert perl.stage_folder(tmp_path) == newest_stage, "OUT: the stage written last"
+        assert perl.stage_folder(str(first)) == first and perl.stage_folder(second) == second
     checkpoint = first / "checkpoint-4"
     checkpoint.mkdir()
     shutil.copy(TINY / "config.json", checkpoint)  # the model's own lies there
@@ -497,12 +497,10 @@ def bytes_of(image, kind):
 PNG, JPEG, OF_NO_FILE = bytes_of(noise(), "PNG"), bytes_of(noise(), "JPEG"), None
 HUGE = bytes_of(Image.new("1", (20_000, 20_000)), "PNG")  # a small file
 BAD_IMAGES = {  # name -> content, or how to make it; and what is said about it
-    "truncated.png": (PNG[:len(PNG) // 2], "truncated"),
-    "truncated.jpg": (JPEG[:len(JPEG) // 2], "truncated"),
-    "header.png": (PNG[:20], "Truncated"), "zero.png": (b"", "cannot identify"),
-    "bomb.png": (HUGE, "decompression bomb"),
+    "truncated.png": (PNG[:len(PNG) // 2], "truncated"), "header.png": (PNG[:20], "Truncated"),
+    "truncated.jpg": (JPEG[:len(JPEG) // 2], "truncated"), "zero.png": (b"", "cannot identify"),
+    "bomb.png": (HUGE, "decompression bomb"), "pipe.png": (os.mkfifo, "is not a file"),
     "strip.png": (bytes_of(Image.new("RGB", (1, 300)), "PNG"), "is over 200 times longer"),
-    "folder.png": (os.mkdir, "is not a file"), "pipe.png": (os.mkfifo, "is not a file"),
     "loop.png": (lambda path: path.symlink_to("loop.png"), "[Ss]ymlink loop|is not a file"),
     "out.png": (lambda path: path.symlink_to("../outside.png"), "is not a file in"),
     "../outside.png": (OF_NO_FILE, "is not a file in"), "none.png": (OF_NO_FILE, "is not a file"),
@@ -510,11 +508,9 @@ BAD_IMAGES = {  # name -> content, or how to make it; and what is said about it
     "a\0.png": (OF_NO_FILE, "null byte|is not a file"),
     "\ud800.png": (OF_NO_FILE, "surrogates|is not a file"),
     "x" * 300 + ".png": (OF_NO_FILE, "too long|is not a file"),
-    # What was found, and what is accepted.
-    "new.png": (bytes_of(noise(), "AVIF"), "is AVIF, not one of .*PNG"),
-    "scan.png": (bytes_of(noise(), "TIFF"), "is TIFF, not one of .*PNG"),
-    # Needs another program to draw it, which would run what it finds in the file.
-    "vector.png": (bytes_of(noise(), "EPS"), "is EPS, not one of .*PNG")}
+    # What was found, and what is accepted. EPS would run a program to draw it.
+    **{f"is.{kind}": (bytes_of(noise(), kind), f"is {kind}, not one of .*PNG")
+       for kind in ("AVIF", "TIFF", "EPS")}}
 
 @table("name", BAD_IMAGES)
 def test_a_bad_image_is_named(folder, name):
@@ -558,16 +554,13 @@ def test_of_several_pictures_the_first_is_read(folder, name, kind):
     first.save(folder / name, kind, save_all=True, append_images=[second])
     assert perl.read_image(folder / name).getpixel((4, 4)) == pytest.approx(RED, abs=2)
 
-@table("orientation", range(1, 9))
-def test_exif_rotation_is_applied(folder, orientation):
-    upright = Image.new("RGB", (112, 56), "white")
+@table("orientation, undo", [(1, None), (2, 0), (3, 3), (4, 1), (5, 5), (6, 2), (7, 6), (8, 4)])
+def test_exif_rotation_is_applied(folder, orientation, undo):
+    """`undo`: the Image.Transpose that stores the picture so. Its length is known before."""
+    upright, exif, path = Image.new("RGB", (112, 56), "white"), Image.Exif(), folder / "turned.jpg"
     upright.paste("black", (0, 0, 28, 28))  # a mark in the upper left corner
-    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Image.Transpose
-    stored = upright if undo is None else upright.transpose(undo)
-    exif = Image.Exif()
     exif[0x0112] = orientation
-    path = folder / "turned.jpg"
-    stored.save(path, exif=exif)
+    (upright if undo is None else upright.transpose(undo)).save(path, exif=exif)
     read = perl.read_image(path)
     corners = [read.getpixel(place)[0] < 128 for place in ((9, 9), (99, 9), (9, 47), (99, 47))]
     assert read.size == (112, 56) and corners == [True, False, False, False]
@@ -601,12 +594,6 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
         assert load(limit) == [asked for asked, n in zip(questions, lengths) if n <= limit]
         assert f"{kept} questions, {4 - kept} dropped" in capsys.readouterr().out
     refuses("no question is left", load, 5)
-
-def test_no_text_becomes_a_control_token():
-    added = PROCESSOR.tokenizer.added_tokens_decoder.values()
-    special = [token.content for token in added if token.special]
-    for name in (*special, "<|endoftext|>", "<|object_ref_start|>", "<|fim_middle|>", "<|file_sep|>"):
-        assert perl.CONTROL.search(name)
 
 # Checkpoints laid out as the repositories of Qwen2.5-VL are.
 TEXT_TEMPLATE = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + "
@@ -925,9 +912,8 @@ def test_kl_by_hand():
 def test_masked_tokens_do_not_matter(garbage, where):
     results = []
     for behind in ([], [0.0], [garbage]):
-        rows = []
-        for k, value in enumerate((-1.0, -1.1, -1.3)):
-            rows.append(torch.tensor([[value] + (behind if k == where else [0.0] * len(behind))]))
+        rows = [torch.tensor([[value] + [0.0] * len(behind)]) for value in (-1.0, -1.1, -1.3)]
+        rows[where][0, 1:] = torch.tensor(behind)
         logprobs = rows[0].requires_grad_()
         loss, stats = loss_of(logprobs, *rows[1:], mask=[[1] + [0] * len(behind)], beta=0.1)
         loss.backward()
@@ -1012,16 +998,6 @@ def test_old_logprobs_are_stored_and_used_only_for_several_updates(
     assert all((r.old_logprobs is None) == (updates == 1) for r in flatten(groups))
     assert (sums["clipped"] > 0) == (updates == 2), "the first update moved the second's ratio"
 
-@table("frozen", [True, False])
-def test_freeze_vision(questions, frozen):
-    same, before = [], load_tiny()
-    model = load_tiny(freeze_vision=frozen)
-    adamw_updates(model, [written_groups(questions)], tiny_config(freeze_vision=frozen))
-    for part in ("visual", "language_model"):
-        ours, theirs = getattr(model.model, part), getattr(before.model, part)
-        same.append(torch.equal(flat_weights(ours), flat_weights(theirs)))
-    assert same == [frozen, False]
-
 MIXED, RIGHT, WRONG, EASY = [1, 0, 0, 0], [1] * 4, [0] * 4, [1] * 11 + [0]
 
 def collect(monkeypatch, script, **changes):
@@ -1039,17 +1015,15 @@ def collect(monkeypatch, script, **changes):
     return groups, rounds
 
 def test_idle_decode_slots_are_reported():
-    text = PROCESSOR.tokenizer("5").input_ids
-    end, pad = PROCESSOR.eos_ids[-1], PROCESSOR.pad_id
+    text, end, pad = PROCESSOR.tokenizer("5").input_ids, PROCESSOR.eos_ids[-1], PROCESSOR.pad_id
     rows = [text + [end, pad, pad], text * 3 + [end], text * 4]  # of one call of generate
-    prompt = perl.Prompt(sample(), [], [])
-    rollouts = [perl.make_rollout(row, prompt, (), PROCESSOR) for row in rows]
+    rollouts = [perl.make_rollout(row, perl.Prompt(sample(), [], []), (), PROCESSOR) for row in rows]
     assert [(len(r.ids), r.idle, r.truncated) for r in rollouts] == [
         (2, 2, False), (4, 0, False), (4, 0, True)]
     groups = {name: [] for name in perl.VERDICTS} | {"kept": [rollouts]}
     metrics = perl.step_metrics(groups, Counter(tokens=10.0))
-    assert metrics["idle"] == pytest.approx(2 / 12)
-    assert (metrics["length"], metrics["truncated"]) == (pytest.approx(10 / 3), 1 / 3)
+    assert [metrics[name] for name in ("idle", "length", "truncated")] == pytest.approx(
+        [2 / 12, 10 / 3, 1 / 3])
 
 def test_groups_without_variance_are_dropped_and_not_counted(monkeypatch):
     groups, rounds = collect(monkeypatch, [MIXED, RIGHT, WRONG, MIXED])
@@ -1278,8 +1252,7 @@ def test_resume_after_kill_9_equals_no_kill(
     assert not (run / "checkpoint.tmp").exists()
 
 def test_resume_of_a_lora_run_equals_no_kill(data, tmp_path, monkeypatch):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = dict(lora_rank=4, lr=5e-3)
+    whole, killed, flags = tmp_path / "whole", tmp_path / "killed", dict(lora_rank=4, lr=5e-3)
     perl.main(arguments(data, whole, **flags))
     kill_9(monkeypatch, "update", 4, arguments(data, killed, **flags))
     assert newest(killed / "stage1") == "checkpoint-2"
@@ -1287,8 +1260,7 @@ def test_resume_of_a_lora_run_equals_no_kill(data, tmp_path, monkeypatch):
     assert_equal_runs(killed / "stage1", whole / "stage1")
     assert json_of(whole / "stage1" / "config.json")["lr"] == 5e-3, "as typed"
     assert any(row["kl"] > 0 for row in metrics_of(whole / "stage1")[1:])
-    start, trained = weights_of(TINY), weights_of(whole / "stage1" / "checkpoint-4")
-    assert start.shape == trained.shape and not torch.equal(start, trained), "adapters merged"
+    assert not torch.equal(weights_of(whole / "stage1" / "checkpoint-4"), weights_of(TINY))
 
 # Where a step may be when the signal comes: a function, and which of its calls in steps 3 and 4.
 PHASES = dict(draw_questions=1, draw_orders=5, load_pictures=5, encode_prompt=8, generate=2,
@@ -1419,23 +1391,22 @@ def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
 def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch):
     """A resumed run continues the run of its tracker; other runs are others there."""
     kind, available = perl.accelerate.Accelerator, [*perl.accelerate.utils.LoggerType]
-    run_ids, logged = [], []
+    run_ids, logged, out = [], [], tmp_path / "run"
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: available)
     monkeypatch.setattr(kind, "init_trackers", lambda self, *args, init_kwargs: run_ids.append(
         (init_kwargs["wandb"]["id"], init_kwargs["trackio"]["name"])))
     monkeypatch.setattr(kind, "log", lambda self, row, step: logged.append((step, row)))
     monkeypatch.setattr(kind, "end_training", lambda self: logged.append("closed"))
-    out, other = tmp_path / "run", tmp_path / "other"
     flags = dict(report_to="wandb", save_every=1, eval_every=0, steps=2, beta=0)
     with pytest.raises(Killed):
         run_with(monkeypatch, "update", 2, die, arguments(data, out, **flags))
     perl.main(["--resume", str(out)])
     rows = read_rows(out / "stage1" / "metrics.jsonl")
     assert logged == [(row["step"], row) for row in rows] + ["closed"]
-    perl.main(arguments(data, other, **flags | {"steps": 1, "report_to": "tensorboard"}))
+    perl.main(arguments(data, out, **flags | {"steps": 1, "report_to": "tensorboard"}))
     assert run_ids[0] == run_ids[1] and not {*run_ids[0]} & {*run_ids[2]}
     available.clear()
-    with pytest.raises(SystemExit, match="pip install wandb"), pytest.warns(UserWarning):
+    with pytest.warns(UserWarning), ends("pip install wandb"):
         perl.main(arguments(data, tmp_path / "none", **flags))
     assert not (tmp_path / "none").exists()
 
@@ -1445,26 +1416,22 @@ def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 3)
     out, short = tmp_path / "run", dict(steps=1, eval_every=0)
     perl.main(arguments(data, out, stage=0))
-    scores = json_of(out / "stage0" / "scores.json")
-    kept = json_of(out / "stage0" / "kept.json")
+    scores, kept = (json_of(out / "stage0" / name) for name in ("scores.json", "kept.json"))
     assert scores.keys() == {asked.id for asked in perl.load_samples(data)} > set(kept) != set()
     assert all(score * 10 == pytest.approx(round(score * 10)) for score in scores.values())
     perl.main(arguments(data, out, stage=1, **short))
     assert f"training on {len(kept)} questions" in capsys.readouterr().out
     assert {row["id"] for row in read_rows(out / "stage1" / "rollouts.jsonl")} <= set(kept)
-    before = files_of(out)
+    stage_1 = files_of(out)
     perl.main(arguments(data, out, stage=2, lr=0, **short))
     assert f"start model: {out / 'stage1' / 'checkpoint-1'}" in capsys.readouterr().out
     assert metrics_of(out / "stage2")[0]["alpha"] == 0
-    trained = weights_of(out / "stage1" / "checkpoint-1")
-    assert not torch.equal(trained, weights_of(TINY))
-    assert torch.equal(weights_of(out / "stage2" / "checkpoint-1"), trained), "stage 1's, at lr 0"
-    before |= {f"stage2-1/{name}": text for name, text in files_of(out / "stage2").items()}
+    trained, same = (weights_of(out / stage / "checkpoint-1") for stage in ("stage1", "stage2"))
+    assert torch.equal(trained, same) and not torch.equal(trained, weights_of(TINY)), "at lr 0"
+    moved = {f"stage2-1/{name}": text for name, text in files_of(out / "stage2").items()}
     perl.main(arguments(data, out, stage=2, lr=0, **short))  # once more
     assert f"is now {out / 'stage2-1'}" in capsys.readouterr().out
-    after = files_of(out)
-    assert before.items() <= after.items(), "each stage in its folder, moved aside, nothing lost"
-    assert all((out / name / "perl.py").exists() for name in ("stage0", "stage1", "stage2"))
+    assert (stage_1 | moved).items() <= files_of(out).items(), "nothing is lost"
 
 @table("n, right", [(1, True), (2, False), (8, True), (12, True), (12, False)])
 def test_stage_0_keeps_some_questions_whatever_their_scores(data, tmp_path, monkeypatch, n, right):
@@ -2342,30 +2309,10 @@ def test_fuzz_records(fuzz_folder, row, rng):
             shown = permuted.images, permuted.question  # what the model sees has one answer
             assert answers.setdefault(shown, permuted.answer) == permuted.answer
 
-@fuzz(25, data=st.data())
-def test_fuzz_images(fuzz_folder, data):
-    draw, kind = data.draw, data.draw(st.sampled_from(["png", "jpeg", "webp", "gif", "bmp"]))
-    size = draw(st.sampled_from([1, 20, 90, 300, 4000])), draw(st.integers(1, 90))
-    pixels = random.Random(0).randbytes(size[0] * size[1])
-    content = bytearray(bytes_of(Image.frombytes("L", size, pixels), kind))
-    for _ in range(draw(st.sampled_from([0, 1, 1, 3]))):  # damage
-        place = draw(st.integers(0, len(content)) | st.integers(0, min(60, len(content))))
-        end = place + draw(st.sampled_from([0, 1, 4, len(content)]))
-        content[place:end] = draw(st.binary(max_size=4))
-    (fuzz_folder / "image.png").write_bytes(content)
-    kept = load_line(fuzz_folder, dict(id="x", images=["image.png"], question="<image>?",
-                                       answer="1", order_rule="index"))
-    SEEN["image kept" if kept else "image refused"] += 1
-    for prompt in encoded_prompts(kept):
-        assert len(prompt.ids) == perl.prompt_length(prompt.sample, PROCESSOR)
-        assert prompt.pictures[0].pixels.isfinite().all()
-
 def test_fuzz_ran():
     """Hypothesis may stop early: so the examples are counted. pytest -s shows them."""
     print(SEEN)
-    for kind, least in (("", 200), ("image ", 25)):
-        kept, refused = SEEN[kind + "kept"], SEEN[kind + "refused"]
-        assert kept + refused >= least * max(FUZZ, 1) and 0.1 < kept / (kept + refused) < 0.9
+    assert SEEN.total() >= 200 * max(FUZZ, 1) and 0.1 < SEEN["kept"] / SEEN.total() < 0.9
 
 # ---- The READMEs' forks and reading map ------------------------------------------------
 def snippets_of(name):
@@ -2605,12 +2552,6 @@ def test_mantis_rows():
     q = ev.from_mantis(row | {"question_type": "short-answer", "options": []}, 0, place)
     assert (q.rule, q.sample.answer, q.options) == ("text", "(B)", ())
 
-def test_remi_rows():
-    row = REMI | with_images(3) | {"question": "At <image2> and <image1>, not <image2>?"}
-    q = ev.from_remi(row, 3, place)
-    assert q.sample.question == "<image>At <image> and <image>, not <image_2>?"
-    assert q.sample.images == ("3.png", "2.png", "1.png") and q.rule == "remi Charts"
-
 @table("task, answer, label, right", [
     ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
     ("GeomShape", "103", "100", True), ("GeomShape", "104", "100", False),
@@ -2761,6 +2702,10 @@ def test_order_measures():
     # Letters with a reference image, which is image 1.
     m = ev.order_measures([group("AB", "AB", swaps[0::2], "letter", movable=[1, 2])])
     assert m["same choice"]["value"] == 1 and by_position(m) == {"2": (1, 1), "3": (1, 1)}
+    for answers, flips, unread in (("AAAA", 0, 0), ("AAAB", 1, 0), ("AA?A", 0, 1), ("AB??", 1, 1)):
+        answers = [None if answer == "?" else answer for answer in answers]
+        m = ev.order_measures([group(answers, "AAAA", swaps, "keep")])
+        assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
     m = ev.order_measures([group("77", "88", swaps[:2], "keep")])
     assert (m["same choice"]["value"], m["by position"]) == (1, {})
 
@@ -2828,8 +2773,7 @@ def test_the_page_of_a_run(straight, tmp_path):
     logged = read_rows(run / "rollouts.jsonl")
     write_rows(run / "rollouts.jsonl", *logged, *[
         logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1, 2], order=[0, 1],
-                         response="</script><script>document.title='broken'</script><b>bold</b>",
-                         images=["gone.png", "images/a.png"])
+                         response="</script><script>alert()</script><b>bold</b>", images=["gone.png"])
         for rule, gold in (("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("pair", "1-2"))])
     ev.main(["--page", str(run)])
     text = (run / "page.html").read_text()
@@ -2838,14 +2782,10 @@ def test_the_page_of_a_run(straight, tmp_path):
     assert "<b>bold" not in text and text.count("</script>") == 1
     assert data["metrics"] == read_rows(run / "metrics.jsonl") and data["images"]["gone.png"] == ""
     picture = data["images"][logged[0]["images"][0]].partition(",")[2]
-    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
-        assert max(image.size) <= 256
-    first, second, *others = data["groups"]
-    for group, rows in ((first, logged[:6]), (second, logged[6:])):
-        rewards = [row["reward"] for row in rows]
-        assert (group["id"], len(group["orders"])) == (rows[0]["id"], 2)
-        assert group["mean"] == pytest.approx(sum(rewards) / 6)
-        assert (group["verdict"] == "kept") == (len(set(rewards)) > 1)
+    Image.open(io.BytesIO(base64.b64decode(picture))).verify()
+    first, _, *others = data["groups"]
+    rewards = {row["reward"] for row in logged[:6]}
+    assert (len(first["orders"]), first["verdict"] == "kept") == (2, len(rewards) > 1)
     assert [group["orders"][0][0]["right_image"] for group in others[:4]] == [-1, -1, 1, -1]
     held_out = [[row["step"] for row in group["orders"][0]] for group in others[4:]]
     assert held_out == [[0, 2, 4]] * 3, "a held-out question through the run"
@@ -2911,13 +2851,11 @@ def test_three_models_get_what_a_hand_count_gives(adapter, row, rule, movable, a
         got = tuple(measures[name]["value"] for name in ("mean", "worst", "bias", "flip"))
         assert got == pytest.approx(wanted, abs=1e-6), model
 
-@table("adapter, row, reason", [(ev.from_medframeqa, MED | with_images(1), "one image"),
-    (ev.from_medframeqa, MED | {"correct_answer": ""}, "no gold"),
+@table("adapter, row, reason", [
+    (ev.from_medframeqa, MED | with_images(1), "one image"),
     (ev.from_medframeqa, MED | {"correct_answer": "E"}, "no gold"),
     (ev.from_medframeqa, MED | {"question": "What comes next?"}, "words that may mean order"),
-    (ev.from_medframeqa, MED | {"question": "What does the image show?"}, "a name that would not"),
     (ev.from_muirbench, MUIR | {"question": "<image>Is it like image 3?"}, "a name that would not"),
-    (ev.from_muirbench, MUIR | {"options": ["<image>", "a", "<image>", "<image>"]}, "an image has its own place"),
     (ev.from_blink, BLINK | {"choices": ["left", "right"]}, "options that the text does not list"),
     (ev.from_mantis, MANTIS | {"options": ["1", "2", "3"]}, "answer unclear")])
 def test_a_never_has_a_reason(adapter, row, reason):
@@ -2972,17 +2910,16 @@ def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(flip_data, ca
     flip(flip_data)
     out = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if "|" in line}
-    low, high = ev.wilson(0.25, 4)
-    assert out.count("3 items") == 2 and f"25.0 [{100 * low:.1f}, {100 * high:.1f}]" in rows["other-7b"]
+    assert out.count("3 items") == 2 and "25.0 [4.6, 69.9]" in rows["other-7b"]
     assert "0.0 [0.0, 56.2]" in rows["tiny"], "no answer was read, so none flips; 3 items are few"
     assert "unread answer in %:  mantis-eval 100.0  medframeqa 100.0" in out
     for name in ("mantis-eval", "medframeqa"):
         asked = read_rows(flip_data / "out" / "tiny" / "flip" / name / "samples.jsonl")
-        assert Counter(row["id"] for row in asked) == {"keep1": 6, "keep2": 6, "border": 6}
-        for key in ("keep1", "border"):
-            rows = [row for row in asked if row["id"] == key]
-            assert len({tuple(row["order"]) for row in rows}) == 6 and rows[0]["order"] == [0, 1, 2]
-            assert len({row["gold"] for row in rows}) == 1, "the gold stays"
+        orders = {(row["id"], row["gold"], *row["order"]) for row in asked}
+        assert len(asked) == len(orders) == 18 and asked[0]["order"] == [0, 1, 2]
+        golds = Counter((row["id"], row["gold"]) for row in asked)
+        assert list(golds.values()) == [6] * 3 and {key for key, _ in golds} == {
+            "keep1", "keep2", "border"}, "the gold stays"
 
 def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
     with (flip_data / "facet-probe" / ev.SCREEN).open("a") as screen:
@@ -2990,14 +2927,6 @@ def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
     refuses("medframeqa has no question gone", flip, flip_data)
     shutil.rmtree(flip_data / "facet-probe")
     refuses("clone github.com/yahskapar/facet-probe", flip, flip_data)
-
-@table("answers, flips, unread", [("AAAAAA", 0, 0), ("AAAAAB", 1, 0), ("AAA?AA", 0, 1),
-                                  ("??????", 0, 1), ("AB????", 1, 1)])
-def test_a_flip_is_more_than_one_parsed_answer(answers, flips, unread):
-    answers = [None if answer == "?" else answer for answer in answers]
-    orders = ev.all_orders(Sample("s", tuple("abc"), "?", "A", "keep"), 6)
-    m = ev.order_measures([group(answers, "A" * 6, orders, "keep")])
-    assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
 
 # ---- data_samples/curate.py ----------------------------------------------------------------------
 LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
@@ -3212,9 +3141,7 @@ def test_tables_by_hand(ablation, tmp_path):
     assert skewed[4:6] == ["**+10.0 ± 0.0**", ""], "against plain GRPO on the same training set"
     assert ablate.shown([9.0, -1.0, 4.0], "+") == "+4.0 ± 12.4", "not bold: it includes 0"
     ablate.draw(ablate.present_runs(read_rows(path)), tmp_path / "ablation.png")
-    with Image.open(tmp_path / "ablation.png") as picture:
-        assert picture.width > 1500 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
-    assert (tmp_path / "ablation.png").stat().st_size < 200_000
+    assert 20_000 < (tmp_path / "ablation.png").stat().st_size < 200_000
 
 def answered(text, order=(0, 1)):
     """A rollout of the answer `text` to a question of two images, whose first one is right."""
@@ -3458,10 +3385,8 @@ LABELS = "(1) a (2) b (3) c (4) d. Which are right?"
 GOLDS = [  # answer, question, what is left of it
     (r"$\number{24}$", "", "24"), (r"\boxed{\text{24}}", "", "24"), ("24 (students)", "", "24"),
     (r"24\mathrm{~cm}", "", "24 cm"), ("3.4.", CIRCLES, "③④"), ("3.4.", LABELS, "3, 4"),
-    ("1.3.4.", LABELS, "1, 3, 4"), ("3 and 4", "", "3, 4"), (r"{24}", "", "24"),
-    *[(gold, LABELS if gold == "3.4" else CIRCLES, gold) for gold in (
-        "24 cm", "7 (mod 12)", "3.4", "③④", "12, 5", "1,000", "(1, 2)", r"(-\infty, 3]", "1 1/2",
-        r"3\frac{1}{2}", "black and white", "1/2", "OR gate", r"6\sqrt{2}", "y=2x+1")]]
+    ("3 and 4", "", "3, 4"), ("3.4", LABELS, "3.4"), *[(gold, CIRCLES, gold) for gold in (
+        "7 (mod 12)", "③④", "12, 5", r"(-\infty, 3]", "1 1/2", "black and white", "OR gate", "y=2x+1")]]
 
 @table("answer, question, gold", GOLDS)
 def test_golds_that_a_natural_answer_meets_are_unwrapped(answer, question, gold):
@@ -3523,23 +3448,22 @@ def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, 
 
 def test_a_label_that_a_model_disputes_is_never(copies, tmp_path, monkeypatch):
     """A stub says: images are options, order matters. The tiny model agrees with nothing."""
-    asked, out = [], tmp_path / "out"
+    asked = []
     def says_yes(model, processor, samples, orders, cfg, *, n, greedy):
         asked.extend(samples)
         assert greedy and n == 1 and {*flatten(orders)} <= {(0, 1, 2), (0, 1, 2, 3)}
         return [[SimpleNamespace(accuracy=float(s.answer == "Yes"))] for s in samples]
-    def labels(out):
+    def labels(name, sources=("mantis:dreamsim", "mantis:iconqa")):
+        out = run_curate(copies, tmp_path / name, "--label-with", "tiny", sources=sources)
         return Counter((s.source, s.order_rule) for s in perl.load_samples(out / "train.jsonl"))
     with monkeypatch.context() as patch:
         patch.setattr(perl, "sample_groups", says_yes)
-        for _ in range(2):
-            run_curate(copies, out, "--label-with", "tiny")
-            assert labels(out) == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6,
-                                   ("mmk12", "never"): 4, ("geometry3k", "never"): 3}
+        for _ in range(2):  # the second time, its answers are known
+            found = labels("out")
+            assert found == {("mantis-iconqa", "letter"): 6, ("mantis-dreamsim", "never"): 6}
             assert len(asked) == 2 * 12 and "options to choose from" in asked[1].question
-    assert "| never, not keep | all |" in (out / "REPORT.md").read_text()
-    out = run_curate(copies, tmp_path / "real", "--label-with", "tiny", sources=["mantis:iconqa"])
-    assert labels(out) == {("mantis-iconqa", "never"): 6}
+    assert "| never, not keep | all |" in (tmp_path / "out" / "REPORT.md").read_text()
+    assert labels("real", ["mantis:iconqa"]) == {("mantis-iconqa", "never"): 6}
 
 @table("sources, message", [
     (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
