@@ -2,6 +2,7 @@
 
     python -m pytest test_perl.py        # one CPU core, no network, under 3 minutes
 """
+import ast
 import base64
 import contextlib
 import dataclasses
@@ -229,8 +230,11 @@ def every_second_is_right(monkeypatch):
 
 # ---- Config ----------------------------------------------------------------------------
 def test_every_field_is_read_and_explained_and_there_are_not_too_many(capsys):
-    code = (HERE / "perl.py").read_text() + (HERE / "eval.py").read_text()
-    read = set(re.findall(r"\bcfg\.(\w+)(?! ?=[^=])", code))
+    read = set()
+    for path in (HERE / "perl.py", HERE / "eval.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read |= {node.attr} if getattr(node.value, "id", "") == "cfg" else set()
     assert not FIELDS.keys() - read and len(FIELDS) <= 45
     with pytest.raises(SystemExit):
         perl.parse_config(["--help"])
@@ -3140,19 +3144,15 @@ def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
     assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
 
 def test_the_forks_of_baseline_and_condition(monkeypatch):
-    """Advantages of rewards 1, 0, 0, 0, pooled and by order; then what is learned."""
+    """Rewards 1, 0, 0, 0 in two orders: a baseline per order, then the loss on the clean order."""
     monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group, pooled, by_order = group_of("1", "9", "9", "9"), [ROOT] + [-1 / ROOT] * 3, [1, -1, 0, 0]
-    def nothing():
-        pass
-    def clean():
-        ablate.before_advantages(ablate.loss_on_clean_order)
-    for fork, expected, answers in ((nothing, pooled, "1122"),
-                                    (ablate.baseline_per_order, by_order, "1122"),
-                                    (clean, by_order, "1111")):
-        fork()
+    group = group_of("1", "9", "9", "9")
+    ablate.baseline_per_order()
+    for is_clean, answers in ((False, "1122"), (True, "1111")):
+        if is_clean:
+            ablate.before_advantages(ablate.loss_on_clean_order)
         perl.set_advantages([group])
-        assert [r.advantage for r in group] == pytest.approx(expected)
+        assert [r.advantage for r in group] == pytest.approx([1, -1, 0, 0])
         assert [r.prompt.sample.answer for r in group] == list(answers)
 
 def test_a_run_is_read_over_its_stages_and_by_position(tmp_path):
