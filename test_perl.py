@@ -2765,8 +2765,8 @@ def test_the_page_of_a_run(straight, tmp_path):
     run = shutil.copytree(straight, tmp_path / "run")
     logged = read_rows(run / "rollouts.jsonl")
     write_rows(run / "rollouts.jsonl", *logged, *[
-        logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1, 2], order=[0],
-                         response="</script><script>x()</script><b>bold</b>", images=["gone.png"])
+        logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1], order=[0, 1],
+                         response="</script><script><b>bold</b>", images=["gone.png"] * 2)
         for rule, gold in (("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("pair", "1-2"))])
     ev.main(["--page", str(run)])
     text = (run / "page.html").read_text()
@@ -2887,9 +2887,9 @@ def flip_data(tmp_path):
         (clone / file).write_text("\n".join(lines) + "\n")
     return tmp_path
 
-def flip(folder, *flags):
+def flip(folder):
     ev.main(["--flip", "--data-dir", str(folder), "--out", str(folder / "out"),
-             "--max-new-tokens", "2", *flags])
+             "--max-new-tokens", "2"])
 
 def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(flip_data, capsys):
     flip(flip_data)
