@@ -38,6 +38,7 @@ import transformers
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFile
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -146,6 +147,11 @@ def read_rows(path):
 
 def json_of(path):
     return json.loads(path.read_text())
+
+def table_rows(text):
+    """The cells of a printed table, line by line; other lines are left out."""
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")]
+            for line in text.splitlines() if "|" in line]
 
 def edit(path, **changes):
     """Change fields of a JSON file; None takes one out."""
@@ -1896,6 +1902,32 @@ def test_a_qwen3_folder_trains_and_its_checkpoint_reloads(folder, tmp_path, monk
     assert not torch.equal(flat_weights(trained),
                            flat_weights(perl.load_model(path, tiny_config(), CPU)))
 
+def test_qwen3_5_samples_and_trains_without_sharing_only(questions, tmp_path, monkeypatch):
+    """A left-padded row of a batch has the log-probabilities that it has alone (its recurrent
+    layers round more than attention does), and greedy decoding takes the most likely token."""
+    path = random_family("qwen3_5", tmp_path / "qwen3_5")
+    refuses("qwen3_5, which needs --no-share", perl.load_processor, path, tiny_config())
+    cfg = tiny_config(share=False, max_new_tokens=12, gradient_checkpointing=True)
+    model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
+    orders = [perl.all_orders(question, 2) for question in questions]
+    groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
+    together = {id(r): row for r, row in
+                perl.frozen_logprobs(model, processor, flatten(groups), cfg)}
+    for rollout in flatten(groups):
+        rollout.advantage = 1.0 if rollout.order[:1] == (0,) else -1.0
+        (_, alone), = perl.frozen_logprobs(model, processor, [rollout], cfg)
+        assert torch.allclose(alone, together[id(rollout)], atol=2e-3)
+    sums, (norm,) = run_update(model, perl.SplitAdamW(model, cfg, ACCELERATOR), groups, cfg)
+    assert sums["tokens"] > 0 and math.isfinite(norm) and norm > 0
+    def is_likeliest(lm_head, hidden, targets, banned_ids, temperature):
+        logits = lm_head(hidden)
+        logits[:, banned_ids] = -torch.inf
+        return (logits.argmax(dim=1) == targets).float()
+    monkeypatch.setattr(perl, "token_logprobs", is_likeliest)
+    model = perl.load_model(path, cfg, CPU)
+    rows = [row for _, row in perl.frozen_logprobs(model, processor, flatten(groups), cfg)]
+    assert torch.cat(rows).mean() > 0.98
+
 # ---- Memory and machines ---------------------------------------------------------------
 def trained(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
@@ -1906,12 +1938,13 @@ def backward(model, seed):
     logits = model(input_ids=ids).logits.float()
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
 
-def split_run(steps, accelerator=ACCELERATOR, **changes):
+def split_run(steps, accelerator=ACCELERATOR, passes=1, **changes):
     cfg = tiny_config(**dict(lr=1e-3) | changes)
     model, norms = perl.load_model("tiny", cfg, CPU), []
     optimizer = perl.SplitAdamW(model, cfg, accelerator)
-    for seed in range(steps):
-        backward(model, seed)
+    for step in range(steps):
+        for k in range(passes):
+            backward(model, step * passes + k)
         norms.append(optimizer.step())
     return model, optimizer, norms
 
@@ -1944,6 +1977,42 @@ def test_on_one_process_it_is_adamw_bit_for_bit(monkeypatch, dtype, max_grad_nor
         assert torch.equal(master, copied) and weight.grad is None
         is_copy = master.data_ptr() != weight.data_ptr()
         assert is_copy == (dtype == "bf16"), "a float32 weight needs no copy"
+
+@table("changes", [{}, dict(dtype="bf16"), dict(freeze_vision=True)])
+@table("max_grad_norm", [0.05, 1e9])
+def test_gradients_summed_in_host_memory_give_the_same_weights(monkeypatch, changes, max_grad_norm):
+    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
+    model, optimizer, norms = split_run(3, passes=2, optimizer_device="gpu", **changes)
+    other, its, its_norms = split_run(3, passes=2, optimizer_device=ALL_ON_HOST, **changes)
+    assert norms == its_norms and norms[0] > 0.05
+    assert torch.equal(flat_weights(model), flat_weights(other))
+    states = its.state_dict()
+    for name, state in optimizer.state_dict().items():
+        assert all(torch.equal(state[key], states[name][key]) for key in state)
+    backward(other, 0)
+    assert all(weight.grad is None for weight in trained(other)), "none is left on the GPU"
+
+def test_a_bad_gradient_in_host_memory_is_skipped_and_forgotten():
+    model, optimizer, _ = split_run(0, optimizer_device=ALL_ON_HOST)
+    for bad in (math.nan, 0.0):
+        before = flat_weights(model)
+        backward(model, 0)
+        next(iter(optimizer.sums.values())).view(-1)[3] += bad
+        assert math.isfinite(optimizer.step()) == (bad == 0)
+        assert torch.equal(before, flat_weights(model)) == (bad != 0)
+
+def test_host_sums_of_several_processes_are_reduced_where_the_weights_are(monkeypatch):
+    """NCCL takes no tensor of the host. All processes have the same gradients here."""
+    reduced, alone = [], split_run(1)[2]
+    def all_reduce(tensor):
+        reduced.append(tensor.device)
+        tensor *= 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, owner: None)
+    for device in ("gpu", ALL_ON_HOST):
+        model, _, norms = split_run(1, process(2), optimizer_device=device)
+        assert norms == pytest.approx([2 * alone[0]])
+    assert len(reduced) == 2 * len(trained(model))
 
 @table("dtype", ["float32", "bf16"])
 def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, dtype):
@@ -2014,6 +2083,7 @@ def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, tmp_pa
     assert torch.allclose(ours, theirs, atol=1e-5 if dtype == "float32" else 0.5)
     assert (without - ours).abs().max() > 0.1
 
+# ---- Memory and machines: what fits ----------------------------------------------------
 def planned(model, capsys, accelerator=ACCELERATOR, **changes):
     """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
     cfg = perl.parse_config(["--model", model, "--dry-run"])
@@ -2023,21 +2093,10 @@ def planned(model, capsys, accelerator=ACCELERATOR, **changes):
     parts = {name: float(gb) for gb, name in re.findall(r"(?m)^ *([\d.]+)  (.+)$", text)}
     return parts, float(re.search(r"([\d.]+) billion parameters", text)[1])
 
-SIZES_7B = dict(
-    text_config=dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
-                     vocab_size=152064, num_hidden_layers=28, intermediate_size=18944,
-                     tie_word_embeddings=False, layer_types=None,
-                     rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24])),
-    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                       out_hidden_size=3584))
-
 @pytest.fixture
 def model_7b(tmp_path):
     """The 7B's config.json alone: its plan needs no weights."""
-    config = json.loads((TINY / "config.json").read_text()) | dict(tie_word_embeddings=False)
-    for part, sizes in SIZES_7B.items():
-        config[part] |= sizes
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    model_config("Qwen2.5-VL-7B").save_pretrained(tmp_path)
     return str(tmp_path)
 
 def test_the_plan_of_the_7b(model_7b, capsys):
@@ -2109,27 +2168,23 @@ def rooms(monkeypatch, host, disk):
     monkeypatch.setattr(os, "sysconf", sizes.get)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=disk * 1e9))
 
-@table("host, disk, typed, world, message", [
-    (100, 999, {}, 1, r"needs 116.1 GB \(host memory; there are 100.0\); .*: --beta 0.0 or --lora-rank"),
-    (120, 999, {}, 1, None), (120, 999, {}, 2, r"needs 132.7 GB \(host memory"),
-    (999, 200, {}, 1, r"248.8 GB \(disk for checkpoints; there are 200.0\); what makes it fit: --lora-rank 64"),
-    (20, 999, dict(gpu_gb=80), 1, None)])  # planned for another machine
-def test_host_memory_and_disk_are_checked(monkeypatch, model_7b, host, disk, typed, world, message):
+@table("host, disk, typed, device, world, message", [
+    (100, 999, {}, "cuda", 1, r"116.1 GB \(host memory; there are 100.0\); .*: --beta 0.0 or --lora"),
+    (120, 999, {}, "cuda", 1, None), (120, 999, {}, "cuda", 2, r"needs 132.7 GB \(host memory"),
+    (999, 200, {}, "cuda", 1, r"248.8 GB \(disk .*; there are 200.0\); what makes it fit: --lora"),
+    (20, 999, dict(gpu_gb=80), "cuda", 1, None),  # planned for another machine
+    # Weights twice, AdamW and a layer's work: a CPU has one memory.
+    (230, 999, dict(dtype="float32"), "cpu", 1, r"needs 268.* GB \(host memory; there are 230"),
+    (999, 999, dict(dtype="float32"), "cpu", 1, None)])
+def test_host_memory_and_disk_are_checked(
+        monkeypatch, model_7b, host, disk, typed, device, world, message):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
     rooms(monkeypatch, host, disk)
-    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
-    accelerator = process(world, device=torch.device("cuda"))
+    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), **dict(dtype="bf16") | typed)
     with ends(message) if message else contextlib.nullcontext():
-        perl.plan_memory(cfg, accelerator)
-
-def test_on_a_cpu_the_default_sizes_stay(monkeypatch, model_7b):
-    rooms(monkeypatch, 999, 999)
-    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="float32")
-    assert perl.plan_memory(cfg, process(1)) == "gpu", "beside the weights"
-    assert (cfg.rollout_batch, cfg.max_tokens_per_micro_batch) == ALL
-    rooms(monkeypatch, 230, 999)  # weights twice, AdamW and a layer's work: it is one memory
-    with ends(r"needs 268.* GB \(host memory; there are 230"):
-        perl.plan_memory(cfg, process(1))
+        place = perl.plan_memory(cfg, process(world, device=torch.device(device)))
+        assert (place == "gpu") == (device == "cpu"), "beside the weights"
+        assert (cfg.rollout_batch, cfg.max_tokens_per_micro_batch) == ALL
 
 @table("typed, device, dtype", [
     ({}, "cuda", "bf16"), ({}, "cpu", "float32"), (dict(gpu_gb=80.0), "cpu", "bf16"),
@@ -2138,6 +2193,244 @@ def test_dtype_auto_is_that_of_the_device(typed, device, dtype):
     cfg = dataclasses.replace(perl.parse_config([]), **typed)
     perl.fit_machine(cfg, torch.device(device))
     assert cfg.dtype == dtype
+
+def test_chosen_sizes_are_kept_for_resume(data, tmp_path, monkeypatch):
+    """A size at its default is lowered to what fits; config.json has what was chosen."""
+    def best_fit(cfg, *args, real=perl.best_fit):
+        sized, place, parts, lacks = real(cfg, *args)
+        sized.rollout_batch = 6 if cfg.rollout_batch == 384 else cfg.rollout_batch
+        return sized, place, parts, lacks
+    monkeypatch.setattr(perl, "best_fit", best_fit)
+    perl.main(arguments(data, tmp_path, rollout_batch=384, steps=1, eval_every=0))
+    run = tmp_path / "stage1"
+    assert json_of(run / "config.json")["rollout_batch"] == 6
+    assert json_of(run / "config.json")["optimizer_device"] == "auto"
+    assert perl.parse_config(["--resume", str(run)]).rollout_batch == 6
+
+def test_dry_run_prints_steps_rollouts_tokens_and_checkpoints(model_7b, capsys):
+    cfg = perl.parse_config(["--model", model_7b, "--dry-run", "--gpu-gb", "80"])
+    for filter_, rounds in (("none", 1), ("online", 4)):
+        its = dataclasses.replace(cfg, dtype="bf16", steps=31, filter=filter_)
+        perl.plan_memory(its, ACCELERATOR)
+        text = capsys.readouterr().out
+        assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
+        assert "disk for checkpoints" in text
+
+# ---- Memory and machines: a step of models of true size --------------------------------
+# Published sizes. Windows of the vision tower take the same bytes as full attention.
+ROPE_LARGE = dict(rope_type="default", rope_theta=1e6)
+QWEN2_5 = dict(rope_parameters=ROPE_LARGE | dict(mrope_section=[16, 24, 24]))
+TOWER_2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                 fullatt_block_indexes=list(range(32)))
+QWEN3 = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+             num_hidden_layers=36, rope_parameters=ROPE_LARGE | dict(mrope_section=[24, 20, 20]))
+TRUE_SIZES = {  # model type, language model, vision tower
+    "Qwen2.5-VL-3B": (
+        "qwen2_5_vl", QWEN2_5 | dict(
+            hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, vocab_size=151936,
+            num_key_value_heads=2, intermediate_size=11008, tie_word_embeddings=True),
+        TOWER_2_5 | dict(out_hidden_size=2048)),
+    "Qwen2.5-VL-7B": (
+        "qwen2_5_vl", QWEN2_5 | dict(
+            hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, vocab_size=152064,
+            num_key_value_heads=4, intermediate_size=18944, tie_word_embeddings=False),
+        TOWER_2_5 | dict(out_hidden_size=3584)),
+    "Qwen3-VL-8B": (
+        "qwen3_vl", QWEN3 | dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False),
+        dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
+             out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24]))}
+
+def model_config(name):
+    kind, text, tower = TRUE_SIZES[name]
+    ids = {key: value for key, value in json_of(TINY / "config.json").items()
+           if key.endswith("token_id")}
+    return transformers.AutoConfig.for_model(
+        kind, text_config=text, vision_config=tower,
+        tie_word_embeddings=text["tie_word_embeddings"], **ids)
+
+aten = torch.ops.aten
+
+def tensors_in(values):
+    """The tensors among them, and in lists of them."""
+    tensors = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            tensors += tensors_in(value)
+    return tensors
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live tensors on the meta device, which have shapes but no numbers.
+    Integers keep their numbers, on the CPU, so that code which reads them runs as it is."""
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = tensors_in([*args, *kwargs.values()])
+        on_meta = [x.is_meta for x in tensors]
+        if func is aten._local_scalar_dense.default and any(on_meta):
+            return 1.0 if tensors[0].is_floating_point() else 1  # any number does
+        if any(on_meta) and func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            places = []  # a mask of true and false says where, and so how many
+            for index in args[1]:
+                is_mask = index is not None and index.dtype == torch.bool
+                places += index.nonzero().unbind(1) if is_mask else [index]
+            args = (args[0], places, *args[2:])
+        if any(on_meta) and not all(on_meta):
+            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to("meta"), (args, kwargs))
+        elif not any(on_meta) and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            dtype = tensors[0].dtype if tensors else kwargs.get("dtype") or torch.float32
+            kwargs = kwargs if dtype.is_floating_point else kwargs | {"device": "cpu"}
+        out = func(*args, **kwargs)
+        for x in tensors_in([out]):
+            if x.is_meta:
+                self.count(x.untyped_storage())
+        return out
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        def freed(_):
+            del self.known[key]
+            self.live -= size
+        if key not in self.known:
+            self.known[key] = weakref.ref(storage, freed)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def peak_of(self, function, *args, **named):
+        """The peak in GB while it runs."""
+        self.peak = self.live
+        function(*args, **named)
+        return self.peak / 1e9
+
+def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                    enable_gqa=False):
+    """The memory of a GPU's kernel: no scores; a mask is copied in the query's dtype."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(q.device).to(q.dtype)
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+def product_of_a_gpu(a, b):
+    return torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32, device=a.device)
+
+def prompt_of_images(length, config):
+    """One large image takes the bytes of many small ones. Its pixels are in host memory."""
+    tower = config.vision_config
+    side = 16 * tower.spatial_merge_size
+    rows = (length - 16) // (side // tower.spatial_merge_size) * tower.spatial_merge_size
+    numbers = tower.in_channels * tower.temporal_patch_size * tower.patch_size ** 2
+    tokens = rows * side // tower.spatial_merge_size ** 2
+    with _disable_current_modes():
+        pixels = torch.empty(rows * side, numbers, device="meta")
+    picture = perl.Picture(pixels, torch.tensor([[1, rows, side]]), tokens)
+    ids = [config.vision_start_token_id] + [config.image_token_id] * tokens
+    return perl.Prompt(None, ids + [0] * (length - len(ids)), [picture])
+
+@torch.no_grad()
+def sample_at_true_size(model, cfg):
+    """perl.py's prefill, and a decoding step in which every row reaches its full length."""
+    n, full = cfg.rollouts_per_order, cfg.max_new_tokens - 32  # the buffer grows by 32
+    count = cfg.rollout_batch // n
+    length = min(4 * cfg.max_tokens_per_micro_batch // count, cfg.max_prompt_tokens)
+    joining = [(prompt_of_images(length, model.config), [[] for _ in range(n)])
+               for _ in range(count)]
+    cache = perl.prefill(model, PROCESSOR, joining, cfg, perl.Cache(layers=[]))
+    for layer in cache.layers:
+        shape = list(layer.rows.shape)
+        shape[3] = layer.length = full
+        layer.rows = layer.rows.new_empty(shape)
+    joining[0][0].ids.pop()  # one prompt is padded, so that there is a mask
+    rows = []
+    for prompt, responses in joining:
+        prompt.delta = 0
+        rows += [(prompt, [0] * full) for _ in responses]
+    inputs = perl.next_inputs(model, PROCESSOR, rows, cache, cfg)
+    sampling = GenerationConfig(max_new_tokens=1, do_sample=True, top_k=0, temperature=0.9,
+                                pad_token_id=0, eos_token_id=[1], suppress_tokens=[2, 3])
+    model.generate(**inputs, generation_config=sampling)
+    model.model.rope_deltas = None
+
+def rollouts_at_true_size(cfg, config):
+    """A full micro-batch of nearly nothing but images: the responses have 96 tokens."""
+    n, tokens = cfg.rollouts_per_order, cfg.max_tokens_per_micro_batch
+    length, rollouts = min(tokens, cfg.max_prompt_tokens) - 96 * n, []
+    for _ in range(tokens // (length + 96 * n)):
+        prompt = prompt_of_images(length, config)
+        rollouts += [Rollout(prompt, (0,), "", [0] * 96, "", False, advantage=1.0)] * n
+    return rollouts
+
+def update_at_true_size(model, cfg, times, *, on_host):
+    """add_gradients on a full micro-batch, beside the gradients of an earlier one."""
+    hooks = []
+    for weight in trained(model):
+        weight.grad_dtype = torch.float32
+        if on_host:  # in the place of SplitAdamW.add
+            def drop(own):
+                own.grad = None
+            hooks.append(weight.register_post_accumulate_grad_hook(drop))
+        else:
+            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+    model.train()
+    for _ in range(times):
+        perl.add_gradients(model, PROCESSOR, rollouts_at_true_size(cfg, model.config), 1, cfg)
+    model.eval().zero_grad()
+    for hook in hooks:
+        hook.remove()
+
+SMALL = dict(rollout_batch=48, max_tokens_per_micro_batch=4096, max_prompt_tokens=2048)
+FULL = [("AdamW on the host", {}, HOST), ("gradients there too", {}, ALL_ON_HOST),
+        ("--lora-rank 64", dict(lora_rank=64), HOST)]
+PHASES_OF_MEMORY = {"sampling": "GPU while sampling", "update": "GPU in an update",
+                    "KL reference": "GPU for the KL reference"}
+
+@table("name, cases", [
+    ("Qwen2.5-VL-3B", FULL), ("Qwen3-VL-8B", FULL[:2]), ("Qwen2.5-VL-7B", [
+        ("48 sequences, gradients there too", SMALL, ALL_ON_HOST),
+        ("--freeze-vision", dict(freeze_vision=True), HOST), *FULL])])
+def test_true_size(name, cases, monkeypatch):
+    """perl.py's own passes, run without numbers, and its arithmetic, which may be 15 % above and
+    3 % below. Prints the README's table (pytest -s). Prompts of 8,192 tokens, or of 2,048."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
+    monkeypatch.setattr(perl, "scaled_dot_product_attention", flash_attention)
+    monkeypatch.setattr(perl, "product", product_of_a_gpu)
+    live, measured = LiveBytes(), {}
+    with live:
+        config = model_config(name)
+        with torch.device("meta"):
+            model = perl.FAMILY_MODEL.from_config(config, dtype=torch.bfloat16,
+                                                  attn_implementation="shared_prompt").eval()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+        weights = live.live / 1e9
+        for what, changes, place in cases:
+            cfg, peaks = perl.Config(model=name, dtype="bf16", **changes), {}
+            model.model.visual.requires_grad_(not cfg.freeze_vision)
+            if cfg.lora_rank:
+                perl.add_lora(model, cfg)
+            elif changes == SMALL or place == HOST and not changes:
+                peaks["sampling"] = live.peak_of(sample_at_true_size, model, cfg)
+                rollouts = rollouts_at_true_size(cfg, config)
+                peaks["KL reference"] = weights + live.peak_of(
+                    perl.frozen_logprobs, model, PROCESSOR, rollouts, cfg)
+            peaks["update"] = live.peak_of(
+                update_at_true_size, model, cfg, 2 if what == FULL[0][0] else 1,
+                on_host=place == ALL_ON_HOST)
+            counted, row = perl.count_memory(model, cfg, place, 1), f"| {name} | {what} |"
+            for phase, part in PHASES_OF_MEMORY.items():
+                row += f" {peaks[phase]:.1f} ({counted[part]:.1f}) |" if phase in peaks else " |"
+            print(row)
+            for phase, peak in peaks.items():
+                part = PHASES_OF_MEMORY[phase]
+                assert 0.97 <= counted[part] / peak <= 1.15, (row, phase)
+            measured[what] = max(peaks.values())
+    small = measured.get("48 sequences, gradients there too", 0)
+    assert small <= 46, "full fine-tuning of the 7B on a card of 48 GB"
 
 # ---- Memory and machines: gradients and weights that are not finite --------------------
 def spoil_gradients(monkeypatch, updates, bad=math.nan, rank=0):
@@ -2480,10 +2773,12 @@ def test_fuzz_ran():
 
 # ---- The READMEs' forks and reading map ------------------------------------------------
 def snippets_of(name):
+    """The fork snippets of a README: its Python blocks that replace a part of perl.py."""
     blocks = re.findall(r"(?s)```python\n(.*?)```", (HERE / name).read_text())
     return [block for block in blocks if "import perl" in block]
 
 SNIPPETS = snippets_of("README.md") + snippets_of("data_samples/README.md")
+SNIPPETS += [Path(ablate.ARMS[name].fork).read_text() for name in ("per-order", "clean")]
 
 def as_loss(ratios, advantages):
     """policy_loss of two rollouts of two tokens each, whose ratios to the old policy are given."""
@@ -2577,7 +2872,7 @@ def test_a_fork_does_what_it_says_and_runs(data, tmp_path, monkeypatch, number):
     main, choices = perl.main, perl.CHOICES["filter"]
     assert all(value() != after for value, after in values), "each changes something"
     perl.main = lambda: started.append(number)
-    exec(snippet, {})
+    exec(snippet, {"__name__": "__main__"})
     assert started == [number] and all(value() == after for value, after in values)
     replaced = [name for name in replaced_by(snippet) if callable(getattr(perl, name))]
     used = [record(monkeypatch, name) for name in replaced]
@@ -2620,7 +2915,7 @@ def test_the_reading_map():
             found = [place in text for text in said]
             assert all(found) if place.startswith("Eq") else any(found), (place, names)
 
-# ---- eval.py: free text ----------------------------------------------------------------
+# ---- eval.py: answers in free text -----------------------------------------------------
 OPTION_TEXTS = ["Left image", "Right image", "Both images", "Neither image"]
 LATTER = ["the second image", "the third image"]
 POINTS = ["Point A", "Point B", "Point C", "Point D"]
@@ -2688,6 +2983,29 @@ def test_extract_choice(options, response, letter):
     (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),])
 def test_extract_answer(response, answer):
     assert ev.stated_answer(response) == answer
+
+@table("text, number", [
+    (r"3\frac{1}{4}", 3.25), ("7 2/5", 7.4), (r"-1\frac12", -1.5), ("2½", 2.5), ("y = 9", 9),
+    (r"\frac{-3}{4}", -0.75), (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800),
+    (r"3\pi", 3 * math.pi), (r"\approx 12", 12), ("x ≈ 2.5", 2.5), ("€1,250.50", 1250.5),
+    (r"7\text{ cm}^2", 7), ("15 km/h", 15), ("21 square units", 21), ("4 or 5", None),
+    ("4 to 5", None), ("3 and 4", None), ("4=5", None), ("7:45", None), ("3x", None),
+    (r"2\sqrt{3}", None), ("1/0", None), ("8" * 500, None), ("5" + " b" * 5000 + "!", None)])
+def test_to_number(text, number):
+    signal.alarm(10)
+    assert ev.to_number(text) == (number if number is None else pytest.approx(number))
+
+@table("response, answer", [
+    ("**58**", "58"), ("58 apples", "58 apples"), ("Altogether that makes 58.", "58"),
+    ("There are 58 windows.", "58 windows"), ("20 + 38 = 58", "58"), ("It is 1,058.", "1,058"),
+    ("First I see 20. So the sum is 58.", "58"), ("It is four.", "4"), ("I see 57 or 58.", None),
+    ("It is between 50 and 60.", None), ("The time is 5:58.", None), ("<think>It is 58", None),
+    ("I cannot tell, maybe 58.", None), ("Nobody knows.", None), (r"\boxed{} 58", None),
+    ("```python\nn = 58\nprint(n)\n```", None), ("import math\nn = 58\nprint(n)", None)])
+def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer):
+    assert graded(response, "number 0", "58")["answer"] == answer
+    assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
+    assert graded(response, "number 0", "58", truncated=True)["answer"] is None
 
 # ---- eval.py: adapters -----------------------------------------------------------------
 def place(image):
@@ -2905,193 +3223,43 @@ def test_multi_step_is_right_only_if_all_parts_are(gold, right, wrong):
     assert all(graded(response, "parts", gold)["right"] for response in right)
     assert not any(graded(response, "parts", gold)["right"] for response in wrong)
 
-# ---- eval.py: measures -----------------------------------------------------------------
-def test_average_and_intervals():
-    values = {"a": [1, 1, 0, 0], "b": [1]}
-    assert ev.average(values) == 0.6 and ev.average(values, "tasks") == 0.75
-    assert ev.bootstrap({"": [1, 1, 1]}) == [1, 1] and ev.bootstrap(values) == ev.bootstrap(values)
-    # 1.96 * sqrt(.25 / 100) = .098
-    assert ev.bootstrap({"": [0, 1] * 50}) == pytest.approx([0.402, 0.598], abs=0.02)
-    assert ev.bootstrap({"a": [0, 0], "b": [1, 1]}, "tasks") == [0.5, 0.5]  # tasks are not redrawn
-    assert ev.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by hand
-    assert ev.wilson(0, 18) == pytest.approx((0, 0.1759), abs=1e-4)
+# ---- eval.py: order labels -------------------------------------------------------------
+LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
+DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
 
-def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
-    rows = []
-    for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
-        text = "" if answer is None else rf"\boxed{{{answer}}}"
-        rows.append(graded(text, "text", gold, k=k, order=list(order), order_rule=rule,
-                           orders=n_orders or len(orders),
-                           movable=movable or [*range(len(order))]))
-    return rows
+def label_of(row):
+    n = row["question"].count("<image>")
+    gold = curate.gold_of(row["answer"], row["question"], n)
+    return ev.infer_label(row["question"], gold, n, row.get("style", "any"))
 
-def test_order_measures():
-    swaps = [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)]
-    right = group("2132", "2132", swaps)                # image 2 of the given order, found anywhere
-    wrong = group("1213", "2132", swaps)                # always the same wrong picture
-    first = group("2222", "2132", swaps)                # always says "second": right at first
-    unread = group([None] * 4, "2132", swaps)
-    m = ev.order_measures([right, wrong, first, unread])
-    assert m["bias"]["n"] == 4
-    values = {name: share["value"] for name, share in m.items() if name != "by position"}
-    assert values == {"mean": (1 + 0 + 0.5 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
-                      "same choice": 0.5, "flip": 0.25, "unread": 0.25}
-    def by_position(m):
-        return {place: (share["value"], share["n"]) for place, share in m["by position"].items()}
-    assert by_position(m) == {"1": (0.25, 4), "2": (0.5, 8), "3": (0.25, 4)}
-    unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
-    assert unfinished["mean"]["value"] == 0.5 and unfinished["same choice"]["value"] == 0
-    # Letters with a reference image, which is image 1.
-    m = ev.order_measures([group("AB", "AB", swaps[0::2], "letter", movable=[1, 2])])
-    assert m["same choice"]["value"] == 1 and by_position(m) == {"2": (1, 1), "3": (1, 1)}
-    for answers, flips, unread in (("AAAA", 0, 0), ("AAAB", 1, 0), ("AA?A", 0, 1), ("AB??", 1, 1)):
-        answers = [None if answer == "?" else answer for answer in answers]
-        m = ev.order_measures([group(answers, "AAAA", swaps, "keep")])
-        assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
-    m = ev.order_measures([group("77", "88", swaps[:2], "keep")])
-    assert (m["same choice"]["value"], m["by position"]) == (1, {})
+@table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
+def test_order_labels_other_than_never_are_right(part, least):
+    """held-out: written without sight of the rules; attack: to find wrong labels."""
+    found = 0
+    for row in (row for row in LABELLED if row["set"] == part):
+        label = label_of(row)
+        if label.order_rule != "never":
+            mentions = [int(k) for k in perl.MENTION.findall(label.question)]
+            got = (label.order_rule, list(label.movable), label.answer, mentions)
+            assert got == (row["order_rule"], row["movable"], row["gold"], row["mentions"]), row
+            found += 1
+    assert found >= least
 
-# ---- eval.py: runs ---------------------------------------------------------------------
-def run(out, *flags):
-    ev.main(["--out", str(out), "--limit", "12", "--orders", "3", "--batch", "10", *flags])
-    return (out / "tiny" / "digits" / "results.json").read_bytes()
+TRUE = "<image><image> Is this statement about the pair true or false? "
 
-def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys):
-    whole, calls, sample_groups = run(tmp_path / "a"), [], ev.sample_groups
-    assert json.loads(whole)["n"] == 12 and "bias" in capsys.readouterr().out
-    def dies(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return sample_groups(*args, **kwargs)
-    monkeypatch.setattr(ev, "sample_groups", dies)
-    with pytest.raises(SystemExit, match="run the same command again to continue"):
-        run(tmp_path / "b")
-    samples = tmp_path / "b" / "tiny" / "digits" / "samples.jsonl"
-    samples.write_bytes(samples.read_bytes()[:-30])  # a torn last line: its batch is asked again
-    partial = json.loads(run(tmp_path / "b", "--score-only"))
-    right = sum(task["value"] * task["n"] for task in partial["tasks"].values())
-    assert partial["missing"] > 0 and partial["score"] == pytest.approx(right / 12)
-    done = len(calls)
-    assert run(tmp_path / "b") == whole
-    rest = len(calls) - done
-    assert run(tmp_path / "b") == whole == run(tmp_path / "b", "--score-only")
-    assert run(tmp_path / "c") == whole and len(calls) == done + rest + rest + 1
-    for flag, field in (("--orders", "orders"), ("--max-new-tokens", "max_new_tokens"),
-                        ("--batch", "rollout_batch")):
-        with pytest.raises(SystemExit, match=f"{field} was .* is 7 now"):
-            run(tmp_path / "b", flag, "7")
-
-def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
-    noise(28, 28).save(tmp_path / "a.png")
-    noise(3, 900).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
-    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
-    (tmp_path / "junk.png").write_bytes(b"junk")
-    asked = [Sample(name, (str(tmp_path / f"{name}.png"),), "<image>Which?", "1", "keep")
-             for name in ("a", "thin", "bomb", "junk", "missing")]
-    monkeypatch.setattr(perl, "load_samples", lambda path: asked)
-    ev.main(["--benchmarks", "mine.jsonl", "--out", str(tmp_path), "--max-new-tokens", "4"])
-    r = json_of(tmp_path / "tiny" / "mine" / "results.json")
-    assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (5, 4, 1, 1, 0)
-
-def test_compare_is_paired_and_tells_what_was_read(tmp_path):
-    """A reads 3 of 4 and B all; a fifth question, which A alone answered, is left out."""
-    for name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well", r"\boxed{1}")),
-                        ("B", (r"\boxed{1}",) * 4)):
-        (tmp_path / name / "digits").mkdir(parents=True)
-        rows = [graded(text, "text", "1", id=str(k)) for k, text in enumerate(texts)]
-        write_rows(tmp_path / name / "digits" / "samples.jsonl", *rows)
-    heading, _, line = ev.compare(tmp_path / "A", tmp_path / "B").splitlines()[-3:]
-    cells = dict(zip(*[[cell.strip() for cell in row.strip("|").split("|")]
-                       for row in (heading, line)]))
-    assert [cells[name] for name in ("benchmark", "n", "A", "B", "unread A", "unread B")] == [
-        "digits", "4", "50.0", "100.0", "25.0", "0.0"]
-    assert cells["B - A [95 %]"].startswith("50.0 [")
-    assert cells["where both were read"].startswith("33.3")
-
-# ---- eval.py: page of a run ------------------------------------------------------------
-def test_the_page_of_a_run(straight, tmp_path):
-    """With a fork's filter, answers that name no single image, and texts that try to break out."""
-    run = shutil.copytree(straight, tmp_path / "run")
-    logged = read_rows(run / "rollouts.jsonl")
-    write_rows(run / "rollouts.jsonl", *logged, *[
-        logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1], order=[0, 1],
-                         response="</script><script><b>bold</b>", images=["gone.png"] * 2)
-        for rule, gold in (("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("pair", "1-2"))])
-    ev.main(["--page", str(run)])
-    text = (run / "page.html").read_text()
-    data = json.loads(re.search(r"const DATA = (.*);", text)[1])
-    assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text), "it needs no other file"
-    assert "<b>bold" not in text and text.count("</script>") == 1
-    assert data["metrics"] == read_rows(run / "metrics.jsonl") and data["images"]["gone.png"] == ""
-    picture = data["images"][logged[0]["images"][0]].partition(",")[2]
-    Image.open(io.BytesIO(base64.b64decode(picture))).verify()
-    first, _, *others = data["groups"]
-    rewards = {row["reward"] for row in logged[:6]}
-    assert (len(first["orders"]), first["verdict"] == "kept") == (2, len(rewards) > 1)
-    assert [group["orders"][0][0]["right_image"] for group in others[:4]] == [-1, -1, 1, -1]
-    held_out = [[row["step"] for row in group["orders"][0]] for group in others[4:]]
-    assert held_out == [[0, 2, 4]] * 3, "a held-out question through the run"
-    refuses("not a run folder", ev.main, ["--page", str(tmp_path)])
-    edit(run / "config.json", filter="disagree")
-    assert '"verdict": "disagree"' in ev.write_page(run).read_text()
-
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory):
-    """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
-    held-out question asked at steps 0 and 1."""
-    run = tmp_path_factory.mktemp("paged") / "run"
-    Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
-    shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="")
-    hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
-    rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
-                          reward=right, advantage=2 * right - 1)
-            for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
-    rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
-                              reward=1.0, advantage=0.0))
-    write_rows(run / "rollouts.jsonl", *rows)
-    write_rows(run / "held_out.jsonl", *[
-        shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
-                      accuracy=step, reward=step, advantage=0.0) for step in (0, 1)])
-    write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
-               dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
-                    length=9.0, kl=0.0, idle=.1, truncated=0.0))
-    ev.main(["--page", str(run)])
-    return run / "page.html"
-
-def in_browser(page, profile, width):
-    """The page as Chromium has it after its script ran."""
-    browser = shutil.which("chromium") or pytest.skip("no chromium")
-    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-             f"--disable-component-update --disable-sync --user-data-dir={profile} --dump-dom "
-             f"--window-size={width},800")
-    return subprocess.run([browser, *flags.split(), f"file://{page}"], capture_output=True,
-                          text=True, timeout=60).stdout
-
-def test_the_page_in_a_browser(paged, tmp_path):
-    """Its script runs: curves are drawn, the group is shown, and model text is text."""
-    shown = in_browser(paged, tmp_path, 1200)
-    assert shown.count("<figure") == 6 and "<title>PeRL run</title>" in shown
-    assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
-    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
-    assert shown.count('class="right"') == 2, "the right image is framed in both orders"
-
-def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
-    """Arrow keys go through the groups, to the held-out question; nothing sticks out."""
-    keys = """<script>
-      for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
-        document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-      document.title = document.documentElement.scrollWidth + " of " + innerWidth;
-    </script>"""
-    page = tmp_path / "keys.html"
-    page.write_text(paged.read_text() + keys)
-    shown = in_browser(page, tmp_path / "profile", 400)
-    assert "Held-out question h" in shown and "step 1: right" in shown
-    width, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
-    assert width <= screen <= 500
+@table("source, question, answer", [  # order_labels.jsonl has 218 more of them
+    ("any", "<image><image> Which image shows a cat?", "3"),
+    ("any", "<image><image> How many images show a cow?", "image 1"),
+    ("any", "<image><image><image>Which one is quieter, image 1 or 3?", "Image 3 suggests rest"),
+    ("any", TRUE + "The left image shows a cow.", "True"),  # a name where pairs stand side by side
+    ("nlvr2", TRUE + "The right side of the left image shows a cow.", "True"),
+    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
+    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
+    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
+     "(B) the second image and the first image\n(C) the third image", "A")])
+def test_in_doubt_never(source, question, answer):
+    label = ev.infer_label(question, answer, question.count("<image>"), source)
+    assert (label.order_rule, label.movable, label.question) == ("never", None, question)
 
 # ---- eval.py: what three models get on the benchmarks ----------------------------------
 def measured(question, model, monkeypatch):
@@ -3175,6 +3343,368 @@ def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path
         args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=limit)
         assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == golds
 
+# ---- eval.py: measures -----------------------------------------------------------------
+def test_average_and_intervals():
+    values = {"a": [1, 1, 0, 0], "b": [1]}
+    assert ev.average(values) == 0.6 and ev.average(values, "tasks") == 0.75
+    assert ev.bootstrap({"": [1, 1, 1]}) == [1, 1] and ev.bootstrap(values) == ev.bootstrap(values)
+    # 1.96 * sqrt(.25 / 100) = .098
+    assert ev.bootstrap({"": [0, 1] * 50}) == pytest.approx([0.402, 0.598], abs=0.02)
+    assert ev.bootstrap({"a": [0, 0], "b": [1, 1]}, "tasks") == [0.5, 0.5]  # tasks are not redrawn
+    assert ev.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by hand
+    assert ev.wilson(0, 18) == pytest.approx((0, 0.1759), abs=1e-4)
+
+def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
+    rows = []
+    for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
+        text = "" if answer is None else rf"\boxed{{{answer}}}"
+        rows.append(graded(text, "text", gold, k=k, order=list(order), order_rule=rule,
+                           orders=n_orders or len(orders),
+                           movable=movable or [*range(len(order))]))
+    return rows
+
+def test_order_measures():
+    swaps = [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)]
+    right = group("2132", "2132", swaps)                # image 2 of the given order, found anywhere
+    wrong = group("1213", "2132", swaps)                # always the same wrong picture
+    first = group("2222", "2132", swaps)                # always says "second": right at first
+    unread = group([None] * 4, "2132", swaps)
+    m = ev.order_measures([right, wrong, first, unread])
+    assert m["bias"]["n"] == 4
+    values = {name: share["value"] for name, share in m.items() if name != "by position"}
+    assert values == {"mean": (1 + 0 + 0.5 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
+                      "same choice": 0.5, "flip": 0.25, "unread": 0.25}
+    def by_position(m):
+        return {place: (share["value"], share["n"]) for place, share in m["by position"].items()}
+    assert by_position(m) == {"1": (0.25, 4), "2": (0.5, 8), "3": (0.25, 4)}
+    unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
+    assert unfinished["mean"]["value"] == 0.5 and unfinished["same choice"]["value"] == 0
+    # Letters with a reference image, which is image 1.
+    m = ev.order_measures([group("AB", "AB", swaps[0::2], "letter", movable=[1, 2])])
+    assert m["same choice"]["value"] == 1 and by_position(m) == {"2": (1, 1), "3": (1, 1)}
+    for answers, flips, unread in (("AAAA", 0, 0), ("AAAB", 1, 0), ("AA?A", 0, 1), ("AB??", 1, 1)):
+        answers = [None if answer == "?" else answer for answer in answers]
+        m = ev.order_measures([group(answers, "AAAA", swaps, "keep")])
+        assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
+    m = ev.order_measures([group("77", "88", swaps[:2], "keep")])
+    assert (m["same choice"]["value"], m["by position"]) == (1, {})
+
+def test_empty_rows_are_omitted():
+    text = ev.table([["", "a", "b"], ["one", "", ""], ["two", "", 0], ["three", "x", ""]])
+    assert [line.split()[1] for line in text.splitlines()[2:]] == ["two", "three"]
+
+# ---- eval.py: runs ---------------------------------------------------------------------
+def run(out, *flags):
+    ev.main(["--out", str(out), "--limit", "12", "--orders", "3", "--batch", "10", *flags])
+    return (out / "tiny" / "digits" / "results.json").read_bytes()
+
+def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys):
+    whole, calls, sample_groups = run(tmp_path / "a"), [], ev.sample_groups
+    assert json.loads(whole)["n"] == 12 and "bias" in capsys.readouterr().out
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample_groups(*args, **kwargs)
+    monkeypatch.setattr(ev, "sample_groups", dies)
+    with pytest.raises(SystemExit, match="run the same command again to continue"):
+        run(tmp_path / "b")
+    samples = tmp_path / "b" / "tiny" / "digits" / "samples.jsonl"
+    samples.write_bytes(samples.read_bytes()[:-30])  # a torn last line: its batch is asked again
+    partial = json.loads(run(tmp_path / "b", "--score-only"))
+    right = sum(task["value"] * task["n"] for task in partial["tasks"].values())
+    assert partial["missing"] > 0 and partial["score"] == pytest.approx(right / 12)
+    done = len(calls)
+    assert run(tmp_path / "b") == whole
+    rest = len(calls) - done
+    assert run(tmp_path / "b") == whole == run(tmp_path / "b", "--score-only")
+    assert run(tmp_path / "c") == whole and len(calls) == done + rest + rest + 1
+    for flag, field in (("--orders", "orders"), ("--max-new-tokens", "max_new_tokens"),
+                        ("--batch", "rollout_batch")):
+        with pytest.raises(SystemExit, match=f"{field} was .* is 7 now"):
+            run(tmp_path / "b", flag, "7")
+
+def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
+    noise(28, 28).save(tmp_path / "a.png")
+    noise(3, 900).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    asked = [Sample(name, (str(tmp_path / f"{name}.png"),), "<image>Which?", "1", "keep")
+             for name in ("a", "thin", "bomb", "junk", "missing")]
+    monkeypatch.setattr(perl, "load_samples", lambda path: asked)
+    ev.main(["--benchmarks", "mine.jsonl", "--out", str(tmp_path), "--max-new-tokens", "4"])
+    r = json_of(tmp_path / "tiny" / "mine" / "results.json")
+    assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (5, 4, 1, 1, 0)
+
+def test_compare_is_paired_and_tells_what_was_read(tmp_path):
+    """A reads 3 of 4 and B all; a fifth question, which A alone answered, is left out."""
+    for name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well", r"\boxed{1}")),
+                        ("B", (r"\boxed{1}",) * 4)):
+        (tmp_path / name / "digits").mkdir(parents=True)
+        rows = [graded(text, "text", "1", id=str(k)) for k, text in enumerate(texts)]
+        write_rows(tmp_path / name / "digits" / "samples.jsonl", *rows)
+    heading, _, line = table_rows(ev.compare(tmp_path / "A", tmp_path / "B"))[-3:]
+    cells = dict(zip(heading, line))
+    assert [cells[name] for name in ("benchmark", "n", "A", "B", "unread A", "unread B")] == [
+        "digits", "4", "50.0", "100.0", "25.0", "0.0"]
+    assert cells["B - A [95 %]"].startswith("50.0 [")
+    assert cells["where both were read"].startswith("33.3")
+
+@table("flags, message", [
+    (("--bencmarks", "digits"), "no such argument: --bencmarks; did you mean --benchmarks?"),
+    (("--qqq",), "no such argument: --qqq\n"),
+    (("--benchmarks", "digits,Blnk"), "; did you mean blink?"),
+    (("--model", "Qwen2.5-VL-7b"), "short name or Hub id; did you mean Qwen2.5-VL-7B?"),
+    (("--model", "runs/tiny-sed0"), "; did you mean runs/tiny-seed0?"),
+    (("--model", "runs/tiny-seed0/stage1/checkpoint-40"), "short name or Hub id")])
+def test_a_misspelt_name_of_eval_gets_the_nearest_one_and_a_hub_id_is_looked_up(
+        tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(perl, "load_processor", die)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/tiny-seed0").mkdir(parents=True)
+    with pytest.raises(SystemExit) as error:
+        ev.main(list(flags))
+    assert message in f"{error.value}{capsys.readouterr().err}"
+    with pytest.raises(Killed):
+        ev.main(["--model", "someone/model"])
+
+# ---- eval.py: --ask --------------------------------------------------------------------
+@pytest.fixture
+def cat_files(tmp_path, monkeypatch):
+    """Three images, the second one a cat; `say(answer)` sets what the model says: a text, or
+    "cat" for the number of the cat, wherever it stands."""
+    for name in ("a.png", "cat.png", "c.png"):
+        Image.new("RGB", (56, 56)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+
+    def say(answer):
+        def respond(model, processor, samples, orders, cfg, **kwargs):
+            texts = [str(order.index(1) + 1) if answer == "cat" else answer for order in orders[0]]
+            return [[SimpleNamespace(text=rf"\boxed{{{text}}}" if text else "well", truncated=False)
+                     for text in texts]]
+        monkeypatch.setattr(ev, "sample_groups", respond)
+    return say
+
+WHICH, SLOTS = "Which image shows a cat?", "Which is the cat? A: <image> B: <image> C: <image>"
+@table("question, says, agree, means", [
+    (WHICH, "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
+    (WHICH, "1", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    ("Which one is a cat?", "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
+    (WHICH, "7", "6 of 6 orders agree: no answer", {""}),
+    (SLOTS, "A", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    (SLOTS.replace("A:", "Reference:").replace("B:", "A:").replace("C:", "B:"), "A",
+     "1 of 2 orders agree: ", {"cat.png", "c.png"}),
+    (WHICH + "\nA. the first image\nB. the second image\nC. the third image", "B",
+     "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    ("How many cats are there?", "2", "6 of 6 orders agree: 2", {""}),
+    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""}),
+    (WHICH, "", "6 of 6 orders agree: no answer", {""})])
+def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, agree, means):
+    cat_files(says)
+    ev.main(["--ask", question, "a.png", "cat.png", "c.png", "--all-orders"])
+    out = capsys.readouterr().out
+    rows = table_rows(out)[2:]
+    orders = [row[0] for row in rows]
+    assert agree in out and {row[2] for row in rows} == means
+    assert orders[0] == "a.png cat.png c.png", "the given order comes first"
+    assert len(set(orders)) == len(orders) == int(agree.split()[2])
+
+def test_ask_in_one_order_shows_the_response_and_orders_is_a_limit(cat_files, capsys):
+    cat_files("2")
+    ev.main(["--ask", WHICH, "a.png", "cat.png"])
+    out = capsys.readouterr().out
+    assert r"\boxed{2}" in out and "| cat.png |" in out
+    ev.main(["--ask", WHICH, "a.png", "cat.png", "c.png", "--all-orders", "--orders", "4"])
+    assert "of 4 orders agree" in capsys.readouterr().out
+
+def test_ask_moves_what_the_question_names(cat_files):
+    text = "Is image 2 sharper than the third picture?"
+    sample = ev.own_question(text, ["a.png", "cat.png", "c.png"]).sample
+    asked = perl.permute(sample, (2, 0, 1)).question
+    assert asked == "<image><image><image>Is <image_3> sharper than <image_1>?"
+
+@table("asked, message", [
+    ((WHICH, "gone.png"), "gone.png is not a file"),
+    (("a.png", "cat.png"), "the question comes first"),
+    ((WHICH, "a.png", "bad.png"), "bad.png cannot identify"),
+    ((WHICH, "a.png", "cut.png"), "cut.png image file is truncated"),
+    (("<image> or what?", "a.png", "c.png"), "has 1 <image> for 2 images"),
+    (("Is image 4 dark?", "a.png"), "mentions image 4 of 1"),
+    (("Is it <|im_end|>?", "a.png"), "field question: contains")])
+def test_ask_names_what_cannot_be_asked_before_a_model_is_loaded(cat_files, asked, message,
+                                                                monkeypatch):
+    monkeypatch.setattr(ev, "start_model", lambda args: pytest.fail("too late"))
+    monkeypatch.setattr(ev.ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    Path("bad.png").write_text("no image")
+    Path("cut.png").write_bytes(bytes_of(noise(90, 90), "PNG")[:9000])
+    refuses(re.escape(message), ev.main, ["--ask", *asked])
+
+# ---- eval.py: --chart ------------------------------------------------------------------
+def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch):
+    """Mean next to worst order; a benchmark asked in one order has one bar a model."""
+    def share(value):
+        return {"value": value, "interval": [value - .1, value + .1], "n": 7}
+    for model, value in (("A", .4), ("B", .6)):
+        in_orders = {"mean": share(value), "worst": share(value - .2)}
+        for name, orders in (("blink", in_orders), ("remi", {})):
+            path = tmp_path / model / name / "results.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(share(value + .1) | {
+                "score": value + .1, "orders": orders, "config": {"orders": 6}}))
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **named: (
+        figures.append(self) or save(self, *args, **named)))
+    ev.main(["--chart", str(tmp_path / "c.png"), str(tmp_path / "A"), str(tmp_path / "B")])
+    assert Image.open(tmp_path / "c.png").width > 500
+    axes, = figures[0].axes
+    bars = [bar for bar in axes.patches if bar.get_height()]  # the legend's have none
+    assert [(round(bar.get_height()), bool(bar.get_hatch())) for bar in bars] == [
+        (40, False), (20, True), (60, False), (40, True), (50, False), (70, False)]
+    spans = [[round(bound) for bound in line.get_ydata()] for line in axes.lines]
+    assert spans == [[30, 50], [10, 30], [50, 70], [30, 50], [40, 60], [60, 80]]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["blink\n7 questions\nup to 6 orders", "remi\n7 questions"]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+    assert [*axes.get_xticks()] == pytest.approx([sum(middles[:4]) / 4, sum(middles[4:]) / 2])
+    refuses("no .*results.json in .*gone", ev.main,
+            ["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
+
+# ---- eval.py: page of a run ------------------------------------------------------------
+def test_the_page_of_a_run(straight, tmp_path):
+    """With a fork's filter, answers that name no single image, and texts that try to break out."""
+    run = shutil.copytree(straight, tmp_path / "run")
+    logged = read_rows(run / "rollouts.jsonl")
+    write_rows(run / "rollouts.jsonl", *logged, *[
+        logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1], order=[0, 1],
+                         response="</script><script><b>bold</b>", images=["gone.png"] * 2)
+        for rule, gold in (("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("pair", "1-2"))])
+    ev.main(["--page", str(run)])
+    text = (run / "page.html").read_text()
+    data = json.loads(re.search(r"const DATA = (.*);", text)[1])
+    assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text), "it needs no other file"
+    assert "<b>bold" not in text and text.count("</script>") == 1
+    assert data["metrics"] == read_rows(run / "metrics.jsonl") and data["images"]["gone.png"] == ""
+    picture = data["images"][logged[0]["images"][0]].partition(",")[2]
+    Image.open(io.BytesIO(base64.b64decode(picture))).verify()
+    first, _, *others = data["groups"]
+    rewards = {row["reward"] for row in logged[:6]}
+    assert (len(first["orders"]), first["verdict"] == "kept") == (2, len(rewards) > 1)
+    assert [group["orders"][0][0]["right_image"] for group in others[:4]] == [-1, -1, 1, -1]
+    held_out = [[row["step"] for row in group["orders"][0]] for group in others[4:]]
+    assert held_out == [[0, 2, 4]] * 3, "a held-out question through the run"
+    refuses("not a run folder", ev.main, ["--page", str(tmp_path)])
+    edit(run / "config.json", filter="disagree")
+    assert '"verdict": "disagree"' in ev.write_page(run).read_text()
+
+@pytest.fixture(scope="module")
+def paged(tmp_path_factory):
+    """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
+    held-out question asked at steps 0 and 1."""
+    run = tmp_path_factory.mktemp("paged") / "run"
+    Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
+    shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
+                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="")
+    hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
+    rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
+                          reward=right, advantage=2 * right - 1)
+            for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
+    rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
+                              reward=1.0, advantage=0.0))
+    write_rows(run / "rollouts.jsonl", *rows)
+    write_rows(run / "held_out.jsonl", *[
+        shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
+                      accuracy=step, reward=step, advantage=0.0) for step in (0, 1)])
+    write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
+               dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
+                    length=9.0, kl=0.0, idle=.1, truncated=0.0))
+    ev.main(["--page", str(run)])
+    return run / "page.html"
+
+def in_browser(page, tmp_path, width, script=""):
+    """The page as Chromium shows it after its script ran, and then this one."""
+    browser, copy = shutil.which("chromium") or pytest.skip("no chromium"), tmp_path / "shown.html"
+    copy.write_text(page.read_text() + f"<script>{script}</script>")
+    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+             f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} "
+             f"--dump-dom --window-size={width},800")
+    shown = subprocess.run([browser, *flags.split(), f"file://{copy}"], capture_output=True,
+                           text=True, timeout=60).stdout
+    return re.sub("(?s)<script>.*?</script>", "", shown)
+
+def test_the_page_in_a_browser(paged, tmp_path):
+    """Its script runs: curves are drawn, the group is shown, and model text is text."""
+    shown = in_browser(paged, tmp_path, 1200)
+    assert shown.count("<figure") == 6 and "<title>PeRL run</title>" in shown
+    assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
+    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
+    assert shown.count('class="right"') == 2, "the right image is framed in both orders"
+
+KEYS = """
+  for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
+    document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  document.title = document.documentElement.scrollWidth + " of " + innerWidth;
+"""
+
+def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
+    """Arrow keys go through the groups, to the held-out question; nothing sticks out."""
+    shown = in_browser(paged, tmp_path, 400, KEYS)
+    assert "Held-out question h" in shown and "step 1: right" in shown
+    width, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
+    assert width <= screen <= 500
+
+@pytest.fixture
+def forked(paged, tmp_path):
+    """The page of a fork with a flag and metrics of its own, without one of our settings."""
+    for file in paged.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    edit(tmp_path / "config.json", my_flag={"a": [1]}, filter_low=None, beta=None)
+    own = dict(with_gradient=.5, by_permutation=None, my_gap=-.3, my_word="x", my_nan=math.nan)
+    start, row = read_rows(tmp_path / "metrics.jsonl")
+    write_rows(tmp_path / "metrics.jsonl", start, row | own,
+               row | own | dict(step=2, by_permutation=.25, my_gap=.3))
+    ev.main(["--page", str(tmp_path)])
+    return tmp_path / "page.html"
+
+def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_path):
+    shown = in_browser(forked, tmp_path, 1280)
+    titles = re.findall("<figcaption[^>]*>(.*?)</figcaption>", shown)
+    assert titles[3] == "Groups that give a gradient" and titles[-1] == "my_gap"
+    assert not {"my_nan", "my_word"} & {*titles} and "NaN" not in shown
+    of_these = shown[shown.index("Groups that give a gradient"):]
+    assert "equal rewards in every order" in of_these[:of_these.index("</figure>")]
+    first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
+    assert first == tuple(sorted(first)), "the group, the curves, the glossary"
+    dashes = re.findall('stroke-dasharray="([^"]*)"', shown[shown.index("Held-out questions</fig"):])
+    assert len(set(dashes[:6])) == 3, "three lines, and their signs in the legend, all different"
+
+LAYOUT = """
+  const tops = [...document.querySelectorAll("#curves figure")].map(card => card.offsetTop), lone = [];
+  for (const node of document.querySelectorAll("p, dd, figcaption, h2, strong, .scores, pre")) {
+    const words = [], walk = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\S+/g)) {
+      const range = document.createRange();
+      range.setStart(walk.currentNode, word.index);
+      range.setEnd(walk.currentNode, word.index + word[0].length);
+      words.push(range.getBoundingClientRect().bottom);
+    }
+    const last = words.filter(bottom => Math.abs(bottom - words[words.length - 1]) < 6);
+    if (last.length === 1 && words.length > 1) lone.push(node.textContent);
+  }
+  document.title = JSON.stringify([tops, lone, document.documentElement.scrollWidth]);
+"""
+
+@table("name", ["paged", "forked"])
+@table("beta, width", [(0.01, 1280), (0.0, 1280), (0.01, 400), (0.0, 400)])
+def test_no_card_and_no_word_stands_alone(request, tmp_path, name, beta, width):
+    page, text = tmp_path / "of_beta.html", request.getfixturevalue(name).read_text()
+    page.write_text(text.replace('"beta": 0.01', f'"beta": {beta}'))
+    shown = in_browser(page, tmp_path, width, LAYOUT)
+    tops, lone, scroll = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+    assert not lone and scroll <= max(width, 500)
+    assert width < 500 or min(Counter(tops).values()) > 1, "a card alone in its row"
+
 # ---- eval.py: --flip -------------------------------------------------------------------
 @pytest.fixture
 def flip_data(tmp_path):
@@ -3220,621 +3750,7 @@ def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
     shutil.rmtree(flip_data / "facet-probe")
     refuses("clone github.com/yahskapar/facet-probe", flip, flip_data)
 
-# ---- Order labels of questions ---------------------------------------------------------
-LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
-DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
-
-def label_of(row):
-    n = row["question"].count("<image>")
-    gold = curate.gold_of(row["answer"], row["question"], n)
-    return ev.infer_label(row["question"], gold, n, row.get("style", "any"))
-
-@table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
-def test_order_labels_other_than_never_are_right(part, least):
-    """held-out: written without sight of the rules; attack: to find wrong labels."""
-    found = 0
-    for row in (row for row in LABELLED if row["set"] == part):
-        label = label_of(row)
-        if label.order_rule != "never":
-            mentions = [int(k) for k in perl.MENTION.findall(label.question)]
-            got = (label.order_rule, list(label.movable), label.answer, mentions)
-            assert got == (row["order_rule"], row["movable"], row["gold"], row["mentions"]), row
-            found += 1
-    assert found >= least
-
-TRUE = "<image><image> Is this statement about the pair true or false? "
-
-@table("source, question, answer", [  # order_labels.jsonl has 218 more of them
-    ("any", "<image><image> Which image shows a cat?", "3"),
-    ("any", "<image><image> How many images show a cow?", "image 1"),
-    ("any", "<image><image><image>Which one is quieter, image 1 or 3?", "Image 3 suggests rest"),
-    ("any", TRUE + "The left image shows a cow.", "True"),  # a name where pairs stand side by side
-    ("nlvr2", TRUE + "The right side of the left image shows a cow.", "True"),
-    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
-    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
-    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
-     "(B) the second image and the first image\n(C) the third image", "A")])
-def test_in_doubt_never(source, question, answer):
-    label = ev.infer_label(question, answer, question.count("<image>"), source)
-    assert (label.order_rule, label.movable, label.question) == ("never", None, question)
-
-# ---- eval.py: numbers in free text -----------------------------------------------------
-@table("text, number", [
-    (r"3\frac{1}{4}", 3.25), ("7 2/5", 7.4), (r"-1\frac12", -1.5), ("2½", 2.5), ("y = 9", 9),
-    (r"\frac{-3}{4}", -0.75), (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800),
-    (r"3\pi", 3 * math.pi), (r"\approx 12", 12), ("x ≈ 2.5", 2.5), ("€1,250.50", 1250.5),
-    (r"7\text{ cm}^2", 7), ("15 km/h", 15), ("21 square units", 21), ("4 or 5", None),
-    ("4 to 5", None), ("3 and 4", None), ("4=5", None), ("7:45", None), ("3x", None),
-    (r"2\sqrt{3}", None), ("1/0", None), ("8" * 500, None), ("5" + " b" * 5000 + "!", None)])
-def test_to_number(text, number):
-    signal.alarm(10)
-    assert ev.to_number(text) == (number if number is None else pytest.approx(number))
-
-@table("response, answer", [
-    ("**58**", "58"), ("58 apples", "58 apples"), ("Altogether that makes 58.", "58"),
-    ("There are 58 windows.", "58 windows"), ("20 + 38 = 58", "58"), ("It is 1,058.", "1,058"),
-    ("First I see 20. So the sum is 58.", "58"), ("It is four.", "4"), ("I see 57 or 58.", None),
-    ("It is between 50 and 60.", None), ("The time is 5:58.", None), ("<think>It is 58", None),
-    ("I cannot tell, maybe 58.", None), ("Nobody knows.", None), (r"\boxed{} 58", None),
-    ("```python\nn = 58\nprint(n)\n```", None), ("import math\nn = 58\nprint(n)", None)])
-def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer):
-    assert graded(response, "number 0", "58")["answer"] == answer
-    assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
-    assert graded(response, "number 0", "58", truncated=True)["answer"] is None
-
-# ---- data_samples/curate.py: --against -------------------------------------------------
-def drawing(seed):
-    """A figure of thin lines, as in mathematics; another one for each seed."""
-    rng, picture = random.Random(seed), Image.new("RGB", (320, 240), "white")
-    draw = ImageDraw.Draw(picture)
-    for _ in range(6):
-        points = [rng.randrange(20, 220) for _ in range(4)]
-        draw.line(points, "black", 2)
-        x, y, radius = rng.randrange(60, 260), rng.randrange(60, 180), rng.randrange(10, 55)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black")
-    return picture
-
-def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
-    for seed in range(60):
-        drawing(seed).save(tmp_path / f"{seed}.png")
-    benchmarks, nothing = curate.read_benchmarks([tmp_path]), curate.read_benchmarks([])
-    copy = tmp_path / "copy.jpg"
-    for seed in range(60):
-        for picture, is_known in ((drawing(seed).resize((256, 192)), True),
-                                  (drawing(1000 + seed), False)):
-            picture.save(copy, quality=80)
-            bits = curate.near_hash(perl.read_image(copy))
-            assert benchmarks.shows(bits, copy) == is_known and not nothing.shows(bits, copy)
-
-# ---- data_samples/ablate.py ------------------------------------------------------------
-def test_the_t_interval_and_test():
-    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
-    of its distribution, integrated by trapezoids; a mean of just that size has p = 5 %."""
-    assert stats.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
-    assert stats.interval([5.0]) == (5.0, math.inf)
-    for freedom, quantile in enumerate(stats.T_QUANTILES, 1):
-        constant = math.gamma((freedom + 1) / 2) / (
-            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
-        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
-        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
-        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
-        values = [float(k % 2) for k in range(freedom + 1)]
-        _, half = stats.interval(values)
-        shifted = [value - sum(values) / len(values) - half for value in values]
-        assert stats.p_value(shifted) == pytest.approx(0.05, abs=1e-4)
-    assert stats.p_value([2.0, 2.0]) == 0 and stats.p_value([0.0, 0.0]) == 1
-
-@table("p_values, survivors", [
-    ([0.001, 0.02, 0.04], [0, 1, 2]), ([0.04, 0.001, 0.03], [1]), ([0.02, 0.03, 0.04], []),
-    ([0.04], [0]), ([], [])])
-def test_holms_correction(p_values, survivors, monkeypatch):
-    """The smallest of m p-values is compared with 5 % / m, the next with 5 % / (m - 1), .."""
-    monkeypatch.setattr(stats, "p_value", lambda value: value)
-    assert stats.holm(dict(enumerate(p_values))) == survivors
-
-CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
-
-@table("changed, same", [
-    (CODE.replace("return", "# why\n\n    return  "), True), (CODE.replace("What", "Which"), True),
-    (CODE.replace('    """What."""\n', ""), True), ('"""Module."""\n' + CODE, True),
-    (CODE.replace("+ 1", "+ 2"), False), (CODE + "f(1)\n", False),
-    (CODE.replace('"""What."""', 'y = "What."'), False)])
-def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, same, tmp_path):
-    paths = tmp_path / "a.py", tmp_path / "b.py"
-    for path, code in zip(paths, (CODE, changed)):
-        path.write_text(code)
-    assert (hashes.code_hash(paths[0]) == hashes.code_hash(paths[1])) is same
-
-def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
-    base = "base"
-    monkeypatch.setattr(ablate, "base_hash", lambda: base)
-    def hash_of(arm):
-        return ablate.heading("name", arm, 0)["hash"]
-    arm = ablate.Arm("title", ("--seed 1",))
-    others = [hash_of(arm._replace(**change)) for change in (
-        dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(data="--first-share 0.5"),
-        dict(data="--first-share 0.8"), dict(more_images=True),
-        dict(fork=ablate.ARMS["agree"].fork), dict(fork=ablate.ARMS["clean"].fork))]
-    before = hash_of(arm._replace(title="other", rival=""))
-    assert hash_of(arm) == before and len({before, *others}) == len(others) + 1
-    monkeypatch.setattr(ablate, "EVALUATION", "--eval-orders 2")
-    assert hash_of(arm) not in others + [before]
-    monkeypatch.undo()
-    assert hash_of(arm) not in others + [before], "another base"
-
-def write_run(out, *worst_orders):
-    """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
-    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0, by_permutation=0.5,
-                equal_as_given=0.75)
-    evaluation = dict(eval_accuracy=0.75, eval_bias=0.25)
-    for stage, worst in enumerate(worst_orders, 1):
-        folder = out / f"stage{stage}"
-        for name in ("checkpoint-2", "best"):
-            (folder / name).mkdir(parents=True)
-        write_rows(folder / "metrics.jsonl", evaluation | dict(step=0, eval_worst=0.25),
-                   step | dict(step=1, with_gradient=0.5),
-                   step | evaluation | dict(step=2, with_gradient=0.0, eval_worst=worst))
-
-class AtOnce(Executor):
-    """Runs what is submitted before it returns, and takes back what a fork did to this process.
-    Threads would not do: ast.parse is not safe."""
-    def __init__(self, jobs):
-        self.jobs = jobs
-
-    def submit(self, task, *args):
-        future = Future()
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, name in ((perl, "main"), (perl, "set_advantages"), (sys, "argv")):
-                patch.setattr(owner, name, getattr(owner, name))
-            patch.setattr(sys, "path", sys.path.copy())
-            try:
-                future.set_result(task(*args))
-            except BaseException as error:
-                future.set_exception(error)
-        return future
-
-@pytest.fixture
-def ablation(tmp_path, monkeypatch):
-    """ablate.py on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO
-    and .2 for another training set; those in `broken` fail. Returns what calls it, the runs
-    started, `broken`, its file."""
-    started, broken, path = [], set(), tmp_path / "ablation.jsonl"
-    def trained(argv=None):
-        argv = argv or sys.argv[1:]
-        seed, out = int(argv[argv.index("--seed") + 1]), Path(argv[argv.index("--out") + 1])
-        name = out.name.split("-seed")[0]
-        started.append((name, seed))
-        if (name, seed) in broken:
-            raise SystemExit("out of memory")
-        skewed = 0.2 * name.endswith("-0.5")
-        write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo") - skewed)
-    def measured(checkpoint, path, n_orders, max_new_tokens):
-        worst = 0.25
-        if checkpoint != "tiny":
-            worst = read_rows(Path(checkpoint).parent / "metrics.jsonl")[-1]["eval_worst"]
-        return {"all": [0.75, worst, 0.25], "ask": [0.5, worst / 2, 0.25],
-                "places": {"1": 1.0, "2": 0.5}}
-    monkeypatch.setattr(perl, "main", trained)
-    for name, fake in dict(  # all in this process, whose output is the test's
-            redirect_stdout=contextlib.nullcontext, redirect_stderr=contextlib.nullcontext,
-            fresh_processes=AtOnce, base_hash=lambda: "now", measure=measured,
-            made_data=lambda flags, scratch: scratch).items():
-        monkeypatch.setattr(ablate, name, fake)
-    def main(*flags, arms="perl,grpo", seeds="0-2"):
-        started.clear()
-        ablate.main(["--lines", str(path), "--scratch", str(tmp_path / "scratch"), "--jobs", "1",
-                     "--arms", arms, "--seeds", seeds, *flags])
-    return main, started, broken, path
-
-def test_a_finished_run_is_not_run_again_until_its_code_changes(
-        ablation, tmp_path, monkeypatch, capsys):
-    main, started, _, path = ablation
-    main(arms="clean,grpo,perl,start")
-    pairs = [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")]
-    assert started == pairs + [("clean", 0), ("clean", 1), ("clean", 2)], "in pairs, these first"
-    assert not list(tmp_path.glob("scratch/*/*/[bc]*")), "their weights are not kept"
-    main(seeds="2-3")
-    assert sorted(started) == [("grpo", 3), ("perl", 3)]
-    line, = [row for row in read_rows(path) if row["arm"] == "perl" and row["seed"] == 0]
-    assert line.pop("cpu_seconds") > 0
-    assert line == dict(
-        ablate.heading("perl", ablate.ARMS["perl"], 0), flags=["--eval-every 10"], steps=2,
-        curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]], kept=0.25, with_gradient=0.25,
-        equal_as_given=0.75, by_permutation=0.5, training_seconds=6.0, all=[0.75, 0.5, 0.25], ask=[0.5, 0.25, 0.25],
-        places={"1": 1.0, "2": 0.5}, more_all=[0.75, 0.5, 0.25], more_ask=[0.5, 0.25, 0.25],
-        more_places={"1": 1.0, "2": 0.5})
-    monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
-    capsys.readouterr()
-    main(seeds="0")
-    assert started == [("perl", 0), ("grpo", 0)]
-    before, now = capsys.readouterr().out.split("another perl.py or other data: ")[1].split(
-        "\n2 runs of perl.py changed")
-    assert before.startswith("12 runs of perl.py now.") and "| plain GRPO  | 4 " in before
-    assert "| plain GRPO | 1 " in now, "each code has tables of its own"
-
-def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
-        ablation, monkeypatch, capsys):
-    """Code that changes during a run makes it fail too."""
-    main, started, broken, path = ablation
-    broken.add(("perl", 1))
-    main()
-    assert len(started) == 6 and len(read_rows(path)) == 6
-    out = capsys.readouterr().out
-    assert "perl, seed 1: out of memory" in out
-    assert "5 runs of perl.py now. Failed: perl, seed 1 (out of memory)." in out
-    assert re.search(r"PeRL +\| 2 .*\n\| plain GRPO +\| 3 ", out)
-    main("--tables")
-    assert not started and "Failed: perl, seed 1" in capsys.readouterr().out
-    broken.clear()
-    main()
-    assert started == [("perl", 1)] and "6 runs of perl.py now. Failed: none." in (
-        capsys.readouterr().out)
-    changes = itertools.count()
-    monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
-    main(arms="perl", seeds="0")
-    assert "code or data changed during the run" in capsys.readouterr().out
-
-def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
-    """perl.py refuses a negative seed: the process starts, ends and says why without training."""
-    ablate.run_all([("clean", ablate.ARMS["clean"], -1)], 1, tmp_path / "a.jsonl",
-                   tmp_path / "scratch")
-    assert "clean, seed -1: --seed -1 must be" in capfd.readouterr().out
-    assert (tmp_path / "scratch" / "clean-seed-1.log").exists()
-    assert "--seed -1" in read_rows(tmp_path / "a.jsonl")[0]["failed"]
-    assert perl.set_advantages.__name__ == "set_advantages", "the fork is not in this process"
-
-def cells_of_table(text):
-    cells = {}
-    for line in text.split("\n"):
-        name, *cells[name] = [cell.strip() for cell in line.strip("| ").split("|")]
-    return cells
-
-def test_tables_by_hand(ablation, tmp_path):
-    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
-    paired difference is over two seeds and without spread."""
-    main, _, _, path = ablation
-    main(arms="start,perl,grpo,perl-0.5,grpo-0.5,perl-120,grpo-120,grpo-images", seeds="0-1")
-    main(arms="perl", seeds="2")
-    texts = ablate.all_tables("now", ablate.last_lines(read_rows(path))["now"])
-    arms, shares = cells_of_table(texts["arms"]), cells_of_table(texts["shares"])
-    assert arms["PeRL"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0", "", "", "25 %",
-                            "25 %", "75 %", "50 %"]
-    assert arms["plain GRPO"][4:6] == ["+0.0 ± 0.0", "**-10.0 ± 0.0**"]
-    assert arms["start model"][:4] == ["1", "75.0", "25.0", "25.0"] and "n_s = 2" not in arms
-    skewed = shares["plain GRPO, right image first: 0.5"]
-    assert skewed[5] == "**-10.0 ± 0.0**", "against PeRL on the same training set"
-    assert cells_of_table(texts["main"])["plain GRPO, 120 steps"][4] == "**-10.0 ± 0.0**"
-    assert cells_of_table(texts["more"])["PeRL"][-1] == "100 / 50"
-    assert cells_of_table(texts["images"])[ablate.ARMS["grpo-images"].title][2] == "22.5 ± 31.8"
-    assert cells_of_table(texts["longer"])["2"] == [
-        "2", "55.0 ± 63.5", "45.0 ± 63.5", "+10.0 ± 0.0"]
-    assert texts["holm"].startswith("Of 6 paired differences") and (
-        "3 have a 95 % interval without 0, and 3 survive" in texts["holm"])
-    assert "- worst order below PeRL's: plain GRPO; plain GRPO, 120 steps; plain" in texts["holm"]
-    assert "have not been started" in texts["runs"] and texts["runs"].startswith("16 runs")
-
-def test_the_figure_is_small_and_only_drawn_again_for_other_runs(ablation, tmp_path):
-    main, _, _, path = ablation
-    main(arms="start,perl,grpo,perl-0.5,grpo-0.5", seeds="0-1")
-    picture = tmp_path / "ablation.png"
-    with Image.open(picture) as image:
-        assert image.width > 1500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
-    assert picture.stat().st_size < 200_000
-    times = [picture.stat().st_mtime_ns]
-    for seeds in ("0-1", "2"):
-        main(seeds=seeds)
-        times.append(picture.stat().st_mtime_ns)
-    assert times[0] == times[1] < times[2]
-
-def test_tables_are_written_between_markers(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("a\n<!-- table: x-1 -->\nold\n<!-- /table -->\nb\n<!-- table: y --><!-- /table -->")
-    ablate.write_tables(path, {"x-1": "\\1 new\n", "y": "Y\n", "z": "not asked for\n"})
-    text = path.read_text()
-    assert text == ("a\n<!-- table: x-1 -->\n\\1 new\n<!-- /table -->\nb\n<!-- table: y -->\nY\n"
-                    "<!-- /table -->")
-    refuses("no table x-1", ablate.write_tables, path, {"y": ""})
-    path.write_text("no marker")
-    ablate.write_tables(path, {})
-    assert path.read_text() == "no marker"
-
-def test_the_readmes_and_the_figure_show_the_runs_of_ablation_jsonl(tmp_path):
-    """Made by `ablate.py --tables`; the figure notes the runs that it shows."""
-    source = HERE / "data_samples"
-    by_code = ablate.last_lines(read_rows(source / "ablation.jsonl"))
-    code = max(reversed(by_code), key=lambda code: len(by_code[code]))
-    texts, marked = ablate.all_tables(code, by_code[code]), ""
-    for readme in (HERE / "README.md", source / "README.md"):
-        copy = Path(shutil.copy(readme, tmp_path / "copy.md"))
-        ablate.write_tables(copy, texts)
-        marked += copy.read_text()
-        assert copy.read_text() == readme.read_text(), f"{readme}: run ablate.py --tables"
-    names = set(re.findall("<!-- table: (.*) -->", marked))
-    assert names >= texts.keys() - {"main", "positions"}
-    shutil.copy(source / "ablation.png", tmp_path / "ablation.png")
-    before = (tmp_path / "ablation.png").stat().st_mtime_ns
-    ablate.draw(ablate.by_arm(by_code[code]), ablate.SHARES, tmp_path / "ablation.png")
-    assert (tmp_path / "ablation.png").stat().st_mtime_ns == before, "run ablate.py --tables"
-
-def test_the_steps_of_several_stages_add_up(tmp_path):
-    write_run(tmp_path, 0.5, 0.75)
-    (tmp_path / "stage0").mkdir()
-    found = ablate.read_run(tmp_path)
-    assert (found["steps"], found["kept"], found["training_seconds"]) == (4, 0.25, 12.0)
-
-FORK = """import perl
-def reward_twice(groups):
-    pass
-perl.{name} = reward_twice
-if __name__ == "__main__":
-    perl.main()
-"""
-
-def test_a_users_fork_is_compared_and_changes_no_other_result(ablation, tmp_path, capsys):
-    """From any folder, with a module beside it and a flag of its own. Its lines are not in the
-    committed file; the same file under other flags is another arm."""
-    main, started, _, path = ablation
-    main(seeds="0-1")
-    committed, folder = path.read_text(), tmp_path / "elsewhere"
-    folder.mkdir()
-    (folder / "beside.py").write_text("NAME = 'set_advantages'\n")
-    fork = folder / "mine.py"
-    fork.write_text("import sys, beside\nsys.argv.remove('--own')\n"
-                    + FORK.replace("__name__ ==", "beside.NAME and __name__ ==").format(
-                        name="set_advantages"))
-    main("--fork", str(fork), "--flags=--own --beta 0.01", seeds="0-1")
-    assert started == [("mine.py-own-beta-0.01", 0), ("mine.py-own-beta-0.01", 1)]
-    main("--fork", str(fork), "--flags=--own", seeds="1-2")
-    assert sorted(started) == [("grpo", 2), ("mine.py-own", 1), ("mine.py-own", 2), ("perl", 2)]
-    assert path.read_text() == committed
-    cells = cells_of_table(capsys.readouterr().out.split("forks:\n")[-1])
-    assert cells["mine.py --own"][0] == "2" and cells["mine.py --own --beta 0.01"][0] == "2"
-    assert cells["PeRL"][0] == "3" and cells["mine.py --own"][-1].startswith("+10.0")
-    assert len(read_rows(tmp_path / "scratch/forks.jsonl")) == 6
-
-@table("text, message", [
-    (FORK.format(name="set_advantage"),
-     "sets perl.set_advantage, which perl.py does not have; did you mean set_advantages"),
-    ("import perl\nperl.set_advantages = len\n", "does not call perl.main"),
-    (FORK.format(name="set_advantages"), "no such setting: --bta; did you mean --beta"),
-    ("", "does not call perl.main"), (None, "there is no such file")])
-def test_a_fork_without_effect_is_refused_before_anything_runs(
-        text, message, ablation, tmp_path, capsys):
-    main, started, _, _ = ablation
-    if text is not None:
-        (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(SystemExit) as end:
-        main("--fork", str(tmp_path / "mine.py"), "--flags=--bta 1")
-    assert message in f"{end.value} {capsys.readouterr().err}" and not started
-
-def answered(text, order=(0, 1)):
-    """A rollout of the answer `text` to a question of two images, whose first one is right."""
-    asked = perl.permute(sample("index", "1", n=len(order)), order)
-    accuracy = float(text == asked.answer)
-    return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
-                   truncated=False, accuracy=accuracy, reward=accuracy)
-
-def load_fork(name):
-    """Do what the fork of an arm does to perl.py -> its names."""
-    return runpy.run_path(ablate.ARMS[name].fork, run_name="fork")
-
-@table("text, order, given", [
-    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
-    ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
-def test_an_answer_moved_back_to_the_given_order(text, order, given, monkeypatch):
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    assert load_fork("agree")["answer_as_given"](answered(text, order)) == given
-
-def group_of(*texts, orders=((0, 1), (1, 0))):
-    """Answers order by order, as many in each."""
-    n = len(texts) // len(orders)
-    return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
-
-ONE_ORDER = group_of("1", "1", "1", "1", orders=((0, 1), (0, 1)))
-
-@table("fork, group, rewards", [  # columns: the first answers of both orders, then the second ones
-    ("agree", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
-    ("agree", group_of("2", "9", "1", "9"), [0.9, 0, 0.9, 0]),
-    ("agree", ONE_ORDER, [1, 1, 1, 1]),
-    ("agree-right", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
-    ("agree-right", group_of("2", "1", "1", "2"), [0, 1.9, 0, 1.9]),
-    ("agree-right", ONE_ORDER, [1, 1, 1, 1])])
-def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
-    """Agreement pays whether right or wrong; being right together pays on top; a question in one
-    order only has nothing to agree with."""
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group = [dataclasses.replace(rollout) for rollout in group]
-    load_fork(fork)
-    perl.set_advantages([group])
-    assert [rollout.reward for rollout in group] == pytest.approx(rewards)
-    assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
-
-def test_the_forks_of_baseline_and_condition(monkeypatch):
-    """Advantages of rewards 1, 0, 0, 0, pooled and by order; then what is learned."""
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group = group_of("1", "9", "9", "9")
-    for expected, answers, fork in (([ROOT] + [-1 / ROOT] * 3, "1122", "per-order"),
-                                    ([1, -1, 0, 0], "1122", "clean"),
-                                    ([1, -1, 0, 0], "1111", "clean")):
-        perl.set_advantages([group])
-        assert [r.advantage for r in group] == pytest.approx(expected)
-        assert [r.prompt.sample.answer for r in group] == list(answers)
-        load_fork(fork)
-
-def test_permuting_follows_a_questions_own_gap(monkeypatch):
-    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
-    groups, asked, rng = [], [], random.Random(0)
-    for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
-        groups.append(group_of("1", "1", "1", "1")[:len(row)])
-        for rollout, accuracy in zip(groups[-1], row):
-            rollout.accuracy = float(accuracy)
-            rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
-    def sample_orders(*args, n_orders, n):
-        asked.append((n_orders, n))
-        return groups
-    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
-    monkeypatch.setattr(perl, "sample_orders", sample_orders)
-    load_fork("adaptive")
-    for stage in (0, 1):
-        perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
-    assert asked == [(2, 2), (1, 4)]
-    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
-        asked_for = dataclasses.replace(sample("keep"), id=name)
-        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
-        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
-
-def test_a_checkpoint_is_measured_over_orders_kinds_and_positions(monkeypatch):
-    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on.
-    A question whose answer stays counts for `all` only."""
-    letter = sample("letter", "B", movable=(1, 2))
-    option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
-                                 accuracy=0.0)
-    kept = dataclasses.replace(option, prompt=perl.Prompt(sample(), [1], []), accuracy=1.0)
-    groups = [group_of("1", "1", "1", "2"), [option], [kept]]
-    def sample_groups(model, processor, samples, orders, cfg, *, n, greedy):
-        assert len(samples) == 321 and max(map(len, orders)) == 6 and (n, greedy) == (1, True)
-        assert cfg.max_new_tokens == 64
-        return groups
-    monkeypatch.setattr(perl, "sample_groups", sample_groups)
-    found = ablate.measure("tiny", HERE / "data_samples/test.jsonl", 6, 64)
-    assert found == {"all": [pytest.approx(1.75 / 3, abs=1e-5), 0.33333, 0.33333],
-                     "ask": [0.375, 0.0, 0.5], "places": {"1": 1.0, "2": 0.5, "3": 0.0}}
-
-def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypatch, data):
-    """Two stages of one step each, the second from the first's weights, with a fork of both."""
-    for target in ("main", "set_advantages"):
-        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    measure, measured = ablate.measure, []
-    def measure_few(checkpoint, path, n_orders, max_new_tokens):
-        measured.append(checkpoint)
-        return measure(checkpoint, data.with_name("eval.jsonl"), 2, 16)
-    monkeypatch.setattr(ablate, "measure", measure_few)
-    short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
-    monkeypatch.setattr(ablate, "EVALUATION", short)
-    arm = ablate.ARMS["agree"]._replace(stages=("--filter none", "--stage 2 --filter none"))
-    line = ablate.run("agree", arm, 100, tmp_path)
-    assert [point[0] for point in line["curve"]] == [0, 1, 0, 1] and line["steps"] == 2
-    assert measured == [str(tmp_path / "agree-seed100/stage2/checkpoint-1")]
-    assert len(line["all"]) == 3 and line["places"] and 0 <= line["with_gradient"] <= 1
-    log = (tmp_path / "agree-seed100.log").read_text()
-    assert log.count("step 1/1") == 2 and "stage1/checkpoint-1" in log
-    assert (tmp_path / "agree-seed100/stage1/agree.py").exists(), "the fork is kept with its run"
-    assert perl.set_advantages.__name__ == "agree"
-
-def test_training_sets_and_more_images_are_made_once(tmp_path, monkeypatch):
-    """The images are drawn once and copied afterwards."""
-    pytest.importorskip("sklearn")
-    make_samples, pools = pytest.importorskip("make_samples"), {}
-    save_images, commands = make_samples.save_images, []
-    def images_once(folder):
-        pools.update(pools or save_images(tmp_path / "images"))
-        shutil.copytree(tmp_path / "images", folder)
-        return pools
-    def in_this_process(command):
-        commands.append(command)
-        monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
-        make_samples.main()
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(make_samples, "save_images", images_once)
-    monkeypatch.setattr(subprocess, "run", in_this_process)
-    folder = ablate.made_data("--first-share balanced", tmp_path)
-    assert (folder / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
-    answers = [row["answer"] for row in read_rows(folder / "train.jsonl")
-               if row["source"] == "largest" and len(row["images"]) == 4]
-    assert Counter(answers) == dict.fromkeys("1234", 30)
-    assert ablate.made_data("--first-share balanced", tmp_path) == folder and len(commands) == 1
-    images = ablate.made_data(ablate.ONLY_IMAGES, tmp_path)
-    rows = read_rows(images / "train.jsonl")
-    assert {row["source"] for row in rows} == {"largest", "smallest", "match"}
-    first = [row["answer"] in "1A" for row in rows]
-    assert len(rows) == 1110 and 0.93 < sum(first) / len(first) < 0.97
-    more = ablate.made_data(ablate.MORE_IMAGES, tmp_path)
-    rows = read_rows(more / "test.jsonl")
-    assert len(rows) == 300 and {len(row["images"]) for row in rows} == {6, 7, 8}
-    assert not (more / "train.jsonl").exists()
-    for kind, n in itertools.product(("largest", "smallest", "match"), (6, 7, 8)):
-        answers = Counter(row["answer"] for row in rows
-                          if row["source"] == kind and len(row["images"]) == n)
-        assert len(set(answers.values())) == 1 and len(answers) == n - (kind == "match")
-    samples = perl.load_samples(more / "test.jsonl")
-    trained = {row["id"] for row in read_rows(folder / "train.jsonl")}
-    assert not trained & {sample.id for sample in samples}
-    assert all(Path(name).name.startswith("test_") for row in rows for name in row["images"])
-
-# ---- data_samples/ablate.py --cost -----------------------------------------------------
-def step_flags(images, image_tokens, text_tokens, new_tokens):
-    return ["--cost", f"--images={images}", f"--max-new-tokens={new_tokens}",
-            f"--image-tokens={image_tokens}", f"--text-tokens={text_tokens}"]
-
-def step_config(**changes):
-    return dataclasses.replace(perl.parse_config([]), **dict(
-        beta=0.0, max_new_tokens=5, max_tokens_per_micro_batch=16384) | changes)
-
-@table("changes", [{}, PLAIN, dict(n_permutations=2, rollouts_per_order=2),
-                   dict(max_tokens_per_micro_batch=50)])
-def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
-    """The parts that --cost prints add up to what torch counts in sampling and an update."""
-    cfg, model, shape = step_config(**changes), load_tiny(), [3, 6, 10]
-    endless = SimpleNamespace(**vars(PROCESSOR) | dict(
-        banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids))
-    rollouts = cost.full_rollouts(cfg, shape, model.config.vision_config, 40, PROCESSOR.image_id)
-    prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
-        adamw_updates(model, [[rollouts]], cfg, lr=0.0)
-    flops, _ = cost.count_flops(model.config, cfg, shape)
-    assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
-
-def test_flops_at_the_size_of_the_7b():
-    def count(**changes):
-        return cost.count_flops(cost.QWEN_7B, step_config(max_new_tokens=256, **changes),
-                                  [4, 256, 64])
-    (shared, minimum), (plain, _) = count(), count(share=False)
-    total = sum(shared.values())
-    assert total <= 0.30 * sum(plain.values()) and total <= 1.15 * sum(minimum.values())
-    assert all(0.95 < minimum[part] / shared[part] < 1.001 for part in minimum)
-    fewer, permuted = count(rollouts_per_order=2)[0], count(n_permutations=3)[0]
-    assert fewer["prefill"] == shared["prefill"] and permuted["prefill"] == 2 * shared["prefill"]
-    assert fewer["vision"] == permuted["vision"] == shared["vision"]
-
-def test_the_last_line_of_cost_is_an_object(capsys):
-    """With a process for each of the two ways, whose peak memory is its own."""
-    ablate.main(step_flags(2, 4, 9, 4) + ["--n-permutations", "2"])
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    names = {f"{kind}_{way}" for kind in ("flops", "seconds", "peak_mb")
-             for way in ("shared", "plain")} | {"flops_minimum"}
-    parts = {f"flops_{way}_{part}" for way in ("shared", "plain", "minimum")
-             for part in ("vision", "prefill", "decode", "loss")}
-    assert set(row) == names | parts | {f"seconds_{way}_{part}" for way in ("shared", "plain")
-                                        for part in ("sample", "update")}
-    assert min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
-
-@table("flags, message", [
-    (step_flags(0, 4, 9, 4), "more text tokens than images"),
-    (step_flags(4, 4, 4, 4), "more text tokens than images"),
-    (step_flags(1, -4, 9, 4), "more text tokens than images"),
-    (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
-    (step_flags(1, 4, 9, 1), "--max-new-tokens"),
-    (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
-    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of start")])
-def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        ablate.main(flags)
-    assert message in f"{end.value} {capsys.readouterr().err}"
-
-def test_ctrl_c_during_the_cost_is_one_sentence():
-    process = subprocess.Popen([sys.executable, str(HERE / "data_samples" / "ablate.py"),
-                                *step_flags(2, 4, 9, 4)], stderr=subprocess.PIPE, text=True)
-    signal.alarm(60)
-    assert "timing a step" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 1 and "interrupted; the same command continues" in err
-    assert "KeyboardInterrupt" not in err
-
-# ---- data_samples/curate.py ------------------------------------------------------------
+# ---- data_samples/curate.py: rows become samples ---------------------------------------
 def digit(k, kind="PNG", mode="RGB"):
     with Image.open(DIGITS[k]) as image:
         return encoded(image.convert(mode), kind)["bytes"]
@@ -3959,17 +3875,26 @@ def bad_copies(tmp_path):
 
 CIRCLES = "Statements: ① a ② b ③ c ④ d. Which are right?"
 LABELS = "(1) a (2) b (3) c (4) d. Which are right?"
-GOLDS = [  # answer, question, what is left of it
+
+@table("answer, question, gold", [  # what is left of a gold, or the rule that drops it
     (r"$\number{24}$", "", "24"), (r"\boxed{\text{24}}", "", "24"), ("24 (students)", "", "24"),
     (r"24\mathrm{~cm}", "", "24 cm"), ("3.4.", CIRCLES, "③④"), ("3.4.", LABELS, "3, 4"),
-    ("3 and 4", "", "3, 4"), ("3.4", LABELS, "3.4"), *[(gold, CIRCLES, gold) for gold in (
-        "7 (mod 12)", "③④", "12, 5", r"(-\infty, 3]", "1 1/2", "black and white", "OR gate")]]
-
-@table("answer, question, gold", GOLDS)
-def test_golds_that_a_natural_answer_meets_are_unwrapped(answer, question, gold):
-    assert curate.unwrap_gold(curate.gold_of(answer, question, 1), question) == gold
-    curate.check_gold(gold)
-    assert perl.is_correct(rf"\boxed{{{gold}}}", gold)
+    ("3 and 4", "", "3, 4"), ("3.4", LABELS, "3.4"), (r"$40^{\circ}$", "", r"40^{\circ}"),
+    (r"$$\dfrac{35}{4}$$", "", r"\dfrac{35}{4}"), *[(gold, CIRCLES, gold) for gold in (
+        "7 (mod 12)", "③④", "12, 5", r"(-\infty, 3]", "1 1/2", "black and white", "OR gate",
+        r"2\sin (2x-\frac{\pi }{6})")],
+    ("$$BD=CE$$ (not unique)", "", "answer is one of many"),
+    ("(1)3;(2)5", "", "answer has several parts"), ("6 or 2", "", "answer lists alternatives"),
+    (r"$$x \geqslant 2$$(or $$x > 2$$)", "", "answer lists alternatives"),
+    ("It is reasonable because of it", "", "open answer"), ("", "", "no answer")])
+def test_golds_are_unwrapped_so_that_a_natural_answer_meets_them_or_dropped(answer, question, gold):
+    found = curate.unwrap_gold(curate.gold_of(answer, question, 1), question)
+    if gold.startswith(("answer ", "open ", "no ")):
+        with pytest.raises(curate.Dropped, match=gold):
+            curate.check_gold(found)
+    else:
+        curate.check_gold(found)
+        assert found == gold and perl.is_correct(rf"\boxed{{{gold}}}", gold)
 
 def test_what_a_rule_drops_is_counted_and_shown(bad_copies, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # ev.main sets it
@@ -3988,6 +3913,67 @@ def test_an_answer_that_names_an_image_never_stays(tmp_path):
     out = run_curate(tmp_path, tmp_path / "out", sources=["mantis:nlvr2"])
     assert [s.order_rule for s in perl.load_samples(out / "train.jsonl")] == ["never", "index"]
 
+@table("sources, message", [
+    (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
+    (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources have the same name"),
+    (["hiyouga/MMK12"], "row 1: not the columns of MMK12"),
+    (["mantis:iconqa"], "part_1.zip is missing")])
+def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, sources, message):
+    shutil.copytree(copies, tmp_path / "copies")
+    (tmp_path / "copies" / "Mantis-Instruct" / "iconqa" / "part_1.zip").unlink()
+    refuses(message, run_curate, tmp_path / "copies", tmp_path / "out", sources=sources)
+
+def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(perl, "read_image", lambda file: pytest.fail("decoded"))
+    for size in ((8000, 6000), (900, 8)):
+        with pytest.raises(curate.Dropped, match="too large or too thin"):
+            curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
+
+PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> Here is a statement "
+             "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
+CHOOSE = "Answer the following multiple-choice question:\n"
+SHORT = "Answer the following question:\nIf image 3 is the reference image, "
+SIMILAR = "which image of the other two is more similar to the reference image?"
+OTHERS = ("which image of the other two images <image> <image> is more similar to the reference "
+          "image? ")
+ASSUME = "(Assume reference image is image 1 and the other two are image 2 and image 3)"
+RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally "
+            "contrastive images\nDescription:\nA man waves.")
+THIS_TEXT = ("Given this detailed description:\nA man waves.\n"
+             "Which image provided best matches the description?")
+MANTIS_ROWS = [  # config, question, answer; gold, rule, movable. As data/*/prepare.py words them
+    ("dreamsim", DREAM.format(2, 3, 1), "B", "B", "keep", (0, 1, 2)),
+    ("dreamsim", f"{CHOOSE}If <image> is the reference image, {OTHERS}{ASSUME}\n"
+     "Options:\n(A) Image 2\n(B) Image 3", "A", "A", "keep", (1, 2)),
+    ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
+     "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
+    ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
+     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
+    ("imagecode", "<image>" * 4 + RETRIEVE, "Answer: Image 3", "3", "index", (0, 1, 2, 3)),
+    ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
+    ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
+    ("iconqa", "Which has more?<image>" + OPTIONS, "Answer: A", "A", "letter", (1, 2, 3)),
+    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
+    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
+    ("nlvr2", PAIR_TRUE.format("The right image shows a dog."), "B", "B", "keep", (0, 1))]
+
+def test_rows_of_mantis_in_its_own_wordings(tmp_path):
+    rows, digits = {}, iter(range(200))
+    for config, question, answer, *_ in MANTIS_ROWS:
+        k = len(rows.setdefault(config, []))
+        paths = [f"{k}/{j}.png" for j in range(question.count("<image>"))]
+        rows[config].append(mantis_row(k, paths, question, answer))
+        # Later turns of a conversation refer back to the first, so they are left out.
+        rows[config][-1]["conversation"] += [{"role": "user", "content": "Why?"}]
+    for config in rows:
+        paths = [image["path"] for row in rows[config] for image in row["images"]]
+        write_mantis(tmp_path, config, rows[config], {path: digit(next(digits)) for path in paths})
+    out = run_curate(tmp_path, tmp_path / "out", sources=[f"mantis:{config}" for config in rows])
+    samples = perl.load_samples(out / "train.jsonl")
+    found = [(s.source, s.answer, s.order_rule, s.movable) for s in samples]
+    assert found == [("mantis-" + row[0], *row[3:]) for row in MANTIS_ROWS]
+
+# ---- data_samples/curate.py: benchmarks, held-out questions and limits -----------------
 def test_benchmarks_are_kept_out(copies, tmp_path):
     """By the same pixels, by a JPEG of them, by 13 words; 13 words of a template do not count."""
     against, sources = tmp_path / "against", shutil.copytree(copies, tmp_path / "copies")
@@ -4006,122 +3992,28 @@ def test_benchmarks_are_kept_out(copies, tmp_path):
                        "mantis-iconqa-0000001": "near duplicate of a benchmark's picture",
                        "mmk12-0000005": "13 words of a benchmark"}
 
-def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, monkeypatch):
-    out, calls, store = tmp_path / "out", [], curate.store_image
-    def dies(*args):
-        calls.append(args)
-        return die() if len(calls) == 30 else store(*args)
-    monkeypatch.setattr(curate, "store_image", dies)
-    with pytest.raises(Killed):
-        run_curate(copies, out)
-    with open(out / ".work" / "mantis-iconqa.jsonl", "a") as file:
-        file.write('{"sample": {"id"')  # a line torn by the kill
-    assert not (out / "train.jsonl").exists()
-    run_curate(copies, out)
-    assert len(calls) < 30 + 18 + 24 + 7
-    for name in ("train.jsonl", "REPORT.md", "ten.jpg", "dropped.jsonl"):
-        assert (out / name).read_bytes() == (curated / name).read_bytes()
-    refuses("begun with other sources", run_curate, copies, out, sources=["mmk12"])
+def drawing(seed):
+    """A figure of thin lines, as in mathematics; another one for each seed."""
+    rng, picture = random.Random(seed), Image.new("RGB", (320, 240), "white")
+    draw = ImageDraw.Draw(picture)
+    for _ in range(6):
+        points = [rng.randrange(20, 220) for _ in range(4)]
+        draw.line(points, "black", 2)
+        x, y, radius = rng.randrange(60, 260), rng.randrange(60, 180), rng.randrange(10, 55)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black")
+    return picture
 
-@table("sources, message", [
-    (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
-    (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources have the same name"),
-    (["hiyouga/MMK12"], "row 1: not the columns of MMK12"),
-    (["mantis:iconqa"], "part_1.zip is missing")])
-def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, sources, message):
-    shutil.copytree(copies, tmp_path / "copies")
-    (tmp_path / "copies" / "Mantis-Instruct" / "iconqa" / "part_1.zip").unlink()
-    refuses(message, run_curate, tmp_path / "copies", tmp_path / "out", sources=sources)
-
-def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
-    monkeypatch.setattr(perl, "read_image", lambda file: pytest.fail("decoded"))
-    for size in ((8000, 6000), (900, 8)):
-        with pytest.raises(curate.Dropped, match="too large or too thin"):
-            curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
-
-# ---- curate2: hold-out, limits, reasons, the recipe ------------------------------------
-PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> Here is a statement "
-             "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
-STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
-              "The digit grew over time.")
-RAW_SOURCES = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
-
-def write_mixed(folder, n):
-    """5 n rows in the raw formats of RAW_SOURCES, as data/*/prepare.py of Mantis writes them; every
-    picture is used once, but for the nlvr2 rows 0 and 1, which share one."""
-    rows, contents, digits = {name: [] for name in RAW_SOURCES}, {}, iter(range(len(DIGITS)))
-    def ask(source, n_images, question, answer):
-        paths = []
-        for j in range(n_images):
-            paths.append(f"{source}/{len(rows[source])}/{j}.png")
-            contents[paths[-1]] = digit(next(digits))
-        if source == "mantis:nlvr2" and len(rows[source]) == 1:
-            paths[0] = f"{source}/0/0.png"
-        rows[source].append(mantis_row(len(rows[source]), paths, question, answer))
-    for k in range(n):
-        ask("mantis:nlvr2", 2, PAIR_TRUE.format(STATEMENTS[k % 3]), "AB"[k % 2])
-        ask("mantis:dreamsim", 3, DREAM.format(2, 1, 3), "AB"[k % 2])
-        ask("mantis:iconqa", 4, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B")
-        ask("mantis:imagecode", 5, "<image>" * 5 + "Given a detailed description, retrieve the "
-            "target image among 10 minimally contrastive images\nDescription:\n"
-            f"A digit with {k} strokes.", f"Answer: Image {k % 5 + 1}")
-        image = image_of(next(digits))
-        rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", str(k), image))
-    for source in RAW_SOURCES[:4]:
-        name = source.partition(":")[2]
-        own = {path: contents[path] for path in contents if path.startswith(source)}
-        write_mantis(folder, name, rows[source], own)
-    write_parquet(rows["mmk12"], folder / "MMK12" / "data" / "train-00000-of-00001.parquet")
-    return folder
-
-def recipe():
-    """The commands of the README's recipe, each as script and arguments."""
-    section = (HERE / "README.md").read_text().partition("## Train the 7B")[2]
-    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
-    commands = []
-    for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-            k = next(k for k, word in enumerate(words) if word.endswith(".py"))
-            commands.append((words[k], words[k + 1:]))
-    return commands
-
-def test_the_readmes_recipe_runs(tmp_path, monkeypatch, capsys):
-    """Its own commands, one after the other: the tiny model in the 7B's place, two steps, 200
-    rows in the raw formats, and the held-out questions in the benchmarks' place."""
-    monkeypatch.chdir(tmp_path)
-    write_mixed(tmp_path / "copies", 40)
-    small = ["--steps", "2", "--questions-per-step", "4", "--max-new-tokens", "48",
-             "--eval-orders", "6"]
-    done, stage2 = Counter(), Path("runs/7b/stage2")
-    for script, words in recipe():
-        text = " ".join(words).replace("Qwen2.5-VL-7B", "tiny")
-        text = text.replace("--hold-out 300", "--hold-out 20")
-        text = text.replace("--benchmarks all", "--benchmarks real/heldout.jsonl --orders 6")
-        if "stage2/best" in text and not (stage2 / "best").exists():
-            # It is written when eval_worst improves, which two steps may not do.
-            shutil.copytree(stage2 / "checkpoint-2", stage2 / "best")
-        argv = text.split()
-        if script == "data_samples/curate.py":
-            curate.main([*argv, "--data-dir", "copies"])
-        elif script == "perl.py":
-            perl.main(argv + small)
-        else:
-            ev.main(argv + ["--max-new-tokens", "48"] * ("--model" in argv))
-        done[script] += 1
-    assert done == {"data_samples/curate.py": 1, "perl.py": 4, "eval.py": 4}
-    train, held = read_rows(Path("real/train.jsonl")), read_rows(Path("real/heldout.jsonl"))
-    assert (len(train), len(held)) == (180, 20)
-    out = Path("runs/7b")
-    kept = json.loads((out / "stage0" / "kept.json").read_text())
-    assert len(json.loads((out / "stage0" / "scores.json").read_text())) == 180 > 2 * len(kept) - 2
-    for stage in (1, 2):
-        metrics = read_rows(out / f"stage{stage}" / "metrics.jsonl")
-        assert [row["step"] for row in metrics] == [0, 1, 2] and "eval_worst" in metrics[-1]
-        assert stage == 2 or metrics[1]["kept"] + metrics[2]["kept"] > 0
-    said = capsys.readouterr().out
-    assert "start model: runs/7b/stage1/checkpoint-2" in said
-    assert re.search(r"\| heldout +\| 20 ", said), "the two runs are compared"
+def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
+    for seed in range(60):
+        drawing(seed).save(tmp_path / f"{seed}.png")
+    benchmarks, nothing = curate.read_benchmarks([tmp_path]), curate.read_benchmarks([])
+    copy = tmp_path / "copy.jpg"
+    for seed in range(60):
+        for picture, is_known in ((drawing(seed).resize((256, 192)), True),
+                                  (drawing(1000 + seed), False)):
+            picture.save(copy, quality=80)
+            bits = curate.near_hash(perl.read_image(copy))
+            assert benchmarks.shows(bits, copy) == is_known and not nothing.shows(bits, copy)
 
 def test_held_out_questions_share_no_picture_and_every_source_gives_its_part():
     def question(k, source, *pictures):
@@ -4157,6 +4049,56 @@ def test_a_limit_takes_random_rows_until_enough_are_kept(tmp_path):
     assert len(log) < 20, "one question is enough"
     for text in ("mantis:nlvr2=", "mmk12=0", "mmk12=-3", "mmk12=x"):
         refuses("the most questions to keep", curate.parse_source, text)
+
+# ---- data_samples/curate.py: its report; killed and continued --------------------------
+def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, monkeypatch):
+    out, calls, store = tmp_path / "out", [], curate.store_image
+    def dies(*args):
+        calls.append(args)
+        return die() if len(calls) == 30 else store(*args)
+    monkeypatch.setattr(curate, "store_image", dies)
+    with pytest.raises(Killed):
+        run_curate(copies, out)
+    with open(out / ".work" / "mantis-iconqa.jsonl", "a") as file:
+        file.write('{"sample": {"id"')  # a line torn by the kill
+    assert not (out / "train.jsonl").exists()
+    run_curate(copies, out)
+    assert len(calls) < 30 + 18 + 24 + 7
+    for name in ("train.jsonl", "REPORT.md", "ten.jpg", "dropped.jsonl"):
+        assert (out / name).read_bytes() == (curated / name).read_bytes()
+    refuses("begun with other sources", run_curate, copies, out, sources=["mmk12"])
+
+STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
+              "The digit grew over time.")
+RAW_SOURCES = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
+
+def write_mixed(folder, n):
+    """5 n rows in the raw formats of RAW_SOURCES, as data/*/prepare.py of Mantis writes them; every
+    picture is used once, but for the nlvr2 rows 0 and 1, which share one."""
+    rows, contents, digits = {name: [] for name in RAW_SOURCES}, {}, iter(range(len(DIGITS)))
+    def ask(source, n_images, question, answer):
+        paths = []
+        for j in range(n_images):
+            paths.append(f"{source}/{len(rows[source])}/{j}.png")
+            contents[paths[-1]] = digit(next(digits))
+        if source == "mantis:nlvr2" and len(rows[source]) == 1:
+            paths[0] = f"{source}/0/0.png"
+        rows[source].append(mantis_row(len(rows[source]), paths, question, answer))
+    for k in range(n):
+        ask("mantis:nlvr2", 2, PAIR_TRUE.format(STATEMENTS[k % 3]), "AB"[k % 2])
+        ask("mantis:dreamsim", 3, DREAM.format(2, 1, 3), "AB"[k % 2])
+        ask("mantis:iconqa", 4, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B")
+        ask("mantis:imagecode", 5, "<image>" * 5 + "Given a detailed description, retrieve the "
+            "target image among 10 minimally contrastive images\nDescription:\n"
+            f"A digit with {k} strokes.", f"Answer: Image {k % 5 + 1}")
+        image = image_of(next(digits))
+        rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", str(k), image))
+    for source in RAW_SOURCES[:4]:
+        name = source.partition(":")[2]
+        own = {path: contents[path] for path in contents if path.startswith(source)}
+        write_mantis(folder, name, rows[source], own)
+    write_parquet(rows["mmk12"], folder / "MMK12" / "data" / "train-00000-of-00001.parquet")
+    return folder
 
 def test_the_report_says_why_images_may_not_move(tmp_path, capsys):
     write_mixed(tmp_path / "copies", 3)
@@ -4206,561 +4148,545 @@ def test_the_picture_frames_the_right_image(tmp_path, answer, rule, question, ex
     said = curate_report.what_moves(record)
     assert said.startswith(rule) and ("2, 3 may move" in said) == bool(extra)
 
-CHOOSE = "Answer the following multiple-choice question:\n"
-SHORT = "Answer the following question:\nIf image 3 is the reference image, "
-SIMILAR = "which image of the other two is more similar to the reference image?"
-OTHERS = ("which image of the other two images <image> <image> is more similar to the reference "
-          "image? ")
-ASSUME = "(Assume reference image is image 1 and the other two are image 2 and image 3)"
-RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally "
-            "contrastive images\nDescription:\nA man waves.")
-THIS_TEXT = ("Given this detailed description:\nA man waves.\n"
-             "Which image provided best matches the description?")
-MANTIS_ROWS = [  # config, question, answer; gold, rule, movable. As data/*/prepare.py words them
-    ("dreamsim", DREAM.format(2, 3, 1), "B", "B", "keep", (0, 1, 2)),
-    ("dreamsim", f"{CHOOSE}If <image> is the reference image, {OTHERS}{ASSUME}\n"
-     "Options:\n(A) Image 2\n(B) Image 3", "A", "A", "keep", (1, 2)),
-    ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
-     "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
-    ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
-     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
-    ("imagecode", "<image>" * 4 + RETRIEVE, "Answer: Image 3", "3", "index", (0, 1, 2, 3)),
-    ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
-    ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
-    ("iconqa", "Which has more?<image>" + OPTIONS, "Answer: A", "A", "letter", (1, 2, 3)),
-    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
-    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
-    ("nlvr2", PAIR_TRUE.format("The right image shows a dog."), "B", "B", "keep", (0, 1))]
+# ---- The README's recipe: from raw rows to the last table ------------------------------
+def recipe():
+    """The commands of the README's recipe, each as script and arguments."""
+    section = (HERE / "README.md").read_text().partition("## Train the 7B")[2]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
+    commands = []
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            k = next(k for k, word in enumerate(words) if word.endswith(".py"))
+            commands.append((words[k], words[k + 1:]))
+    return commands
 
-def test_rows_of_mantis_in_its_own_wordings(tmp_path):
-    rows, digits = {}, iter(range(200))
-    for config, question, answer, *_ in MANTIS_ROWS:
-        k = len(rows.setdefault(config, []))
-        paths = [f"{k}/{j}.png" for j in range(question.count("<image>"))]
-        rows[config].append(mantis_row(k, paths, question, answer))
-        # Later turns of a conversation refer back to the first, so they are left out.
-        rows[config][-1]["conversation"] += [{"role": "user", "content": "Why?"}]
-    for config in rows:
-        paths = [image["path"] for row in rows[config] for image in row["images"]]
-        write_mantis(tmp_path, config, rows[config], {path: digit(next(digits)) for path in paths})
-    out = run_curate(tmp_path, tmp_path / "out", sources=[f"mantis:{config}" for config in rows])
-    samples = perl.load_samples(out / "train.jsonl")
-    found = [(s.source, s.answer, s.order_rule, s.movable) for s in samples]
-    assert found == [("mantis-" + row[0], *row[3:]) for row in MANTIS_ROWS]
-
-def test_rows_of_k12_with_golds_as_people_write_them(tmp_path):
-    """Golds in the manner of the published rows: which stay, as what, and why others go."""
-    golds = {"$$6$$": "6", r"$2\sin (2x-\frac{\pi }{6})$": r"2\sin (2x-\frac{\pi }{6})", "C": "C",
-             "$40^{\\circ}$": r"40^{\circ}", r"$$\dfrac{35}{4}$$": r"\dfrac{35}{4}",
-             "$$BD=CE$$ (not unique)": "answer is one of many",
-             "(1)3;(2)5": "answer has several parts", "6 or 2": "answer lists alternatives",
-             "$$x \\geqslant 2$$(or $$x > 2$$)": "answer lists alternatives",
-             "It is reasonable because of it": "open answer", "": "no answer"}
-    rows = [k12_row(k, f"As shown in the figure, in $$\\triangle ABC$$, AB = {k}. Find it: ___."
-                    + "\nA. 3\nB. 4\nC. 5\nD. 6" * (gold == "C"), gold, image_of(k))
-            for k, gold in enumerate(golds)]
-    write_parquet(rows, tmp_path / "MMK12" / "data" / "train-00000-of-00003.parquet")
-    out = run_curate(tmp_path, tmp_path / "out", sources=["mmk12"])
-    found = [s.answer for s in perl.load_samples(out / "train.jsonl")]
-    found += [row["rule"] for row in read_rows(out / "dropped.jsonl")]
-    assert found == list(golds.values())
-
-# ---- evalpy: --ask, --chart, misspelt names, empty rows; the page of a fork, its layout -------
-@pytest.fixture
-def cat_files(tmp_path, monkeypatch):
-    """Three images, the second one a cat; `say(answer)` sets what the model says: a text, or
-    "cat" for the number of the cat, wherever it stands."""
-    for name in ("a.png", "cat.png", "c.png"):
-        Image.new("RGB", (56, 56)).save(tmp_path / name)
+def test_the_readmes_recipe_runs(tmp_path, monkeypatch, capsys):
+    """Its own commands, one after the other: the tiny model in the 7B's place, two steps, 200
+    rows in the raw formats, and the held-out questions in the benchmarks' place."""
     monkeypatch.chdir(tmp_path)
+    write_mixed(tmp_path / "copies", 40)
+    small = ["--steps", "2", "--questions-per-step", "4", "--max-new-tokens", "48",
+             "--eval-orders", "6"]
+    done, stage2 = Counter(), Path("runs/7b/stage2")
+    for script, words in recipe():
+        text = " ".join(words).replace("Qwen2.5-VL-7B", "tiny")
+        text = text.replace("--hold-out 300", "--hold-out 20")
+        text = text.replace("--benchmarks all", "--benchmarks real/heldout.jsonl --orders 6")
+        if "stage2/best" in text and not (stage2 / "best").exists():
+            # It is written when eval_worst improves, which two steps may not do.
+            shutil.copytree(stage2 / "checkpoint-2", stage2 / "best")
+        argv = text.split()
+        if script == "data_samples/curate.py":
+            curate.main([*argv, "--data-dir", "copies"])
+        elif script == "perl.py":
+            perl.main(argv + small)
+        else:
+            ev.main(argv + ["--max-new-tokens", "48"] * ("--model" in argv))
+        done[script] += 1
+    assert done == {"data_samples/curate.py": 1, "perl.py": 4, "eval.py": 4}
+    train, held = read_rows(Path("real/train.jsonl")), read_rows(Path("real/heldout.jsonl"))
+    assert (len(train), len(held)) == (180, 20)
+    out = Path("runs/7b")
+    kept = json.loads((out / "stage0" / "kept.json").read_text())
+    assert len(json.loads((out / "stage0" / "scores.json").read_text())) == 180 > 2 * len(kept) - 2
+    for stage in (1, 2):
+        metrics = read_rows(out / f"stage{stage}" / "metrics.jsonl")
+        assert [row["step"] for row in metrics] == [0, 1, 2] and "eval_worst" in metrics[-1]
+        assert stage == 2 or metrics[1]["kept"] + metrics[2]["kept"] > 0
+    said = capsys.readouterr().out
+    assert "start model: runs/7b/stage1/checkpoint-2" in said
+    assert re.search(r"\| heldout +\| 20 ", said), "the two runs are compared"
 
-    def say(answer):
-        def respond(model, processor, samples, orders, cfg, **kwargs):
-            texts = [str(order.index(1) + 1) if answer == "cat" else answer for order in orders[0]]
-            return [[SimpleNamespace(text=rf"\boxed{{{text}}}" if text else "well", truncated=False)
-                     for text in texts]]
-        monkeypatch.setattr(ev, "sample_groups", respond)
-    return say
+# ---- data_samples/ablate.py ------------------------------------------------------------
+def test_the_t_interval_and_test():
+    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
+    of its distribution, integrated by trapezoids; a mean of just that size has p = 5 %."""
+    assert stats.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
+    assert stats.interval([5.0]) == (5.0, math.inf)
+    for freedom, quantile in enumerate(stats.T_QUANTILES, 1):
+        constant = math.gamma((freedom + 1) / 2) / (
+            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
+        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
+        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
+        values = [float(k % 2) for k in range(freedom + 1)]
+        _, half = stats.interval(values)
+        shifted = [value - sum(values) / len(values) - half for value in values]
+        assert stats.p_value(shifted) == pytest.approx(0.05, abs=1e-4)
+    assert stats.p_value([2.0, 2.0]) == 0 and stats.p_value([0.0, 0.0]) == 1
 
-WHICH, SLOTS = "Which image shows a cat?", "Which is the cat? A: <image> B: <image> C: <image>"
-@table("question, says, agree, means", [
-    (WHICH, "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
-    (WHICH, "1", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
-    ("Which one is a cat?", "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
-    (WHICH, "7", "6 of 6 orders agree: no answer", {""}),
-    (SLOTS, "A", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
-    (SLOTS.replace("A:", "Reference:").replace("B:", "A:").replace("C:", "B:"), "A",
-     "1 of 2 orders agree: ", {"cat.png", "c.png"}),
-    (WHICH + "\nA. the first image\nB. the second image\nC. the third image", "B",
-     "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
-    ("How many cats are there?", "2", "6 of 6 orders agree: 2", {""}),
-    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""}),
-    (WHICH, "", "6 of 6 orders agree: no answer", {""})])
-def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, agree, means):
-    cat_files(says)
-    ev.main(["--ask", question, "a.png", "cat.png", "c.png", "--all-orders"])
+@table("p_values, survivors", [
+    ([0.001, 0.02, 0.04], [0, 1, 2]), ([0.04, 0.001, 0.03], [1]), ([0.02, 0.03, 0.04], []),
+    ([0.04], [0]), ([], [])])
+def test_holms_correction(p_values, survivors, monkeypatch):
+    """The smallest of m p-values is compared with 5 % / m, the next with 5 % / (m - 1), .."""
+    monkeypatch.setattr(stats, "p_value", lambda value: value)
+    assert stats.holm(dict(enumerate(p_values))) == survivors
+
+CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
+
+def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(tmp_path):
+    def hash_of(code):
+        (tmp_path / "a.py").write_text(code)
+        return hashes.code_hash(tmp_path / "a.py")
+    same = [CODE.replace("return", "# why\n\n    return  "), CODE.replace("What", "Which"),
+            CODE.replace('    """What."""\n', ""), '"""Module."""\n' + CODE]
+    others = [CODE.replace("+ 1", "+ 2"), CODE + "f(1)\n", CODE.replace('"""What."""', 'y = "W"')]
+    assert {hash_of(code) for code in same} == {hash_of(CODE)}
+    assert hash_of(CODE) not in map(hash_of, others)
+
+def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
+    monkeypatch.setattr(ablate, "base_hash", lambda: "base")
+    def hash_of(**changes):
+        arm = ablate.Arm("title", ("--seed 1",))._replace(**changes)
+        return ablate.heading("name", arm, 0)["hash"]
+    found = [hash_of(), hash_of(stages=("--seed 2",)), hash_of(stages=("--seed 1", "")),
+             hash_of(data="--first-share 0.5"), hash_of(data="--first-share 0.8"),
+             hash_of(more_images=True), hash_of(fork=ablate.ARMS["agree"].fork),
+             hash_of(fork=ablate.ARMS["clean"].fork)]
+    assert hash_of(title="other", rival="") == found[0]
+    monkeypatch.setattr(ablate, "EVALUATION", "--eval-orders 2")
+    found.append(hash_of())
+    monkeypatch.undo()
+    found.append(hash_of())  # another base
+    assert len(set(found)) == len(found)
+
+def write_run(out, *worst_orders):
+    """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
+    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0, by_permutation=0.5,
+                equal_as_given=0.75)
+    evaluation = dict(eval_accuracy=0.75, eval_bias=0.25)
+    for stage, worst in enumerate(worst_orders, 1):
+        folder = out / f"stage{stage}"
+        for name in ("checkpoint-2", "best"):
+            (folder / name).mkdir(parents=True)
+        write_rows(folder / "metrics.jsonl", evaluation | dict(step=0, eval_worst=0.25),
+                   step | dict(step=1, with_gradient=0.5),
+                   step | evaluation | dict(step=2, with_gradient=0.0, eval_worst=worst))
+
+class AtOnce(Executor):
+    """Runs what is submitted before it returns, and takes back what a fork did to this process.
+    Threads would not do: ast.parse is not safe."""
+    def __init__(self, jobs):
+        self.jobs = jobs
+
+    def submit(self, task, *args):
+        future = Future()
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in ((perl, "main"), (perl, "set_advantages"), (sys, "argv")):
+                patch.setattr(owner, name, getattr(owner, name))
+            patch.setattr(sys, "path", sys.path.copy())
+            try:
+                future.set_result(task(*args))
+            except BaseException as error:
+                future.set_exception(error)
+        return future
+
+@pytest.fixture
+def ablation(tmp_path, monkeypatch):
+    """ablate.py on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO
+    and .2 for another training set; those in `broken` fail. Returns what calls it, the runs
+    started, `broken`, its file."""
+    started, broken, path = [], set(), tmp_path / "ablation.jsonl"
+    def trained(argv=None):
+        argv = argv or sys.argv[1:]
+        seed, out = int(argv[argv.index("--seed") + 1]), Path(argv[argv.index("--out") + 1])
+        name = out.name.split("-seed")[0]
+        started.append((name, seed))
+        if (name, seed) in broken:
+            raise SystemExit("out of memory")
+        skewed = 0.2 * name.endswith("-0.5")
+        write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo") - skewed)
+    def measured(checkpoint, path, n_orders, max_new_tokens):
+        worst = 0.25
+        if checkpoint != "tiny":
+            worst = read_rows(Path(checkpoint).parent / "metrics.jsonl")[-1]["eval_worst"]
+        return {"all": [0.75, worst, 0.25], "ask": [0.5, worst / 2, 0.25],
+                "places": {"1": 1.0, "2": 0.5}}
+    monkeypatch.setattr(perl, "main", trained)
+    for name, fake in dict(  # all in this process, whose output is the test's
+            redirect_stdout=contextlib.nullcontext, redirect_stderr=contextlib.nullcontext,
+            fresh_processes=AtOnce, base_hash=lambda: "now", measure=measured,
+            made_data=lambda flags, scratch: scratch).items():
+        monkeypatch.setattr(ablate, name, fake)
+    def main(*flags, arms="perl,grpo", seeds="0-2"):
+        started.clear()
+        ablate.main(["--lines", str(path), "--scratch", str(tmp_path / "scratch"), "--jobs", "1",
+                     "--arms", arms, "--seeds", seeds, *flags])
+    return main, started, broken, path
+
+def test_a_finished_run_is_not_run_again_until_its_code_changes(
+        ablation, tmp_path, monkeypatch, capsys):
+    main, started, _, path = ablation
+    main(arms="clean,grpo,perl,start")
+    pairs = [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")]
+    assert started == pairs + [("clean", 0), ("clean", 1), ("clean", 2)], "in pairs, these first"
+    assert not list(tmp_path.glob("scratch/*/*/[bc]*")), "their weights are not kept"
+    main(seeds="2-3")
+    assert sorted(started) == [("grpo", 3), ("perl", 3)]
+    line, = [row for row in read_rows(path) if row["arm"] == "perl" and row["seed"] == 0]
+    assert line.pop("cpu_seconds") > 0
+    assert line == dict(
+        ablate.heading("perl", ablate.ARMS["perl"], 0), flags=["--eval-every 10"], steps=2,
+        curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]], kept=0.25, with_gradient=0.25,
+        equal_as_given=0.75, by_permutation=0.5, training_seconds=6.0,
+        all=[0.75, 0.5, 0.25], ask=[0.5, 0.25, 0.25], places={"1": 1.0, "2": 0.5},
+        more_all=[0.75, 0.5, 0.25], more_ask=[0.5, 0.25, 0.25], more_places={"1": 1.0, "2": 0.5})
+    monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
+    capsys.readouterr()
+    main(seeds="0")
+    assert started == [("perl", 0), ("grpo", 0)]
+    before, now = capsys.readouterr().out.split("another perl.py or other data: ")[1].split(
+        "\n2 runs of perl.py changed")
+    assert before.startswith("12 runs of perl.py now.") and "| plain GRPO  | 4 " in before
+    assert "| plain GRPO | 1 " in now, "each code has tables of its own"
+
+def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
+        ablation, monkeypatch, capsys):
+    """Code that changes during a run makes it fail too."""
+    main, started, broken, path = ablation
+    broken.add(("perl", 1))
+    main()
+    assert len(started) == 6 and len(read_rows(path)) == 6
     out = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
-    assert agree in out and {row[2] for row in rows[2:]} == means
-    assert rows[2][0] == "a.png cat.png c.png", "the given order comes first"
-    assert len({row[0] for row in rows[2:]}) == len(rows) - 2 == int(agree.split()[2])
+    assert "perl, seed 1: out of memory" in out
+    assert "5 runs of perl.py now. Failed: perl, seed 1 (out of memory)." in out
+    assert re.search(r"PeRL +\| 2 .*\n\| plain GRPO +\| 3 ", out)
+    main("--tables")
+    assert not started and "Failed: perl, seed 1" in capsys.readouterr().out
+    broken.clear()
+    main()
+    assert started == [("perl", 1)]
+    assert "6 runs of perl.py now. Failed: none." in capsys.readouterr().out
+    changes = itertools.count()
+    monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
+    main(arms="perl", seeds="0")
+    assert "code or data changed during the run" in capsys.readouterr().out
 
-def test_ask_in_one_order_shows_the_response_and_orders_is_a_limit(cat_files, capsys):
-    cat_files("2")
-    ev.main(["--ask", WHICH, "a.png", "cat.png"])
-    assert r"\boxed{2}" in (out := capsys.readouterr().out) and "| cat.png |" in out
-    ev.main(["--ask", WHICH, "a.png", "cat.png", "c.png", "--all-orders", "--orders", "4"])
-    assert "of 4 orders agree" in capsys.readouterr().out
+def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
+    """perl.py refuses a negative seed: the process starts, ends and says why without training."""
+    ablate.run_all([("clean", ablate.ARMS["clean"], -1)], 1, tmp_path / "a.jsonl",
+                   tmp_path / "scratch")
+    assert "clean, seed -1: --seed -1 must be" in capfd.readouterr().out
+    assert (tmp_path / "scratch" / "clean-seed-1.log").exists()
+    assert "--seed -1" in read_rows(tmp_path / "a.jsonl")[0]["failed"]
+    assert perl.set_advantages.__name__ == "set_advantages", "the fork is not in this process"
 
-def test_ask_moves_what_the_question_names(cat_files):
-    text = "Is image 2 sharper than the third picture?"
-    sample = ev.own_question(text, ["a.png", "cat.png", "c.png"]).sample
-    asked = perl.permute(sample, (2, 0, 1)).question
-    assert asked == "<image><image><image>Is <image_3> sharper than <image_1>?"
+def cells_of(text):
+    return {name: cells for name, *cells in table_rows(text)}
 
-@table("asked, message", [
-    ((WHICH, "gone.png"), "gone.png is not a file"), (("a.png", "cat.png"), "the question comes first"),
-    ((WHICH, "a.png", "bad.png"), "bad.png cannot identify"),
-    ((WHICH, "a.png", "cut.png"), "cut.png image file is truncated"),
-    (("<image> or what?", "a.png", "c.png"), "has 1 <image> for 2 images"),
-    (("Is image 4 dark?", "a.png"), "mentions image 4 of 1"),
-    (("Is it <|im_end|>?", "a.png"), "field question: contains")])
-def test_ask_names_what_cannot_be_asked_before_a_model_is_loaded(cat_files, asked, message,
-                                                                monkeypatch):
-    monkeypatch.setattr(ev, "start_model", lambda args: pytest.fail("too late"))
-    monkeypatch.setattr(ev.ImageFile, "LOAD_TRUNCATED_IMAGES", False)
-    Path("bad.png").write_text("no image")
-    noise = torch.randint(0, 255, (90, 90, 3), generator=torch.Generator().manual_seed(0))
-    Image.fromarray(noise.byte().numpy()).save("whole.png")
-    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:9000])
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        ev.main(["--ask", *asked])
+def test_tables_by_hand(ablation, tmp_path):
+    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
+    paired difference is over two seeds and without spread."""
+    main, _, _, path = ablation
+    main(arms="start,perl,grpo,perl-0.5,grpo-0.5,perl-120,grpo-120,grpo-images", seeds="0-1")
+    main(arms="perl", seeds="2")
+    texts = ablate.all_tables("now", ablate.last_lines(read_rows(path))["now"])
+    arms, shares = cells_of(texts["arms"]), cells_of(texts["shares"])
+    assert arms["PeRL"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0", "", "", "25 %",
+                            "25 %", "75 %", "50 %"]
+    assert arms["plain GRPO"][4:6] == ["+0.0 ± 0.0", "**-10.0 ± 0.0**"]
+    assert arms["start model"][:4] == ["1", "75.0", "25.0", "25.0"] and "n_s = 2" not in arms
+    skewed = shares["plain GRPO, right image first: 0.5"]
+    assert skewed[5] == "**-10.0 ± 0.0**", "against PeRL on the same training set"
+    assert cells_of(texts["main"])["plain GRPO, 120 steps"][4] == "**-10.0 ± 0.0**"
+    assert cells_of(texts["more"])["PeRL"][-1] == "100 / 50"
+    assert cells_of(texts["images"])[ablate.ARMS["grpo-images"].title][2] == "22.5 ± 31.8"
+    assert cells_of(texts["longer"])["2"] == [
+        "2", "55.0 ± 63.5", "45.0 ± 63.5", "+10.0 ± 0.0"]
+    assert texts["holm"].startswith("Of 6 paired differences")
+    assert "3 have a 95 % interval without 0, and 3 survive" in texts["holm"]
+    assert "- worst order below PeRL's: plain GRPO; plain GRPO, 120 steps; plain" in texts["holm"]
+    assert "have not been started" in texts["runs"] and texts["runs"].startswith("16 runs")
+
+def test_the_figure_is_small_and_only_drawn_again_for_other_runs(ablation, tmp_path):
+    main, _, _, path = ablation
+    main(arms="start,perl,grpo,perl-0.5,grpo-0.5", seeds="0-1")
+    picture = tmp_path / "ablation.png"
+    with Image.open(picture) as image:
+        assert image.width > 1500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
+    assert picture.stat().st_size < 200_000
+    times = [picture.stat().st_mtime_ns]
+    for seeds in ("0-1", "2"):
+        main(seeds=seeds)
+        times.append(picture.stat().st_mtime_ns)
+    assert times[0] == times[1] < times[2]
+
+def test_tables_are_written_between_markers(tmp_path):
+    path = tmp_path / "README.md"
+    marked = "a\n<!-- table: x-1 -->\n{}<!-- /table -->\nb\n<!-- table: y -->\n{}<!-- /table -->"
+    path.write_text(marked.format("old\n", ""))
+    ablate.write_tables(path, {"x-1": "\\1 new\n", "y": "Y\n", "z": "not asked for\n"})
+    assert path.read_text() == marked.format("\\1 new\n", "Y\n")
+    refuses("no table x-1", ablate.write_tables, path, {"y": ""})
+    path.write_text("no marker")
+    ablate.write_tables(path, {})
+    assert path.read_text() == "no marker"
+
+def test_the_readmes_and_the_figure_show_the_runs_of_ablation_jsonl(tmp_path):
+    """Made by `ablate.py --tables`; the figure notes the runs that it shows."""
+    source = HERE / "data_samples"
+    by_code = ablate.last_lines(read_rows(source / "ablation.jsonl"))
+    code = max(reversed(by_code), key=lambda code: len(by_code[code]))
+    texts, marked = ablate.all_tables(code, by_code[code]), ""
+    for readme in (HERE / "README.md", source / "README.md"):
+        copy = Path(shutil.copy(readme, tmp_path / "copy.md"))
+        ablate.write_tables(copy, texts)
+        marked += copy.read_text()
+        assert copy.read_text() == readme.read_text(), f"{readme}: run ablate.py --tables"
+    names = set(re.findall("<!-- table: (.*) -->", marked))
+    assert names >= texts.keys() - {"main", "positions"}
+    shutil.copy(source / "ablation.png", tmp_path / "ablation.png")
+    before = (tmp_path / "ablation.png").stat().st_mtime_ns
+    ablate.draw(ablate.by_arm(by_code[code]), ablate.SHARES, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").stat().st_mtime_ns == before, "run ablate.py --tables"
+
+def test_the_steps_of_several_stages_add_up(tmp_path):
+    write_run(tmp_path, 0.5, 0.75)
+    (tmp_path / "stage0").mkdir()
+    found = ablate.read_run(tmp_path)
+    assert (found["steps"], found["kept"], found["training_seconds"]) == (4, 0.25, 12.0)
+
+FORK = """import perl
+def no_advantages(groups):
+    pass
+perl.{name} = no_advantages
+if __name__ == "__main__":
+    perl.main()
+"""
+
+def test_a_users_fork_is_compared_and_changes_no_other_result(ablation, tmp_path, capsys):
+    """From any folder, with a module beside it and a flag of its own. Its lines are not in the
+    committed file; the same file under other flags is another arm."""
+    main, started, _, path = ablation
+    main(seeds="0-1")
+    committed, folder = path.read_text(), tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "beside.py").write_text("NAME = 'set_advantages'\n")
+    fork, text = folder / "mine.py", FORK.format(name="set_advantages")
+    fork.write_text("import sys, beside\nsys.argv.remove('--own')\n"
+                    + text.replace("if ", "if beside.NAME and "))
+    main("--fork", str(fork), "--flags=--own --beta 0.01", seeds="0-1")
+    assert started == [("mine.py-own-beta-0.01", 0), ("mine.py-own-beta-0.01", 1)]
+    main("--fork", str(fork), "--flags=--own", seeds="1-2")
+    assert sorted(started) == [("grpo", 2), ("mine.py-own", 1), ("mine.py-own", 2), ("perl", 2)]
+    assert path.read_text() == committed
+    cells = cells_of(capsys.readouterr().out.split("forks:\n")[-1])
+    assert cells["mine.py --own"][0] == "2" and cells["mine.py --own --beta 0.01"][0] == "2"
+    assert cells["PeRL"][0] == "3" and cells["mine.py --own"][-1].startswith("+10.0")
+    assert len(read_rows(tmp_path / "scratch/forks.jsonl")) == 6
+
+@table("text, message", [
+    (FORK.format(name="set_advantage"),
+     "sets perl.set_advantage, which perl.py does not have; did you mean set_advantages"),
+    ("import perl\nperl.set_advantages = len\n", "does not call perl.main"),
+    (FORK.format(name="set_advantages"), "no such setting: --bta; did you mean --beta"),
+    ("", "does not call perl.main"), (None, "there is no such file")])
+def test_a_fork_without_effect_is_refused_before_anything_runs(
+        text, message, ablation, tmp_path, capsys):
+    main, started, _, _ = ablation
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main("--fork", str(tmp_path / "mine.py"), "--flags=--bta 1")
+    assert message in f"{end.value} {capsys.readouterr().err}" and not started
+
+def answered(text, order=(0, 1)):
+    """A rollout of the answer `text` to a question of two images, whose first one is right."""
+    asked = perl.permute(sample("index", "1", n=len(order)), order)
+    accuracy = float(text == asked.answer)
+    return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
+                   truncated=False, accuracy=accuracy, reward=accuracy)
+
+def load_fork(name):
+    """Do what the fork of an arm does to perl.py -> its names."""
+    return runpy.run_path(ablate.ARMS[name].fork, run_name="fork")
+
+@table("text, order, given", [
+    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
+    ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
+def test_an_answer_moved_back_to_the_given_order(text, order, given, monkeypatch):
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    assert load_fork("agree")["answer_as_given"](answered(text, order)) == given
+
+def group_of(*texts, orders=((0, 1), (1, 0))):
+    """Answers order by order, as many in each."""
+    n = len(texts) // len(orders)
+    return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
+
+@table("fork, texts, rewards", [  # columns: the first answers of both orders, then the second ones
+    ("agree", "1121", [1.9, 1, 1.9, 0]), ("agree", "2919", [0.9, 0, 0.9, 0]),
+    ("agree-right", "1121", [1.9, 1, 1.9, 0]), ("agree-right", "2112", [0, 1.9, 0, 1.9]),
+    ("agree", "1111", [1, 1, 1, 1]), ("agree-right", "1111", [1, 1, 1, 1])])
+def test_rewards_of_later_papers(fork, texts, rewards, monkeypatch):
+    """Agreement pays whether right or wrong; being right together pays on top; a question in one
+    order only has nothing to agree with."""
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    orders = [(0, 1), (0, 1) if texts == "1111" else (1, 0)]
+    group = group_of(*texts, orders=orders)
+    load_fork(fork)
+    perl.set_advantages([group])
+    assert [rollout.reward for rollout in group] == pytest.approx(rewards)
+    assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
+
+def test_permuting_follows_a_questions_own_gap(monkeypatch):
+    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
+    groups, asked, rng = [], [], random.Random(0)
+    for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
+        groups.append(group_of("1", "1", "1", "1")[:len(row)])
+        for rollout, accuracy in zip(groups[-1], row):
+            rollout.accuracy = float(accuracy)
+            rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
+    def sample_orders(*args, n_orders, n):
+        asked.append((n_orders, n))
+        return groups
+    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
+    monkeypatch.setattr(perl, "sample_orders", sample_orders)
+    load_fork("adaptive")
+    for stage in (0, 1):
+        perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
+    assert asked == [(2, 2), (1, 4)]
+    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
+        asked_for = dataclasses.replace(sample("keep"), id=name)
+        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
+        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
+
+def test_a_checkpoint_is_measured_over_orders_kinds_and_positions(monkeypatch):
+    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on.
+    A question whose answer stays counts for `all` only."""
+    letter = sample("letter", "B", movable=(1, 2))
+    option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
+                                 accuracy=0.0)
+    kept = dataclasses.replace(option, prompt=perl.Prompt(sample(), [1], []), accuracy=1.0)
+    groups = [group_of("1", "1", "1", "2"), [option], [kept]]
+    def sample_groups(model, processor, samples, orders, cfg, *, n, greedy):
+        assert len(samples) == 321 and max(map(len, orders)) == 6 and (n, greedy) == (1, True)
+        assert cfg.max_new_tokens == 64
+        return groups
+    monkeypatch.setattr(perl, "sample_groups", sample_groups)
+    found = ablate.measure("tiny", HERE / "data_samples/test.jsonl", 6, 64)
+    assert found == {"all": [pytest.approx(1.75 / 3, abs=1e-5), 0.33333, 0.33333],
+                     "ask": [0.375, 0.0, 0.5], "places": {"1": 1.0, "2": 0.5, "3": 0.0}}
+
+def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypatch, data):
+    """Two stages of one step each, the second from the first's weights, with a fork of both."""
+    for target in ("main", "set_advantages"):
+        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    measure, measured = ablate.measure, []
+    def measure_few(checkpoint, path, n_orders, max_new_tokens):
+        measured.append(checkpoint)
+        return measure(checkpoint, data.with_name("eval.jsonl"), 2, 16)
+    monkeypatch.setattr(ablate, "measure", measure_few)
+    short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
+    monkeypatch.setattr(ablate, "EVALUATION", short)
+    arm = ablate.ARMS["agree"]._replace(stages=("--filter none", "--stage 2 --filter none"))
+    line = ablate.run("agree", arm, 100, tmp_path)
+    assert [point[0] for point in line["curve"]] == [0, 1, 0, 1] and line["steps"] == 2
+    assert measured == [str(tmp_path / "agree-seed100/stage2/checkpoint-1")]
+    assert len(line["all"]) == 3 and line["places"] and 0 <= line["with_gradient"] <= 1
+    log = (tmp_path / "agree-seed100.log").read_text()
+    assert log.count("step 1/1") == 2 and "stage1/checkpoint-1" in log
+    assert (tmp_path / "agree-seed100/stage1/agree.py").exists(), "the fork is kept with its run"
+    assert perl.set_advantages.__name__ == "agree"
+
+def test_training_sets_and_more_images_are_made_once(tmp_path, monkeypatch):
+    """In this process; the images are drawn once and copied afterwards."""
+    pytest.importorskip("sklearn")
+    make_samples, pools = pytest.importorskip("make_samples"), {}
+    save_images, commands = make_samples.save_images, []
+    def images_once(folder):
+        pools.update(pools or save_images(tmp_path / "images"))
+        shutil.copytree(tmp_path / "images", folder)
+        return pools
+    def run(command):
+        commands.append(command)
+        monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+        make_samples.main()
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(make_samples, "save_images", images_once)
+    monkeypatch.setattr(subprocess, "run", run)
+    balanced = ablate.made_data("--first-share balanced", tmp_path)
+    assert (balanced / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
+    trained = read_rows(balanced / "train.jsonl")
+    answers = Counter(row["answer"] for row in trained
+                      if row["source"] == "largest" and len(row["images"]) == 4)
+    assert answers == dict.fromkeys("1234", 30)
+    assert ablate.made_data("--first-share balanced", tmp_path) == balanced and len(commands) == 1
+    rows = read_rows(ablate.made_data(ablate.ONLY_IMAGES, tmp_path) / "train.jsonl")
+    assert {row["source"] for row in rows} == {"largest", "smallest", "match"}
+    assert len(rows) == 1110 and 0.93 < sum(row["answer"] in "1A" for row in rows) / 1110 < 0.97
+    more = ablate.made_data(ablate.MORE_IMAGES, tmp_path)
+    rows, counts = read_rows(more / "test.jsonl"), {}
+    assert len(rows) == len(perl.load_samples(more / "test.jsonl")) == 300
+    assert {len(row["images"]) for row in rows} == {6, 7, 8}
+    assert not (more / "train.jsonl").exists()
+    assert not {row["id"] for row in trained} & {row["id"] for row in rows}
+    for row in rows:
+        kind_and_size = row["source"], len(row["images"])
+        counts.setdefault(kind_and_size, Counter())[row["answer"]] += 1
+        assert all(Path(name).name.startswith("test_") for name in row["images"])
+    for kind, n in itertools.product(("largest", "smallest", "match"), (6, 7, 8)):
+        answers = counts[kind, n]
+        assert len(set(answers.values())) == 1 and len(answers) == n - (kind == "match")
+
+# ---- data_samples/ablate.py: --cost ----------------------------------------------------
+def step_flags(images, image_tokens, text_tokens, new_tokens):
+    return ["--cost", f"--images={images}", f"--max-new-tokens={new_tokens}",
+            f"--image-tokens={image_tokens}", f"--text-tokens={text_tokens}"]
+
+def step_config(**changes):
+    return dataclasses.replace(perl.parse_config([]), **dict(
+        beta=0.0, max_new_tokens=5, max_tokens_per_micro_batch=16384) | changes)
+
+@table("changes", [{}, PLAIN, dict(n_permutations=2, rollouts_per_order=2),
+                   dict(max_tokens_per_micro_batch=50)])
+def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
+    """The parts that --cost prints add up to what torch counts in sampling and an update."""
+    cfg, model, shape = step_config(**changes), load_tiny(), [3, 6, 10]
+    endless = SimpleNamespace(**vars(PROCESSOR) | dict(
+        banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids))
+    rollouts = cost.full_rollouts(cfg, shape, model.config.vision_config, 40, PROCESSOR.image_id)
+    prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
+        adamw_updates(model, [[rollouts]], cfg, lr=0.0)
+    flops, _ = cost.count_flops(model.config, cfg, shape)
+    assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+def test_flops_at_the_size_of_the_7b():
+    flops = {}
+    for share in (False, True):
+        cfg = step_config(max_new_tokens=256, share=share)
+        flops[share], minimum = cost.count_flops(cost.QWEN_7B, cfg, [4, 256, 64])
+    total = sum(flops[True].values())
+    assert total <= 0.30 * sum(flops[False].values()) and total <= 1.15 * sum(minimum.values())
+    assert all(0.95 < minimum[part] / flops[True][part] < 1.001 for part in minimum)
+
+def test_the_last_line_of_cost_is_an_object(capsys):
+    ablate.main(step_flags(2, 4, 9, 4) + ["--n-permutations", "2"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names, flop_parts = {"flops_minimum"}, ("vision", "prefill", "decode", "loss")
+    for way in ("shared", "plain"):
+        names |= {f"{kind}_{way}" for kind in ("flops", "seconds", "peak_mb")}
+        names |= {f"seconds_{way}_sample", f"seconds_{way}_update"}
+    for way in ("shared", "plain", "minimum"):
+        names |= {f"flops_{way}_{part}" for part in flop_parts}
+    assert set(row) == names and min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
+    shared = row["flops_shared"]
+    assert 0.9 < row["flops_minimum"] / shared <= 1 < row["flops_plain"] / shared
 
 @table("flags, message", [
-    (("--bencmarks", "digits"), "no such argument: --bencmarks; did you mean --benchmarks?"),
-    (("--qqq",), "no such argument: --qqq\n"),
-    (("--benchmarks", "digits,Blnk"), "; did you mean blink?"),
-    (("--model", "Qwen2.5-VL-7b"), "short name or Hub id; did you mean Qwen2.5-VL-7B?"),
-    (("--model", "runs/tiny-sed0"), "; did you mean runs/tiny-seed0?"),
-    (("--model", "runs/tiny-seed0/stage1/checkpoint-40"), "short name or Hub id")])
-def test_a_misspelt_name_gets_the_nearest_one_and_the_network_is_not_tried(
-        tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(perl, "load_processor", lambda *args: pytest.fail("loads"))
-    monkeypatch.chdir(tmp_path)
-    Path("runs/tiny-seed0").mkdir(parents=True)
-    with pytest.raises(SystemExit) as error:
-        ev.main(list(flags))
-    assert message in f"{error.value}{capsys.readouterr().err}"
-
-def test_a_hub_id_is_looked_up(monkeypatch):
-    monkeypatch.setattr(perl, "load_processor", lambda name, cfg: (_ for _ in ()).throw(KeyError(name)))
-    with pytest.raises(KeyError, match="someone/model"):
-        ev.main(["--model", "someone/model"])
-
-def test_empty_rows_are_omitted():
-    text = ev.table([["", "a", "b"], ["one", "", ""], ["two", "", 0], ["three", "x", ""]])
-    assert [line.split()[1] for line in text.splitlines()[2:]] == ["two", "three"]
-
-def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch, capsys):
-    """Mean next to worst order; a benchmark asked in one order has one bar a model."""
-    from matplotlib.axes import Axes
-    share = lambda value: {"value": value, "interval": [value - .1, value + .1], "n": 7}
-    for model, value in (("A", .4), ("B", .6)):
-        for name, orders in (("blink", {"mean": share(value), "worst": share(value - .2)}), ("remi", {})):
-            folder = tmp_path / model / name
-            folder.mkdir(parents=True)
-            (folder / "results.json").write_text(json.dumps({
-                **share(value + .1), "score": value + .1, "orders": orders, "config": {"orders": 6}}))
-    drawn, spans, ticks, bar, plot = [], [], [], Axes.bar, Axes.plot
-    monkeypatch.setattr(Axes, "bar", lambda axes, x, height, *a, **kw: drawn.append(
-        (x, round(height), bool(kw["hatch"]))) if "label" not in kw else bar(axes, x, height, *a, **kw))
-    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **kw: spans.append(
-        [round(float(bound)) for bound in y]) or plot(axes, x, y, **kw))
-    monkeypatch.setattr(Axes, "set_xticks", lambda axes, at, labels, **kw: ticks.extend(zip(at, labels)))
-    ev.main(["--chart", str(tmp_path / "c.png"), str(tmp_path / "A"), str(tmp_path / "B")])
-    assert [bar[1:] for bar in drawn] == [
-        (40, False), (20, True), (60, False), (40, True), (50, False), (70, False)]
-    assert spans == [[30, 50], [10, 30], [50, 70], [30, 50], [40, 60], [60, 80]]
-    assert [label for _, label in ticks] == ["blink\n7 questions\nup to 6 orders", "remi\n7 questions"]
-    assert [at for at, _ in ticks] == [(drawn[0][0] + drawn[3][0]) / 2, (drawn[4][0] + drawn[5][0]) / 2]
-    assert Image.open(tmp_path / "c.png").width > 500
-    with pytest.raises(SystemExit, match="no .*results.json in .*gone"):
-        ev.main(["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
-
-@pytest.fixture
-def forked(paged, tmp_path):
-    """The page of a fork with a flag and metrics of its own, without one of our settings."""
-    for file in paged.parent.iterdir():
-        shutil.copy(file, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"my_flag": {"a": [1]}}
-    del config["filter_low"], config["beta"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    own = dict(with_gradient=.5, by_permutation=None, my_gap=-.3, my_word="x", my_nan=math.nan)
-    rows = read_rows(tmp_path / "metrics.jsonl")
-    (tmp_path / "metrics.jsonl").unlink()
-    write_rows(tmp_path / "metrics.jsonl", rows[0], rows[1] | own,
-               rows[1] | own | dict(step=2, by_permutation=.25, my_gap=.3))
-    ev.main(["--page", str(tmp_path)])
-    return tmp_path / "page.html"
-
-def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_path):
-    shown = in_browser(forked, tmp_path / "profile", 1280)
-    titles = re.findall("<figcaption[^>]*>(.*?)</figcaption>", shown)
-    assert titles[3] == "Groups that give a gradient" and titles[-1] == "my_gap"
-    assert "my_nan" not in titles and "my_word" not in titles and "NaN" not in shown.split("</script>")[-1]
-    assert not re.search(r'd="[^"]*NaN', shown)
-    of_these = shown[shown.index("Groups that give a gradient"):]
-    assert "equal rewards in every order" in of_these[:of_these.index("</figure>")]
-    first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
-    assert first == tuple(sorted(first)), "the group, the curves, the glossary"
-    dashes = re.findall('stroke-dasharray="([^"]*)"', shown[shown.index("Held-out questions</fig"):])
-    assert len(set(dashes[:6])) == 3, "three lines, and their signs in the legend, all different"
-
-LAYOUT = """<script>
-  const tops = [...document.querySelectorAll("#curves figure")].map(card => card.offsetTop), lone = [];
-  for (const node of document.querySelectorAll("p, dd, figcaption, h2, strong, .scores, pre")) {
-    const words = [], walk = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
-    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\S+/g)) {
-      const range = document.createRange();
-      range.setStart(walk.currentNode, word.index);
-      range.setEnd(walk.currentNode, word.index + word[0].length);
-      words.push(range.getBoundingClientRect().bottom);
-    }
-    const last = words.filter(bottom => Math.abs(bottom - words[words.length - 1]) < 6);
-    if (last.length === 1 && words.length > 1) lone.push(node.textContent);
-  }
-  document.title = JSON.stringify([tops, lone, document.documentElement.scrollWidth]);
-</script>"""
-
-@table("name, beta", [("paged", 0.01), ("paged", 0.0), ("forked", 0.01), ("forked", 0.0)])
-def test_no_card_and_no_word_stands_alone(request, tmp_path, name, beta):
-    page, text = tmp_path / "layout.html", request.getfixturevalue(name).read_text()
-    page.write_text(text.replace('"beta": 0.01', f'"beta": {beta}') + LAYOUT)
-    for width in (1280, 400):
-        shown = in_browser(page, tmp_path / f"profile{width}", width)
-        tops, lone, scroll = json.loads(re.search("<title>(.*?)</title>", shown)[1])
-        assert not lone and scroll <= max(width, 500)
-        assert width < 500 or min(Counter(tops).values()) > 1, "a card alone in its row"
-
-# ---- memory: the step at true size, gradients on the host, what fits ---------------------
-# Published sizes. Windows of the vision tower take the same bytes as full attention.
-ROPE_LARGE = dict(rope_type="default", rope_theta=1e6)
-QWEN2_5 = dict(rope_parameters=ROPE_LARGE | dict(mrope_section=[16, 24, 24]))
-TOWER_2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                 fullatt_block_indexes=list(range(32)))
-QWEN3 = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-             num_hidden_layers=36, rope_parameters=ROPE_LARGE | dict(mrope_section=[24, 20, 20]))
-TRUE_SIZES = {  # model type, language model, vision tower
-    "Qwen2.5-VL-3B": (
-        "qwen2_5_vl", QWEN2_5 | dict(
-            hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, vocab_size=151936,
-            num_key_value_heads=2, intermediate_size=11008, tie_word_embeddings=True),
-        TOWER_2_5 | dict(out_hidden_size=2048)),
-    "Qwen2.5-VL-7B": (
-        "qwen2_5_vl", QWEN2_5 | dict(
-            hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, vocab_size=152064,
-            num_key_value_heads=4, intermediate_size=18944, tie_word_embeddings=False),
-        TOWER_2_5 | dict(out_hidden_size=3584)),
-    "Qwen3-VL-4B": (
-        "qwen3_vl", QWEN3 | dict(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
-        dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16,
-             out_hidden_size=2560, deepstack_visual_indexes=[5, 11, 17])),
-    "Qwen3-VL-8B": (
-        "qwen3_vl", QWEN3 | dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False),
-        dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
-             out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24]))}
-
-def true_config(name, **changes):
-    """A Config on a GPU, and the config of the model."""
-    kind, text, tower = TRUE_SIZES[name]
-    ids = {key: value for key, value in json_of(TINY / "config.json").items()
-           if key.endswith("token_id")}
-    config = transformers.AutoConfig.for_model(
-        kind, text_config=text, vision_config=tower,
-        tie_word_embeddings=text["tie_word_embeddings"], **ids)
-    return perl.Config(model=name, dtype="bf16", **changes), config
-
-aten = torch.ops.aten
-
-def tensors_in(values):
-    """The tensors among them, and in lists of them."""
-    tensors = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            tensors.append(value)
-        elif isinstance(value, (list, tuple)):
-            tensors += tensors_in(value)
-    return tensors
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors on the meta device, which have shapes but no numbers.
-    Integers keep their numbers, on the CPU, so that code which reads them runs as it is."""
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.known = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = tensors_in([*args, *kwargs.values()])
-        on_meta = [x.is_meta for x in tensors]
-        if func is aten._local_scalar_dense.default and any(on_meta):
-            return 1.0 if tensors[0].is_floating_point() else 1  # any number does
-        if any(on_meta) and func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            places = []  # a mask of true and false says where, and so how many
-            for index in args[1]:
-                is_mask = index is not None and index.dtype == torch.bool
-                places += index.nonzero().unbind(1) if is_mask else [index]
-            args = (args[0], places, *args[2:])
-        if any(on_meta) and not all(on_meta):
-            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to("meta"), (args, kwargs))
-        elif not any(on_meta) and torch.device(kwargs.get("device") or "cpu").type == "meta":
-            dtype = tensors[0].dtype if tensors else kwargs.get("dtype") or torch.float32
-            kwargs = kwargs if dtype.is_floating_point else kwargs | {"device": "cpu"}
-        out = func(*args, **kwargs)
-        for x in tensors_in([out]):
-            if x.is_meta:
-                self.count(x.untyped_storage())
-        return out
-
-    def count(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        def freed(_):
-            del self.known[key]
-            self.live -= size
-        if key not in self.known:
-            self.known[key] = weakref.ref(storage, freed)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-
-    def peak_of(self, function, *args, **named):
-        """The peak in GB while it runs."""
-        self.peak = self.live
-        function(*args, **named)
-        return self.peak / 1e9
-
-def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-                    enable_gqa=False):
-    """The memory of a GPU's kernel: no scores; a mask is copied in the query's dtype."""
-    if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(q.device).to(q.dtype)
-    return aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-def product_of_a_gpu(a, b):
-    return torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32, device=a.device)
-
-def prompt_of_images(length, config):
-    """One large image takes the bytes of many small ones. Its pixels are in host memory."""
-    tower = config.vision_config
-    side = 16 * tower.spatial_merge_size
-    rows = (length - 16) // (side // tower.spatial_merge_size) * tower.spatial_merge_size
-    numbers = tower.in_channels * tower.temporal_patch_size * tower.patch_size ** 2
-    tokens = rows * side // tower.spatial_merge_size ** 2
-    with _disable_current_modes():
-        pixels = torch.empty(rows * side, numbers, device="meta")
-    picture = perl.Picture(pixels, torch.tensor([[1, rows, side]]), tokens)
-    ids = [config.vision_start_token_id] + [config.image_token_id] * tokens
-    return perl.Prompt(None, ids + [0] * (length - len(ids)), [picture])
-
-@torch.no_grad()
-def sample_at_true_size(model, cfg):
-    """perl.py's prefill, and a decoding step in which every row reaches its full length."""
-    n, full = cfg.rollouts_per_order, cfg.max_new_tokens - 32  # the buffer grows by 32
-    count = cfg.rollout_batch // n
-    length = min(4 * cfg.max_tokens_per_micro_batch // count, cfg.max_prompt_tokens)
-    joining = [(prompt_of_images(length, model.config), [[] for _ in range(n)])
-               for _ in range(count)]
-    cache = perl.prefill(model, PROCESSOR, joining, cfg, perl.Cache(layers=[]))
-    for layer in cache.layers:
-        shape = list(layer.rows.shape)
-        shape[3] = layer.length = full
-        layer.rows = layer.rows.new_empty(shape)
-    joining[0][0].ids.pop()  # one prompt is padded, so that there is a mask
-    rows = []
-    for prompt, responses in joining:
-        prompt.delta = 0
-        rows += [(prompt, [0] * full) for _ in responses]
-    inputs = perl.next_inputs(model, PROCESSOR, rows, cache, cfg)
-    sampling = GenerationConfig(max_new_tokens=1, do_sample=True, top_k=0, temperature=0.9,
-                                pad_token_id=0, eos_token_id=[1], suppress_tokens=[2, 3])
-    model.generate(**inputs, generation_config=sampling)
-    model.model.rope_deltas = None
-
-def rollouts_at_true_size(cfg, config):
-    """A full micro-batch of nearly nothing but images: the responses have 96 tokens."""
-    n, tokens = cfg.rollouts_per_order, cfg.max_tokens_per_micro_batch
-    length, rollouts = min(tokens, cfg.max_prompt_tokens) - 96 * n, []
-    for _ in range(tokens // (length + 96 * n)):
-        prompt = prompt_of_images(length, config)
-        rollouts += [Rollout(prompt, (0,), "", [0] * 96, "", False, advantage=1.0)] * n
-    return rollouts
-
-def update_at_true_size(model, cfg, times, *, on_host):
-    """add_gradients on a full micro-batch, beside the gradients of an earlier one."""
-    hooks = []
-    for weight in trained(model):
-        weight.grad_dtype = torch.float32
-        if on_host:  # in the place of SplitAdamW.add
-            def drop(own):
-                own.grad = None
-            hooks.append(weight.register_post_accumulate_grad_hook(drop))
-        else:
-            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-    model.train()
-    for _ in range(times):
-        perl.add_gradients(model, PROCESSOR, rollouts_at_true_size(cfg, model.config), 1, cfg)
-    model.eval().zero_grad()
-    for hook in hooks:
-        hook.remove()
-
-SMALL = dict(rollout_batch=48, max_tokens_per_micro_batch=4096, max_prompt_tokens=2048)
-FULL = [("AdamW on the host", {}, HOST), ("gradients there too", {}, ALL_ON_HOST),
-        ("--lora-rank 64", dict(lora_rank=64), HOST)]
-PHASES_OF_MEMORY = {"sampling": "GPU while sampling", "update": "GPU in an update",
-                    "KL reference": "GPU for the KL reference"}
-
-@table("name, cases", [
-    ("Qwen2.5-VL-3B", FULL), ("Qwen3-VL-8B", FULL[:2]), ("Qwen2.5-VL-7B", [
-        ("48 sequences, gradients there too", SMALL, ALL_ON_HOST),
-        ("--freeze-vision", dict(freeze_vision=True), HOST), *FULL])])
-def test_true_size(name, cases, monkeypatch):
-    """perl.py's own passes, run without numbers, and its arithmetic, which may be 15 % above and
-    3 % below. Prints the README's table (pytest -s). Prompts of 8,192 tokens, or of 2,048."""
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash_attention)
-    monkeypatch.setattr(perl, "scaled_dot_product_attention", flash_attention)
-    monkeypatch.setattr(perl, "product", product_of_a_gpu)
-    live, measured = LiveBytes(), {}
-    with live:
-        _, config = true_config(name)
-        with torch.device("meta"):
-            model = perl.FAMILY_MODEL.from_config(config, dtype=torch.bfloat16,
-                                                  attn_implementation="shared_prompt").eval()
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()
-        weights = live.live / 1e9
-        for what, changes, place in cases:
-            cfg, peaks = true_config(name, **changes)[0], {}
-            model.model.visual.requires_grad_(not cfg.freeze_vision)
-            if cfg.lora_rank:
-                perl.add_lora(model, cfg)
-            elif changes == SMALL or place == HOST and not changes:
-                peaks["sampling"] = live.peak_of(sample_at_true_size, model, cfg)
-                rollouts = rollouts_at_true_size(cfg, config)
-                peaks["KL reference"] = weights + live.peak_of(
-                    perl.frozen_logprobs, model, PROCESSOR, rollouts, cfg)
-            peaks["update"] = live.peak_of(
-                update_at_true_size, model, cfg, 2 if what == FULL[0][0] else 1,
-                on_host=place == ALL_ON_HOST)
-            counted, row = perl.count_memory(model, cfg, place, 1), f"| {name} | {what} |"
-            for phase, part in PHASES_OF_MEMORY.items():
-                row += f" {peaks[phase]:.1f} ({counted[part]:.1f}) |" if phase in peaks else " |"
-            print(row)
-            for phase, peak in peaks.items():
-                part = PHASES_OF_MEMORY[phase]
-                assert 0.97 <= counted[part] / peak <= 1.15, (row, phase)
-            measured[what] = max(peaks.values())
-    small = measured.get("48 sequences, gradients there too", 0)
-    assert small <= 46, "full fine-tuning of the 7B on a card of 48 GB"
-
-def split_run_of_two_passes(device, **changes):
-    """Weights, state and gradient norms after three updates of two passes each."""
-    cfg = tiny_config(lr=1e-3, optimizer_device=device, **changes)
-    model, norms = perl.load_model("tiny", cfg, CPU), []
-    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
-    for seed in range(6):
-        backward(model, seed)
-        if device == ALL_ON_HOST:
-            assert all(weight.grad is None for weight in trained(model)), "none is left"
-        if seed % 2:
-            norms.append(optimizer.step())
-    return flat_weights(model), optimizer.state_dict(), norms
-
-@table("changes", [{}, dict(dtype="bf16"), dict(freeze_vision=True)])
-@table("max_grad_norm", [0.05, 1e9])
-def test_gradients_summed_in_host_memory_give_the_same_weights(monkeypatch, changes, max_grad_norm):
-    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
-    weights, states, norms = split_run_of_two_passes("gpu", **changes)
-    on_host, its_states, its_norms = split_run_of_two_passes(ALL_ON_HOST, **changes)
-    assert norms == its_norms and norms[0] > 0.05 and torch.equal(weights, on_host)
-    for name, state in states.items():
-        assert all(torch.equal(state[key], its_states[name][key]) for key in state)
-
-def test_a_bad_gradient_in_host_memory_is_skipped_and_forgotten():
-    cfg = tiny_config(lr=1e-3, optimizer_device=ALL_ON_HOST)
-    model = perl.load_model("tiny", cfg, CPU)
-    optimizer, before = perl.SplitAdamW(model, cfg, ACCELERATOR), flat_weights(model)
-    backward(model, 0)
-    optimizer.sums["lm_head.weight" if "lm_head.weight" in optimizer.sums else
-                   next(iter(optimizer.sums))].view(-1)[3] = math.nan
-    assert not math.isfinite(optimizer.step()) and torch.equal(before, flat_weights(model))
-    backward(model, 0)
-    assert math.isfinite(optimizer.step()) and not torch.equal(before, flat_weights(model))
-
-def test_host_sums_of_several_processes_are_reduced_where_the_weights_are(monkeypatch):
-    """NCCL takes no tensor of the host. All processes have the same gradients here."""
-    reduced = []
-    def all_reduce(tensor):
-        reduced.append(tensor.device)
-        tensor *= 2
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, owner: None)
-    norms = {}
-    for device in ("gpu", ALL_ON_HOST):
-        cfg = tiny_config(optimizer_device=device)
-        model = perl.load_model("tiny", cfg, CPU)
-        optimizer = perl.SplitAdamW(model, cfg, process(2))
-        backward(model, 0)
-        norms[device] = optimizer.step()
-    alone = split_run(1)[2]
-    assert norms["gpu"] == norms[ALL_ON_HOST] == pytest.approx(2 * alone[0])
-    assert len(reduced) == 2 * len(trained(model))
-
-def test_chosen_sizes_are_kept_for_resume(data, tmp_path, monkeypatch):
-    """A size at its default is lowered to what fits; config.json has what was chosen."""
-    def best_fit(cfg, *args, real=perl.best_fit):
-        sized, place, parts, lacks = real(cfg, *args)
-        sized.rollout_batch = 6 if cfg.rollout_batch == 384 else cfg.rollout_batch
-        return sized, place, parts, lacks
-    monkeypatch.setattr(perl, "best_fit", best_fit)
-    perl.main(arguments(data, tmp_path, rollout_batch=384, steps=1, eval_every=0))
-    run = tmp_path / "stage1"
-    assert json_of(run / "config.json")["rollout_batch"] == 6
-    assert json_of(run / "config.json")["optimizer_device"] == "auto"
-    assert perl.parse_config(["--resume", str(run)]).rollout_batch == 6
-
-def test_dry_run_prints_steps_rollouts_tokens_and_checkpoints(model_7b, capsys):
-    cfg = perl.parse_config(["--model", model_7b, "--dry-run", "--gpu-gb", "80"])
-    for filter_, rounds in (("none", 1), ("online", 4)):
-        its = dataclasses.replace(cfg, dtype="bf16", steps=31, filter=filter_)
-        perl.plan_memory(its, ACCELERATOR)
-        text = capsys.readouterr().out
-        assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
-        assert "disk for checkpoints" in text
-
-def test_qwen3_5_samples_and_trains_without_sharing_only(questions, tmp_path, monkeypatch):
-    """A left-padded row of a batch has the log-probabilities that it has alone (its recurrent
-    layers round more than attention does), and greedy decoding takes the most likely token."""
-    path = random_family("qwen3_5", tmp_path / "qwen3_5")
-    refuses("qwen3_5, which needs --no-share", perl.load_processor, path, tiny_config())
-    cfg = tiny_config(share=False, max_new_tokens=12, gradient_checkpointing=True)
-    model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
-    orders = [perl.all_orders(question, 2) for question in questions]
-    groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
-    together = {id(r): row for r, row in
-                perl.frozen_logprobs(model, processor, flatten(groups), cfg)}
-    for rollout in flatten(groups):
-        rollout.advantage = 1.0 if rollout.order[:1] == (0,) else -1.0
-        (_, alone), = perl.frozen_logprobs(model, processor, [rollout], cfg)
-        assert torch.allclose(alone, together[id(rollout)], atol=2e-3)
-    sums, (norm,) = run_update(model, perl.SplitAdamW(model, cfg, ACCELERATOR), groups, cfg)
-    assert sums["tokens"] > 0 and math.isfinite(norm) and norm > 0
-    def is_likeliest(lm_head, hidden, targets, banned_ids, temperature):
-        logits = lm_head(hidden)
-        logits[:, banned_ids] = -torch.inf
-        return (logits.argmax(dim=1) == targets).float()
-    monkeypatch.setattr(perl, "token_logprobs", is_likeliest)
-    model = perl.load_model(path, cfg, CPU)
-    rows = [row for _, row in perl.frozen_logprobs(model, processor, flatten(groups), cfg)]
-    assert torch.cat(rows).mean() > 0.98
+    (step_flags(0, 4, 9, 4), "more text tokens than images"),
+    (step_flags(4, 4, 4, 4), "more text tokens than images"),
+    (step_flags(1, -4, 9, 4), "more text tokens than images"),
+    (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
+    (step_flags(1, 4, 9, 1), "--max-new-tokens"),
+    (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
+    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of start")])
+def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        ablate.main(flags)
+    assert message in f"{end.value} {capsys.readouterr().err}"
