@@ -44,7 +44,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen2_5_VLProcessor
 
@@ -1265,9 +1265,8 @@ def test_checkpoint_is_a_whole_hugging_face_folder(straight):
 def test_best_weights_and_the_checkpoints_that_are_kept(data, tmp_path, monkeypatch, keep, kept):
     """best/ has the weights of the step whose eval_worst was the highest, the start included."""
     worst = iter([0.3, 0.2, 0.5, 0.6, 0.6])  # before training, and after each step
-    def evaluate(*_, **named):
-        return {"eval_accuracy": 0.6, "eval_worst": next(worst), "eval_bias": 0.1, "seconds_eval": 1}
-    monkeypatch.setattr(perl, "evaluate", evaluate)
+    monkeypatch.setattr(perl, "evaluate", lambda *_, **named: dict(
+        eval_accuracy=0.6, eval_worst=next(worst), eval_bias=0.1, seconds_eval=1))
     perl.main(arguments(data, tmp_path, save_every=1, eval_every=1, keep_checkpoints=keep))
     run = tmp_path / "stage1"
     assert [path.name for path in perl.checkpoints(run)] == [f"checkpoint-{k}" for k in kept]
@@ -2084,11 +2083,14 @@ def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, tmp_pa
     assert (without - ours).abs().max() > 0.1
 
 # ---- Memory and machines: what fits ----------------------------------------------------
+def config_of(model, *argv, **changes):
+    cfg = perl.parse_config(["--model", model, *argv])
+    return dataclasses.replace(cfg, **dict(dtype="bf16") | changes)
+
 def planned(model, capsys, accelerator=ACCELERATOR, **changes):
     """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
-    cfg = perl.parse_config(["--model", model, "--dry-run"])
-    cfg = dataclasses.replace(cfg, **dict(dtype="bf16", gpu_gb=130, optimizer_device="host") | changes)
-    perl.plan_memory(cfg, accelerator)
+    named = dict(gpu_gb=130, optimizer_device="host") | changes
+    perl.plan_memory(config_of(model, "--dry-run", **named), accelerator)
     text = capsys.readouterr().out
     parts = {name: float(gb) for gb, name in re.findall(r"(?m)^ *([\d.]+)  (.+)$", text)}
     return parts, float(re.search(r"([\d.]+) billion parameters", text)[1])
@@ -2135,31 +2137,30 @@ ALL = (384, 16384)  # the default sizes
     (200, 1, dict(optimizer_device="host"), HOST, ALL), (24, 1, {}, None, None),
     (141, 1, dict(optimizer_device="gpu"), None, None),
     (48, 1, dict(optimizer_device="host"), ALL_ON_HOST, (192, 8192)),
-    (48, 1, dict(rollout_batch=300), None, None), (48, 1, dict(rollout_batch=90), ALL_ON_HOST, (90, 16384)),
+    (48, 1, dict(rollout_batch=300), None, None),
+    (48, 1, dict(rollout_batch=90), ALL_ON_HOST, (90, 16384)),
     (24, 1, dict(lora_rank=64, max_prompt_tokens=2048), ALL_ON_HOST, (24, 2048))])
 def test_what_fits_a_card(monkeypatch, model_7b, capsys, free, world, typed, place, sizes):
     """Where AdamW's state and the gradients lie, and sizes where none were typed."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 1e12))
     rooms(monkeypatch, 999, 999)
-    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
-    on_a_laptop = dataclasses.replace(cfg, gpu_gb=free)
-    for its, device in ((cfg, torch.device("cuda")), (on_a_laptop, CPU)):
+    on_a_gpu, on_a_laptop = config_of(model_7b, **typed), config_of(model_7b, gpu_gb=free, **typed)
+    for cfg, device in ((on_a_gpu, torch.device("cuda")), (on_a_laptop, CPU)):
         if place:
-            assert perl.plan_memory(its, process(world, device=device)) == place
-            chosen = its.rollout_batch, its.max_tokens_per_micro_batch
-            assert sizes is None or chosen == sizes
-            assert its.rollout_batch == typed.get("rollout_batch", its.rollout_batch)
+            assert perl.plan_memory(cfg, process(world, device=device)) == place
+            chosen = cfg.rollout_batch, cfg.max_tokens_per_micro_batch
+            assert chosen == sizes
             out = capsys.readouterr().out
             assert f"{chosen[0]} sequences" in out and f"{chosen[1]} tokens" in out and place in out
         else:
             with ends(r"needs .* GB \(GPU .*; there are") as end:
-                perl.plan_memory(its, process(world, device=device))
+                perl.plan_memory(cfg, process(world, device=device))
     if not place:  # what the message names does help
         for flags in re.split(" or ", str(end.value).split("what makes it fit: ")[1]):
-            helped = ["--model", model_7b]
+            helped = []
             for name, value in (typed | dict(gpu_gb=free)).items():
                 helped += [perl.flag_of(name), str(value)]
-            fine = dataclasses.replace(perl.parse_config(helped + flags.split()), dtype="bf16")
+            fine = config_of(model_7b, *helped, *flags.split())
             assert perl.plan_memory(fine, process(world)) in perl.PLACES
 
 def rooms(monkeypatch, host, disk):
@@ -2169,18 +2170,18 @@ def rooms(monkeypatch, host, disk):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=disk * 1e9))
 
 @table("host, disk, typed, device, world, message", [
-    (100, 999, {}, "cuda", 1, r"116.1 GB \(host memory; there are 100.0\); .*: --beta 0.0 or --lora"),
+    (100, 999, {}, "cuda", 1, r"116.1 GB \(host .*; there are 100.0\); .*: --beta 0.0 or --lora"),
     (120, 999, {}, "cuda", 1, None), (120, 999, {}, "cuda", 2, r"needs 132.7 GB \(host memory"),
-    (999, 200, {}, "cuda", 1, r"248.8 GB \(disk .*; there are 200.0\); what makes it fit: --lora"),
+    (999, 200, {}, "cuda", 1, r"248.8 GB \(disk .*; there are 200.0\); .* makes it fit: --lora"),
     (20, 999, dict(gpu_gb=80), "cuda", 1, None),  # planned for another machine
     # Weights twice, AdamW and a layer's work: a CPU has one memory.
-    (230, 999, dict(dtype="float32"), "cpu", 1, r"needs 268.* GB \(host memory; there are 230"),
+    (230, 999, dict(dtype="float32"), "cpu", 1, r"needs 268.* GB \(host .*; there are 230"),
     (999, 999, dict(dtype="float32"), "cpu", 1, None)])
 def test_host_memory_and_disk_are_checked(
         monkeypatch, model_7b, host, disk, typed, device, world, message):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
     rooms(monkeypatch, host, disk)
-    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), **dict(dtype="bf16") | typed)
+    cfg = config_of(model_7b, **typed)
     with ends(message) if message else contextlib.nullcontext():
         place = perl.plan_memory(cfg, process(world, device=torch.device(device)))
         assert (place == "gpu") == (device == "cpu"), "beside the weights"
@@ -2208,10 +2209,9 @@ def test_chosen_sizes_are_kept_for_resume(data, tmp_path, monkeypatch):
     assert perl.parse_config(["--resume", str(run)]).rollout_batch == 6
 
 def test_dry_run_prints_steps_rollouts_tokens_and_checkpoints(model_7b, capsys):
-    cfg = perl.parse_config(["--model", model_7b, "--dry-run", "--gpu-gb", "80"])
     for filter_, rounds in (("none", 1), ("online", 4)):
-        its = dataclasses.replace(cfg, dtype="bf16", steps=31, filter=filter_)
-        perl.plan_memory(its, ACCELERATOR)
+        cfg = config_of(model_7b, "--dry-run", gpu_gb=80, steps=31, filter=filter_)
+        perl.plan_memory(cfg, ACCELERATOR)
         text = capsys.readouterr().out
         assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
         assert "disk for checkpoints" in text
@@ -2222,8 +2222,6 @@ ROPE_LARGE = dict(rope_type="default", rope_theta=1e6)
 QWEN2_5 = dict(rope_parameters=ROPE_LARGE | dict(mrope_section=[16, 24, 24]))
 TOWER_2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
                  fullatt_block_indexes=list(range(32)))
-QWEN3 = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-             num_hidden_layers=36, rope_parameters=ROPE_LARGE | dict(mrope_section=[24, 20, 20]))
 TRUE_SIZES = {  # model type, language model, vision tower
     "Qwen2.5-VL-3B": (
         "qwen2_5_vl", QWEN2_5 | dict(
@@ -2236,7 +2234,10 @@ TRUE_SIZES = {  # model type, language model, vision tower
             num_key_value_heads=4, intermediate_size=18944, tie_word_embeddings=False),
         TOWER_2_5 | dict(out_hidden_size=3584)),
     "Qwen3-VL-8B": (
-        "qwen3_vl", QWEN3 | dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False),
+        "qwen3_vl", dict(
+            hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, vocab_size=151936,
+            num_key_value_heads=8, intermediate_size=12288, tie_word_embeddings=False,
+            head_dim=128, rope_parameters=ROPE_LARGE | dict(mrope_section=[24, 20, 20])),
         dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
              out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24]))}
 
@@ -2249,16 +2250,10 @@ def model_config(name):
         tie_word_embeddings=text["tie_word_embeddings"], **ids)
 
 aten = torch.ops.aten
+BY_INDEX = aten.index.Tensor, aten.index_put.default, aten.index_put_.default
 
 def tensors_in(values):
-    """The tensors among them, and in lists of them."""
-    tensors = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            tensors.append(value)
-        elif isinstance(value, (list, tuple)):
-            tensors += tensors_in(value)
-    return tensors
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live tensors on the meta device, which have shapes but no numbers.
@@ -2273,7 +2268,7 @@ class LiveBytes(TorchDispatchMode):
         on_meta = [x.is_meta for x in tensors]
         if func is aten._local_scalar_dense.default and any(on_meta):
             return 1.0 if tensors[0].is_floating_point() else 1  # any number does
-        if any(on_meta) and func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        if any(on_meta) and func in BY_INDEX:
             places = []  # a mask of true and false says where, and so how many
             for index in args[1]:
                 is_mask = index is not None and index.dtype == torch.bool
@@ -3676,11 +3671,12 @@ def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_pat
     assert "equal rewards in every order" in of_these[:of_these.index("</figure>")]
     first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
     assert first == tuple(sorted(first)), "the group, the curves, the glossary"
-    dashes = re.findall('stroke-dasharray="([^"]*)"', shown[shown.index("Held-out questions</fig"):])
+    curves = shown[shown.index("Held-out questions</fig"):]
+    dashes = re.findall('stroke-dasharray="([^"]*)"', curves)
     assert len(set(dashes[:6])) == 3, "three lines, and their signs in the legend, all different"
 
 LAYOUT = """
-  const tops = [...document.querySelectorAll("#curves figure")].map(card => card.offsetTop), lone = [];
+  const cards = [...document.querySelectorAll("#curves figure")], lone = [];
   for (const node of document.querySelectorAll("p, dd, figcaption, h2, strong, .scores, pre")) {
     const words = [], walk = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
     while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\S+/g)) {
@@ -3692,7 +3688,7 @@ LAYOUT = """
     const last = words.filter(bottom => Math.abs(bottom - words[words.length - 1]) < 6);
     if (last.length === 1 && words.length > 1) lone.push(node.textContent);
   }
-  document.title = JSON.stringify([tops, lone, document.documentElement.scrollWidth]);
+  document.title = JSON.stringify([cards.map(card => card.offsetTop), lone, document.documentElement.scrollWidth]);
 """
 
 @table("name", ["paged", "forked"])
