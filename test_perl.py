@@ -1,6 +1,6 @@
 """Tests of perl.py, in its order: they show by example what each part promises.
 
-    python -m pytest test_perl.py        # one CPU core, no network, under 3 minutes
+    python -m pytest test_perl.py        # one CPU core, no network, under 5 minutes
 """
 import ast
 import base64
@@ -20,7 +20,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import weakref
@@ -39,12 +38,13 @@ import transformers
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFile
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen2_5_VLProcessor
 
@@ -87,12 +87,10 @@ def ends(message):
     assert "\n" not in str(end.value)
 
 def refuses(message, call, *args, **named):
-    """The call ends the program with one sentence."""
     with ends(message):
         call(*args, **named)
 
 def record(monkeypatch, name):
-    """The positional arguments of each call of perl.`name`, which works as before."""
     calls, real = [], getattr(perl, name)
     def recorded(*args, **named):
         calls.append(args)
@@ -113,7 +111,6 @@ PROCESSOR = perl.load_processor("tiny", tiny_config())
 ACCELERATOR = perl.accelerate.Accelerator(cpu=True)
 
 def process(world, rank=0, device=CPU):
-    """What perl.py asks an accelerator, of one process of several."""
     return SimpleNamespace(num_processes=world, process_index=rank, device=device, print=print)
 
 GOOD = dict(id="q1", images=["a.png", "b.png", "c.png"], answer="3", order_rule="index",
@@ -151,6 +148,11 @@ def read_rows(path):
 def json_of(path):
     return json.loads(path.read_text())
 
+def table_rows(text):
+    """The cells of a printed table, line by line; other lines are left out."""
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")]
+            for line in text.splitlines() if "|" in line]
+
 def edit(path, **changes):
     """Change fields of a JSON file; None takes one out."""
     row = json_of(path) | changes
@@ -173,8 +175,7 @@ def tokens_of(text):
     return ids + PROCESSOR.eos_ids[-1:]
 
 def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
-    """Four rollouts of each question, with given words and rewards: two on the identity, two on
-    the reversed order. The same groups in every process."""
+    """Four rollouts of each question: two on the identity, two on the reversed order."""
     texts = (r"<think>one</think> \boxed{1}", "<think>a much longer thought", "3", "")
     groups = []
     for asked in questions:
@@ -191,7 +192,6 @@ def written_groups(questions, rewards=(1.0, 0.1, 0.0, 0.0)):
     return groups
 
 def scored_group(accuracies, rewards=None):
-    """Rollouts of which only accuracy and reward matter."""
     return [Rollout(None, (), "", [5], "", False, accuracy=float(accuracy), reward=float(reward))
             for accuracy, reward in zip(accuracies, rewards or accuracies)]
 
@@ -199,8 +199,7 @@ def run_update(model, optimizer, groups, cfg, reference=None):
     return perl.update(model, reference, optimizer, PROCESSOR, groups, cfg=cfg)
 
 def gradient_of_update(model, groups, cfg, reference=None, lr=0.0):
-    """The gradients that perl.update hands to the optimizer, flat; and the sums it returns. With
-    lr, plain descent: AdamW would blow up the rounding of near-zero gradients."""
+    """Gradients that perl.update hands to the optimizer, flat, and its sums; lr: plain descent."""
     gradients = []
     class Recorder:
         @torch.no_grad()
@@ -216,7 +215,6 @@ def gradient_of_update(model, groups, cfg, reference=None, lr=0.0):
     return torch.cat(gradients), sums
 
 def adamw_updates(model, steps, cfg, lr=1e-2):
-    """What perl.update returns for the groups of each step."""
     optimizer = perl.SplitAdamW(model, dataclasses.replace(cfg, lr=lr), ACCELERATOR)
     return [run_update(model, optimizer, groups, cfg) for groups in steps]
 
@@ -253,10 +251,9 @@ def test_every_field_is_read_and_explained_and_there_are_not_too_many(capsys):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read |= {node.attr} if getattr(node.value, "id", "") == "cfg" else set()
     assert not FIELDS.keys() - read and len(FIELDS) <= 45
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit):
         perl.parse_config(["--help"])
     text = "".join(capsys.readouterr().out.split())
-    assert end.value.code == 0
     for name, field in FIELDS.items():
         assert "--" + name.replace("_", "-") in text and len(field.metadata["help"]) > 10
         assert "".join(field.metadata["help"].split()) in text
@@ -306,7 +303,6 @@ def test_a_misspelt_name_gets_the_nearest_one_and_no_network_is_tried(typed, mea
     refuses(f"; did you mean {meant}\\?$", perl.main, typed.split())
 
 def saved_run(folder, **changes):
-    """A run folder with the settings that a run of 4 steps writes."""
     folder.mkdir(parents=True)
     settings = vars(tiny_config(out=str(folder.parent), steps=4, **changes))
     (folder / "config.json").write_text(json.dumps(settings))
@@ -318,13 +314,13 @@ def saved_run(folder, **changes):
     ("--optimizer-device host", dict(optimizer_device="host")),
     ("--gradient-checkpointing", dict(gradient_checkpointing=True)),
     ("--max-new-tokens 40 --stage 1 --beta 0", {})])  # as they were
-@table("schedule, alpha_steps", [(0, 4), (3, 3)])
-def test_resume_may_change_memory_and_steps(tmp_path, typed, changed, schedule, alpha_steps):
+def test_resume_may_change_memory_and_steps(tmp_path, typed, changed):
     """Alpha keeps the schedule of the run, however many steps there are now."""
-    folder = saved_run(tmp_path / "stage1", alpha_steps=schedule)
-    cfg = perl.parse_config(["--resume", str(folder), *typed.split()])
-    saved = json.loads((folder / "config.json").read_text())
-    assert vars(cfg) == saved | dict(resume=str(folder), alpha_steps=alpha_steps) | changed
+    for stage, schedule, alpha_steps in ((1, 0, 4), (2, 3, 3)):
+        folder = saved_run(tmp_path / f"stage{stage}", alpha_steps=schedule)
+        cfg = perl.parse_config(["--resume", str(folder), *typed.split()])
+        same = dict(resume=str(folder), alpha_steps=alpha_steps)
+        assert vars(cfg) == json_of(folder / "config.json") | same | changed
 
 @table("typed", [
     "--max-new-tokens 9", "--lr 1", "--beta 0.5", "--n-permutations 2", "--stage 2", "--seed 1",
@@ -333,17 +329,16 @@ def test_resume_may_change_memory_and_steps(tmp_path, typed, changed, schedule, 
     "--alpha-end 0.5", "--model x", "--freeze-vision", "--clip-high 0.3", "--out elsewhere"])
 def test_resume_refuses_to_change_the_method_by_name(tmp_path, typed):
     folder, flag = saved_run(tmp_path / "stage1"), typed.split()[0].replace("--no-", "--")
-    with ends(f"{flag} was .*new run"):
-        perl.parse_config(["--resume", str(folder), "--steps", "4", *typed.split()])
+    argv = ["--resume", str(folder), "--steps", "4", *typed.split()]
+    refuses(f"{flag} was .*new run", perl.parse_config, argv)
 
 def test_the_folder_that_resume_takes(tmp_path):
-    """A run folder, or OUT for the stage written last; no checkpoint, no damaged settings."""
     first, second = saved_run(tmp_path / "stage1"), saved_run(tmp_path / "stage2")
-    os.utime(second / "config.json", (1, 1))
-    assert perl.stage_folder(tmp_path) == perl.stage_folder(str(first)) == first
-    os.utime(first / "config.json", (0, 0))
-    assert perl.stage_folder(tmp_path) == perl.stage_folder(second) == second
-    assert perl.parse_config(["--resume", str(tmp_path)]).folder == second
+    for written, newest_stage in ((1, first), (-1, second)):
+        os.utime(first / "config.json", (written, written))
+        os.utime(second / "config.json", (0, 0))
+        assert perl.stage_folder(tmp_path) == newest_stage, "OUT: the stage written last"
+        assert perl.stage_folder(str(first)) == first and perl.stage_folder(second) == second
     checkpoint = first / "checkpoint-4"
     checkpoint.mkdir()
     shutil.copy(TINY / "config.json", checkpoint)  # the model's own lies there
@@ -361,10 +356,9 @@ def test_the_folder_that_resume_takes(tmp_path):
     ([1, 0.9, 0.8, 0.7, 0.6], dict(alpha_steps=11)), ([0.0] * 5, dict(alpha_start=0.0))])
 def test_alpha_falls_linearly_over_its_steps_and_stays(monkeypatch, tmp_path, expected, changes):
     alphas = []
-    def collect_groups(*args, alpha, **others):
-        alphas.append(alpha)
-        return {name: [] for name in perl.VERDICTS} | {"flat": [scored_group([1, 0])]}
-    monkeypatch.setattr(perl, "collect_groups", collect_groups)
+    groups = {name: [] for name in perl.VERDICTS} | {"flat": [scored_group([1])]}
+    monkeypatch.setattr(perl, "collect_groups", lambda *args, alpha, **others: (
+        alphas.append(alpha) or groups))
     for name in ("log_group", "save_checkpoint", "log_metrics"):
         monkeypatch.setattr(perl, name, lambda *args, **others: None)
     cfg = tiny_config(**dict(steps=5, out=str(tmp_path)) | changes)
@@ -398,8 +392,8 @@ def test_permute(rule, answer, movable, order, images, expected):
 
 def test_permute_renumbers_mentions():
     asked = sample("index", "2", question=IMAGES + "<image_1> or <image_3>? <image_1>! 1")
-    permuted = perl.permute(asked, (2, 0, 1))
-    assert permuted.question == IMAGES + "<image_2> or <image_1>? <image_2>! 1"
+    moved = perl.permute(asked, (2, 0, 1))
+    assert moved.question == IMAGES + "<image_2> or <image_1>? <image_2>! 1"
     asked = sample("index", "2", n=26, question="<image_26> <image_1>")
     assert perl.permute(asked, LAST_FIRST).question == "<image_1> <image_2>"
 
@@ -451,9 +445,8 @@ def test_load_samples(folder):
     letter = dict(id="q2", order_rule="letter", movable=[2, 1], answer=" B ", source="toy")
     path = write_rows(folder / "good.jsonl", GOOD, "", GOOD | letter, TEXT_ONLY)
     first, second, text_only = perl.load_samples(str(path))
-    assert (first.id, first.answer, first.source) == ("q1", "3", "")
-    assert first.images == tuple(str(folder / name) for name in GOOD["images"])
-    assert first.movable == (0, 1, 2), "all may move unless said otherwise"
+    images = tuple(str(folder / name) for name in GOOD["images"])
+    assert first == Sample("q1", images, GOOD["question"], "3", "index", (0, 1, 2), "")
     assert (second.movable, second.answer, second.source) == ((1, 2), "B", "toy")
     assert (text_only.images, text_only.movable) == ((), ())
     # An image may come twice where that is harmless.
@@ -506,16 +499,14 @@ def test_a_bad_sample_is_named_by_file_line_and_field(folder, field, value, othe
     assert len(str(refusal.value)) < 500, "a line that a terminal can show"
 
 @table("content, message", [
-    (b'{"id": ', "line 1: not valid JSON"), (b'\n{"id": "\xff"}', "line 2"),
     (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)[:50]}".encode(), "line 2: not valid JSON"),  # torn
     # A JSON array: what was found, and what is accepted.
     (f"[{json.dumps(GOOD)}]".encode(), "line 1: a list, not a JSON object"),
     (json.dumps([GOOD], indent=1).encode(), "line 1: not valid JSON, one object a line"),
-    (b'[["id", "x", 1], ["answer", "1"]]', "line 1: a list"), (b"1", "line 1: a"),
     (b'{"id":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "line 1: not valid JSON"),
     (b'{"id": ' + b"9" * 9000 + b"}", "line 1: not valid JSON"), (b'{"id": NaN}', "field"),
-    (json.dumps(GOOD).encode("utf-16") * 2, "line 1"), (b"\0\0\0\0", "line 1"),
-    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: "),
+    (json.dumps(GOOD).encode("utf-16") * 2, "line 1"), (b'\n{"id": "\xff"}', "line 2"),
+    (f"{json.dumps(GOOD)}\n".encode() * 2, "line 2, field id: "), (b"1", "line 1: a"),
     (b"", "no samples"), (b"\n \n", "no samples"), (MISSING, "is not a file")])
 def test_bad_files(folder, content, message):
     if content is not MISSING:
@@ -532,12 +523,10 @@ def bytes_of(image, kind):
 PNG, JPEG, OF_NO_FILE = bytes_of(noise(), "PNG"), bytes_of(noise(), "JPEG"), None
 HUGE = bytes_of(Image.new("1", (20_000, 20_000)), "PNG")  # a small file
 BAD_IMAGES = {  # name -> content, or how to make it; and what is said about it
-    "truncated.png": (PNG[:len(PNG) // 2], "truncated"),
-    "truncated.jpg": (JPEG[:len(JPEG) // 2], "truncated"),
-    "header.png": (PNG[:20], "Truncated"), "zero.png": (b"", "cannot identify"),
-    "bomb.png": (HUGE, "decompression bomb"),
+    "truncated.png": (PNG[:len(PNG) // 2], "truncated"), "header.png": (PNG[:20], "Truncated"),
+    "truncated.jpg": (JPEG[:len(JPEG) // 2], "truncated"), "zero.png": (b"", "cannot identify"),
+    "bomb.png": (HUGE, "decompression bomb"), "pipe.png": (os.mkfifo, "is not a file"),
     "strip.png": (bytes_of(Image.new("RGB", (1, 300)), "PNG"), "is over 200 times longer"),
-    "folder.png": (os.mkdir, "is not a file"), "pipe.png": (os.mkfifo, "is not a file"),
     "loop.png": (lambda path: path.symlink_to("loop.png"), "[Ss]ymlink loop|is not a file"),
     "out.png": (lambda path: path.symlink_to("../outside.png"), "is not a file in"),
     "../outside.png": (OF_NO_FILE, "is not a file in"), "none.png": (OF_NO_FILE, "is not a file"),
@@ -545,11 +534,9 @@ BAD_IMAGES = {  # name -> content, or how to make it; and what is said about it
     "a\0.png": (OF_NO_FILE, "null byte|is not a file"),
     "\ud800.png": (OF_NO_FILE, "surrogates|is not a file"),
     "x" * 300 + ".png": (OF_NO_FILE, "too long|is not a file"),
-    # What was found, and what is accepted.
-    "new.png": (bytes_of(noise(), "AVIF"), "is AVIF, not one of .*PNG"),
-    "scan.png": (bytes_of(noise(), "TIFF"), "is TIFF, not one of .*PNG"),
-    # Needs another program to draw it, which would run what it finds in the file.
-    "vector.png": (bytes_of(noise(), "EPS"), "is EPS, not one of .*PNG")}
+    # What was found, and what is accepted. EPS would run a program to draw it.
+    **{f"is.{kind}": (bytes_of(noise(), kind), f"is {kind}, not one of .*PNG")
+       for kind in ("AVIF", "TIFF", "EPS")}}
 
 @table("name", BAD_IMAGES)
 def test_a_bad_image_is_named(folder, name):
@@ -563,56 +550,42 @@ def test_a_bad_image_is_named(folder, name):
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2, field images: .* ({message})"):
         perl.load_samples(write_rows(folder / "bad.jsonl", GOOD, row))
 
-def drawn(mode, *colours, **options):
-    """A row of pixels of the given colours, and how to save it."""
-    image = Image.new(mode, (len(colours), 1))
-    if mode == "P":  # blue, number 1 of the palette, counts as transparent
-        image.putpalette([255, 0, 0, 0, 0, 255])
-    image.putdata(colours)
-    return image, options
-
-def animation(first, *others, **options):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (first, *others)]
-    return frames[0], dict(save_all=True, append_images=frames[1:]) | options
-
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
-GREY_16_BIT = Image.frombytes("I;16", (3, 1), struct.pack("<3H", 0, 32768, 65535))
-RGBA = ((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128))
+GREYS = [BLACK, (128,) * 3, WHITE]
 
-@table("name, image, pixels", [
-    ("rgba.png", drawn("RGBA", *RGBA), [RED, WHITE, (127,) * 3]),
-    ("la.png", drawn("LA", (0, 255), (0, 0)), [BLACK, WHITE]),
-    ("palette.png", drawn("P", 0, 1, 0, transparency=1), [RED, WHITE, RED]),
-    ("16.png", (GREY_16_BIT, {}), [BLACK, (128,) * 3, WHITE]),
-    ("bits.png", drawn("1", 0, 1), [BLACK, WHITE]),
-    ("grey.png", drawn("L", 0, 99), [BLACK, (99,) * 3]),
-    ("cmyk.jpg", drawn("CMYK", *[(0, 255, 255, 0)] * 8, quality=100), [RED] * 8),
-    ("moving.gif", animation("red", "blue"), [RED] * 8),
-    ("moving.webp", animation("red", "blue"), [RED] * 8),
-    # Phones write a JPEG with a second picture behind it.
-    ("phone.jpg", animation("red", "blue", format="MPO", quality=100), [RED] * 8),
-    ("rgb.bmp", drawn("RGB", RED, BLUE), [RED, BLUE])])
-def test_pictures_of_all_kinds_are_read_as_they_look(folder, name, image, pixels):
-    image, options = image
+@table("name, mode, stored, seen", [
+    ("rgba.png", "RGBA", [(*RED, 255), (0, 0, 0, 0), (0, 0, 0, 128)], [RED, WHITE, (127,) * 3]),
+    ("la.png", "LA", [(0, 255), (0, 0)], [BLACK, WHITE]), ("1.png", "1", [0, 1], [BLACK, WHITE]),
+    ("16.png", "I;16", [0, 32768, 65535], GREYS), ("grey.png", "L", [0, 128, 255], GREYS),
+    ("palette.png", "P", [0, 1, 0], [RED, WHITE, RED]), ("rgb.bmp", "RGB", [RED], [RED]),
+    ("cmyk.jpg", "CMYK", [(0, 255, 255, 0)] * 8, [RED] * 8)])
+def test_pictures_of_all_kinds_are_read_as_they_look(folder, name, mode, stored, seen):
+    image, options = Image.new(mode, (len(stored), 1)), {}
+    if mode == "P":  # blue, number 1 of the palette, counts as transparent
+        image.putpalette([*RED, *BLUE])
+        options["transparency"] = 1
+    image.putdata(stored)
     image.save(folder / name, **options)
     for file in (folder / name, io.BytesIO((folder / name).read_bytes())):
         read = perl.read_image(file)
         assert read.mode == "RGB" and read.size == image.size
-        for k, colour in enumerate(pixels):
+        for k, colour in enumerate(seen):
             assert read.getpixel((k, 0)) == pytest.approx(colour, abs=2)
 
-@table("suffix", ["jpg", "png", "webp"])
-@table("orientation", range(1, 9))
-def test_exif_rotation_is_applied(folder, orientation, suffix):
-    """The prompt has the pixels as read_image shows them; its length is known before."""
-    upright = Image.new("RGB", (112, 56), "white")
+# Phones write a JPEG (MPO) with a second picture behind it.
+@table("name, kind", [("moving.gif", "GIF"), ("moving.webp", "WEBP"), ("phone.jpg", "MPO")])
+def test_of_several_pictures_the_first_is_read(folder, name, kind):
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE))
+    first.save(folder / name, kind, save_all=True, append_images=[second])
+    assert perl.read_image(folder / name).getpixel((4, 4)) == pytest.approx(RED, abs=2)
+
+@table("orientation, undo", [(1, None), (2, 0), (3, 3), (4, 1), (5, 5), (6, 2), (7, 6), (8, 4)])
+def test_exif_rotation_is_applied(folder, orientation, undo):
+    """`undo`: the Image.Transpose that stores the picture so. Its length is known before."""
+    upright, exif, path = Image.new("RGB", (112, 56), "white"), Image.Exif(), folder / "turned.jpg"
     upright.paste("black", (0, 0, 28, 28))  # a mark in the upper left corner
-    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Image.Transpose
-    stored = upright if undo is None else upright.transpose(undo)
-    exif = Image.Exif()
     exif[0x0112] = orientation
-    path = folder / f"turned.{suffix}"
-    stored.save(path, exif=exif)
+    (upright if undo is None else upright.transpose(undo)).save(path, exif=exif)
     read = perl.read_image(path)
     corners = [read.getpixel(place)[0] < 128 for place in ((9, 9), (99, 9), (9, 47), (99, 47))]
     assert read.size == (112, 56) and corners == [True, False, False, False]
@@ -621,14 +594,6 @@ def test_exif_rotation_is_applied(folder, orientation, suffix):
     assert prompt.pictures[0].grid.tolist() == [[1, 4, 8]]
     assert torch.equal(prompt.pictures[0].pixels, torch.as_tensor(plain["pixel_values"]))
     assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
-
-def test_odd_sizes_have_the_tokens_that_were_foreseen(folder):
-    for size, tokens in (((1, 1), 1), ((28, 5000), 179), ((5000, 28), 179), ((90, 17), 3)):
-        Image.new("RGB", size).save(folder / "odd.png")
-        asked = Sample("x", (str(folder / "odd.png"),), "<image>?", "1", "index")
-        prompt = perl.encode_prompt(asked, PROCESSOR)
-        assert prompt.pictures[0].tokens == tokens
-        assert len(prompt.ids) == perl.prompt_length(asked, PROCESSOR)
 
 @table("order, tokens, mention", [((0, 1, 2), [1, 6, 10], 2), ((2, 0, 1), [10, 1, 6], 3)])
 def test_prompt(questions, order, tokens, mention):
@@ -647,7 +612,6 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
     prompts = encoded_prompts(questions, processor)
     assert max(p.tokens for prompt in prompts for p in prompt.pictures) <= most_tokens
     lengths = [len(prompt.ids) for prompt in prompts]
-    assert lengths == [perl.prompt_length(asked, processor) for asked in questions]
     def load(limit):
         cfg = tiny_config(max_prompt_tokens=limit)
         return perl.load_questions(str(folder / "four.jsonl"), processor, cfg, ACCELERATOR)
@@ -656,25 +620,13 @@ def test_long_prompts_are_dropped_and_counted(folder, questions, capsys, max_pix
         assert f"{kept} questions, {4 - kept} dropped" in capsys.readouterr().out
     refuses("no question is left", load, 5)
 
-# All that the published tokenizer adds, but <tool_call> and </tool_call>: those are plain words.
-REAL_TOKENS = [f"<|{name}|>" for name in (
-    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
-    "quad_end vision_start vision_end vision_pad image_pad video_pad fim_prefix fim_middle "
-    "fim_suffix fim_pad repo_name file_sep").split()]
-
-def test_no_text_becomes_a_control_token():
-    added = PROCESSOR.tokenizer.added_tokens_decoder.values()
-    special = [token.content for token in added if token.special]
-    assert special and all(map(perl.CONTROL.search, REAL_TOKENS + special))
-
 # Checkpoints laid out as the repositories of Qwen2.5-VL are.
 TEXT_TEMPLATE = ("{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + "
                  "message.content + '<|im_end|>\\n' }}{%- endfor %}")
 
 @pytest.fixture
 def real_layout(tmp_path):
-    """The tiny checkpoint with a template for text in tokenizer_config.json and the one for
-    images in chat_template.json, which AutoTokenizer does not read; older names and fields."""
+    """The tiny checkpoint laid out as Qwen's: two templates, older names and fields."""
     folder = tmp_path / "real"
     shutil.copytree(TINY, folder)
     template = (folder / "chat_template.jinja").read_text()
@@ -692,24 +644,21 @@ def real_processor(folder):
     return perl.load_processor(str(folder), tiny_config())
 
 def test_the_template_for_images_is_found_beside_that_for_text(real_layout, questions):
-    """Checkpoints carry it on, to where AutoTokenizer and AutoProcessor look for it."""
     assert AutoTokenizer.from_pretrained(real_layout).chat_template == TEXT_TEMPLATE
     real, saved = real_processor(real_layout), real_layout / "saved"
     ours, theirs = encoded_prompts(questions), encoded_prompts(questions, real)
     assert [prompt.ids for prompt in ours] == [prompt.ids for prompt in theirs]
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert PROCESSOR.tokenizer.decode(ours[0].ids).startswith(system)
-    assert real.image_processor.size == {
-        "longest_edge": tiny_config().max_pixels, "shortest_edge": 784}
-    template = real.tokenizer.chat_template
+    size = real.image_processor.size
+    assert (size["longest_edge"], size["shortest_edge"]) == (tiny_config().max_pixels, 784)
     real.tokenizer.save_pretrained(saved)
     real.image_processor.save_pretrained(saved)
-    assert AutoTokenizer.from_pretrained(saved).chat_template == template
-    assert Qwen2_5_VLProcessor.get_processor_dict(saved)[0]["chat_template"] == template
-    for left in (TEXT_TEMPLATE, None):  # without the one for images
-        (real_layout / "chat_template.json").unlink(missing_ok=True)
-        edit(real_layout / "tokenizer_config.json", chat_template=left)
-        refuses("has no chat template for images", real_processor, real_layout)
+    for found in (AutoTokenizer.from_pretrained(saved).chat_template,
+                  Qwen2_5_VLProcessor.get_processor_dict(saved)[0]["chat_template"]):
+        assert found == real.tokenizer.chat_template
+    (real_layout / "chat_template.json").unlink()
+    refuses("has no chat template for images", real_processor, real_layout)
 
 @table("ending", ["<think>", "<think>\n\n"])
 def test_a_template_that_opens_think_itself(real_layout, questions, monkeypatch, ending):
@@ -759,7 +708,6 @@ def test_a_weight_that_does_not_fit_is_refused_by_name(real_layout, change, mess
     refuses(message, load_real, real_layout)
 
 def test_heads_that_are_not_tied_and_a_tied_one_that_was_saved_twice(real_layout):
-    """A 7B has a head of its own; a 3B's file may hold its embedding a second time as head."""
     rewrite_weights(real_layout, lambda weights: {HEAD: weights[EMBEDDING].clone()})
     assert torch.equal(flat_weights(load_real(real_layout)), flat_weights(load_tiny()))
     rewrite_weights(real_layout, lambda weights: {HEAD: weights[EMBEDDING] * 2})
@@ -783,33 +731,31 @@ def test_weights_cut_short_or_of_another_kind_and_no_pickle_is_run(real_layout, 
     path.unlink()
     torch.save({NORM: Hostile(flag)}, real_layout / "pytorch_model.bin")
     refuses("could not load .*real", load_real, real_layout)
-    torch.save({"model.norm.weight": Hostile(flag)}, tmp_path / "optimizer-0.pt")
-    optimizer = perl.SplitAdamW(load_tiny(), tiny_config(), ACCELERATOR)
+    torch.save({NORM: Hostile(flag)}, tmp_path / "optimizer-0.pt")
     with pytest.raises(SystemExit, match="optimizer-0.pt is missing or damaged"):
-        optimizer.load(tmp_path)
+        perl.load_state(tmp_path / "optimizer-0.pt")
     assert not flag.exists()
     torch.load(tmp_path / "optimizer-0.pt", weights_only=False)
     assert flag.exists(), "it would have been"
 
 def test_a_tokenizer_or_a_family_of_another_model_is_refused(real_layout):
     path, tokenizer = real_layout / "config.json", AutoTokenizer.from_pretrained(real_layout)
-    config = json_of(path)
+    config, others = json_of(path), "its tokenizer belongs to another model"
     rows = config["text_config"]["vocab_size"]  # of the embedding
     edit(path, text_config=config["text_config"] | {"vocab_size": rows + 64})
     refuses("mismatched.keys .*embed_tokens", load_real, real_layout)
-    for changes, message in ((dict(image_token_id=1), "its tokenizer belongs to another model"),
-                             (dict(model_type="llava"), "is a llava, none of"),
-                             ({}, "its tokenizer belongs to another model")):
-        edit(path, **config | changes)
-        if not changes:
-            tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
-            tokenizer.save_pretrained(real_layout)
+    for changes, message in ((dict(image_token_id=1), others),
+                             (dict(model_type="llava"), "is a llava, none of")):
+        path.write_text(json.dumps(config | changes))
         refuses(message, real_processor, real_layout)
+    path.write_text(json.dumps(config))
+    tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(real_layout)
+    refuses(others, real_processor, real_layout)
 
 # ---- Rollouts and rewards --------------------------------------------------------------
 def sample_and_record(model, prompts, n, cfg):
-    """Rollouts; and of each, the scores and the logits (T, V) that generate had for its tokens,
-    put together from the stretches in which it is decoded."""
+    """Rollouts; and of each, generate's scores and logits (T, V) for its tokens."""
     torch.manual_seed(0)
     rollouts, now, seen = [], [], {}
     next_inputs, generate = perl.next_inputs, model.generate
@@ -859,7 +805,6 @@ def test_logprobs_of_the_loss_are_those_of_sampling(questions, dtype, temperatur
     dict(exponential_decay_length_penalty=[2, 2.0]), dict(encoder_no_repeat_ngram_size=2),
     dict(top_h=0.5), dict(guidance_scale=3.0)], ids=lambda settings: list(settings)[-1])
 def test_the_checkpoints_own_sampling_settings_do_not_leak_in(questions, tmp_path, hostile):
-    """It keeps them for its own use, whether sampling ends or fails."""
     shutil.copytree(TINY, tmp_path / "hostile")
     edit(tmp_path / "hostile" / "generation_config.json", **hostile)
     cfg, prompts = tiny_config(temperature=0.7, max_new_tokens=12), all_asked(questions)
@@ -919,13 +864,11 @@ def test_group_advantages():
     ([1] * 4, [1, 1, 1, 0.9], (0, 1), "kept"),  # the format differs
     ([1] * 4, [1, 1, 1, 0.9], (0.1, 0.9), "all_right"),
     ([0] * 4, [0, 0, 0, 0.1], (0.1, 0.9), "all_wrong"),
-    ([1] * 11 + [0], None, (0.1, 0.9), "too_easy"),
-    ([0] * 11 + [1], None, (0.1, 0.9), "too_hard"),
+    ([1] * 11 + [0], None, (0.1, 0.9), "too_easy"), ([0] * 11 + [1], None, (0.1, 0.9), "too_hard"),
     ([1, 1, 0, 0], [0.1] * 4, (0, 1), "flat")])  # an accuracy weight of 0
 def test_verdict(accuracies, rewards, bounds, expected):
-    group = scored_group(accuracies, rewards)
+    group, (low, high) = scored_group(accuracies, rewards), bounds
     perl.set_advantages([group])
-    low, high = bounds
     cfg = tiny_config(filter="online", filter_low=low, filter_high=high)
     assert perl.verdict(group, cfg) == expected
     widest = dataclasses.replace(cfg, filter_low=0, filter_high=1)
@@ -1012,9 +955,8 @@ def test_kl_by_hand():
 def test_masked_tokens_do_not_matter(garbage, where):
     results = []
     for behind in ([], [0.0], [garbage]):
-        rows = []
-        for k, value in enumerate((-1.0, -1.1, -1.3)):
-            rows.append(torch.tensor([[value] + (behind if k == where else [0.0] * len(behind))]))
+        rows = [torch.tensor([[value] + [0.0] * len(behind)]) for value in (-1.0, -1.1, -1.3)]
+        rows[where][0, 1:] = torch.tensor(behind)
         logprobs = rows[0].requires_grad_()
         loss, stats = loss_of(logprobs, *rows[1:], mask=[[1] + [0] * len(behind)], beta=0.1)
         loss.backward()
@@ -1026,7 +968,6 @@ FAR = [0.0, -1e-30, -1.0, -19.0, -21.0, -100.0, -101.0, -1e4, -1e30, -3e38]
 
 @table("advantage", [-1e3, -1.0, 0.0, 1.0, 1e3])
 def test_the_loss_and_its_gradient_are_finite(advantage):
-    """For every pair of log-probabilities, far apart as they may be."""
     pairs = torch.cartesian_prod(torch.tensor(FAR), torch.tensor(FAR))              # (100, 2)
     for old, ref in ((1, None), (0, 1), (1, 1)):
         logprobs = pairs[None, :, 0].clone().requires_grad_()
@@ -1100,16 +1041,6 @@ def test_old_logprobs_are_stored_and_used_only_for_several_updates(
     assert all((r.old_logprobs is None) == (updates == 1) for r in flatten(groups))
     assert (sums["clipped"] > 0) == (updates == 2), "the first update moved the second's ratio"
 
-@table("frozen", [True, False])
-def test_freeze_vision(questions, frozen):
-    same, before = [], load_tiny()
-    model = load_tiny(freeze_vision=frozen)
-    adamw_updates(model, [written_groups(questions)], tiny_config(freeze_vision=frozen))
-    for part in ("visual", "language_model"):
-        ours, theirs = getattr(model.model, part), getattr(before.model, part)
-        same.append(torch.equal(flat_weights(ours), flat_weights(theirs)))
-    assert same == [frozen, False]
-
 MIXED, RIGHT, WRONG, EASY = [1, 0, 0, 0], [1] * 4, [0] * 4, [1] * 11 + [0]
 
 def collect(monkeypatch, script, **changes):
@@ -1127,8 +1058,7 @@ def collect(monkeypatch, script, **changes):
     return groups, rounds
 
 def test_idle_decode_slots_are_reported():
-    text = PROCESSOR.tokenizer("5").input_ids
-    end, pad = PROCESSOR.eos_ids[-1], PROCESSOR.pad_id
+    text, end, pad = PROCESSOR.tokenizer("5").input_ids, PROCESSOR.eos_ids[-1], PROCESSOR.pad_id
     rows = [text + [end, pad, pad], text * 3 + [end], text * 4]  # of one call of generate
     prompt = perl.Prompt(sample(), [], [])
     rollouts = [perl.make_rollout(row, prompt, (), PROCESSOR) for row in rows]
@@ -1136,8 +1066,8 @@ def test_idle_decode_slots_are_reported():
         (2, 2, False), (4, 0, False), (4, 0, True)]
     groups = {name: [] for name in perl.VERDICTS} | {"kept": [rollouts]}
     metrics = perl.step_metrics(groups, Counter(tokens=10.0))
-    assert metrics["idle"] == pytest.approx(2 / 12)
-    assert (metrics["length"], metrics["truncated"]) == (pytest.approx(10 / 3), 1 / 3)
+    assert [metrics[name] for name in ("idle", "length", "truncated")] == pytest.approx(
+        [2 / 12, 10 / 3, 1 / 3])
 
 def test_groups_without_variance_are_dropped_and_not_counted(monkeypatch):
     groups, rounds = collect(monkeypatch, [MIXED, RIGHT, WRONG, MIXED])
@@ -1157,6 +1087,14 @@ def test_online_filter_samples_until_the_batch_is_full(monkeypatch):
     groups, rounds = collect(monkeypatch, [RIGHT] * 99, **online)
     assert not groups["kept"] and len(rounds) == perl.MAX_ROUNDS
 
+def test_groups_beyond_this_process_part_are_counted_as_surplus(monkeypatch):
+    """The other process still lacks two groups, so both draw two questions more."""
+    others = iter([2, 0])
+    monkeypatch.setattr(perl, "gather_object", lambda own: own + [next(others)])
+    groups, rounds = collect(monkeypatch, [MIXED] * 6, filter="online")
+    assert [len(ids) for ids in rounds] == [4, 2]
+    assert (len(groups["kept"]), len(groups["surplus"])) == (4, 2), "each update has its size"
+
 def test_every_epoch_is_a_fresh_shuffle_of_all_questions():
     progress = perl.Progress(0, [], random.Random(0))
     drawn = flatten(perl.draw_questions(progress, 10, 4) for _ in range(5))
@@ -1173,26 +1111,23 @@ def test_evaluate_by_hand(folder, monkeypatch):
             GOOD | dict(id="right in 2 of 6 orders")]
     held_out = perl.load_samples(write_rows(folder / "eval.jsonl", *rows))
     def evaluate(**changes):
-        cfg = tiny_config(out=str(folder), **changes)
-        return perl.evaluate(None, PROCESSOR, held_out, cfg, ACCELERATOR, step=3)
+        scores = perl.evaluate(None, PROCESSOR, held_out, tiny_config(out=str(folder), **changes),
+                               ACCELERATOR, step=3)
+        return [scores[f"eval_{name}"] for name in ("accuracy", "worst", "bias")]
     (folder / "stage1").mkdir()
-    scores = evaluate()
-    assert scores["eval_accuracy"] == pytest.approx((1 / 2 + 1 + 0 + 2 / 6) / 4)
-    assert (scores["eval_worst"], scores["eval_bias"]) == ((0 + 1 + 0 + 0) / 4, (1 + 0 + 0 + 1) / 4)
-    assert greedy_calls == [True]
+    mean, worst, bias = (1 / 2 + 1 + 0 + 2 / 6) / 4, (0 + 1 + 0 + 0) / 4, (1 + 0 + 0 + 1) / 4
+    assert evaluate() == pytest.approx([mean, worst, bias])
     logged = Counter(row["id"] for row in read_rows(folder / "stage1" / "held_out.jsonl"))
     assert list(logged.values()) == [2, 1, 1], "the first few questions in all their orders"
-    scores = evaluate(eval_orders=1)
-    assert (scores["eval_accuracy"], scores["eval_bias"]) == (2 / 4, 0), "only the given order"
-    few = evaluate(questions_per_step=3, eval_orders=1)  # a batch of questions at a time
-    assert few | {"seconds_eval": 0} == scores | {"seconds_eval": 0}
+    assert evaluate(eval_orders=1) == [2 / 4, 2 / 4, 0], "only the given order"
+    # A batch of questions at a time.
+    assert evaluate(questions_per_step=3, eval_orders=1) == [2 / 4, 2 / 4, 0]
     assert greedy_calls == [True] * 4
 
 # ---- Run folder: a run, its metrics and checkpoint -------------------------------------
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eight real questions with four or more images, answered now right, now wrong, and three
-    of them to evaluate."""
+    """Eight real questions with four or more images, and three of them to evaluate."""
     target, source = tmp_path_factory.mktemp("digits"), HERE / "data_samples"
     rows = [row for row in read_rows(source / "test.jsonl")
             if len(row["images"]) > 3 and row["order_rule"] != "never"][:8]
@@ -1268,7 +1203,6 @@ def run_with(monkeypatch, name, call, event, argv):
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory):
-    """The folder of a run of four steps that was never interrupted."""
     out = tmp_path_factory.mktemp("runs") / "straight"
     perl.main(arguments(data, out))
     return out / "stage1"
@@ -1283,7 +1217,6 @@ def half(data, tmp_path_factory):
 
 @pytest.fixture
 def halted(half, tmp_path):
-    """A copy of `half` to go on with."""
     return shutil.copytree(half, tmp_path / "halted" / "stage1")
 
 def test_run_folder(straight, data):
@@ -1297,11 +1230,10 @@ def test_run_folder(straight, data):
     rollouts = read_rows(straight / "rollouts.jsonl")
     assert [row["step"] for row in rollouts] == [1] * 6 + [3] * 6, "groups: 2 orders of 3 rollouts"
     assert rollouts[0].keys() >= {"id", "order", "question", "response", "gold", "reward"}
-    held_out = {}
+    held_out = {step: [] for step in (0, 2, 4)}
     for row in read_rows(straight / "held_out.jsonl"):
-        held_out.setdefault(row["step"], []).append((row["id"], row["order"]))
-    assert list(held_out) == [0, 2, 4] and held_out[0] == held_out[2] == held_out[4]
-    assert len({name for name, _ in held_out[0]}) == 3
+        held_out[row["step"]].append((row["id"], row["order"]))
+    assert held_out[0] == held_out[2] == held_out[4] and len({key for key, _ in held_out[0]}) == 3
 
 def test_metrics(straight):
     rows = metrics_of(straight)
@@ -1333,9 +1265,8 @@ def test_checkpoint_is_a_whole_hugging_face_folder(straight):
 def test_best_weights_and_the_checkpoints_that_are_kept(data, tmp_path, monkeypatch, keep, kept):
     """best/ has the weights of the step whose eval_worst was the highest, the start included."""
     worst = iter([0.3, 0.2, 0.5, 0.6, 0.6])  # before training, and after each step
-    def evaluate(*_, **named):
-        return {"eval_accuracy": 0.6, "eval_worst": next(worst), "eval_bias": 0.1, "seconds_eval": 1}
-    monkeypatch.setattr(perl, "evaluate", evaluate)
+    monkeypatch.setattr(perl, "evaluate", lambda *_, **named: dict(
+        eval_accuracy=0.6, eval_worst=next(worst), eval_bias=0.1, seconds_eval=1))
     perl.main(arguments(data, tmp_path, save_every=1, eval_every=1, keep_checkpoints=keep))
     run = tmp_path / "stage1"
     assert [path.name for path in perl.checkpoints(run)] == [f"checkpoint-{k}" for k in kept]
@@ -1355,8 +1286,7 @@ def test_the_time_left_counts_evaluations(straight, capsys, step, eval_every, le
 
 # ---- Run folder: killed and resumed ----------------------------------------------------
 def in_a_child(monkeypatch, name, call, event, argv):
-    """run_with in a child process, which may die or stop in the middle. Returns its id and wait
-    status. What it printed is in OUT.log; the sentence that ended it in OUT.end."""
+    """run_with in a child; its id and wait status. Files: OUT.log, OUT.end (the last sentence)."""
     child = os.fork()
     if child:
         return os.waitpid(child, os.WUNTRACED)
@@ -1395,8 +1325,7 @@ def test_resume_after_kill_9_equals_no_kill(
     assert not (run / "checkpoint.tmp").exists()
 
 def test_resume_of_a_lora_run_equals_no_kill(data, tmp_path, monkeypatch):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = dict(lora_rank=4, lr=5e-3)
+    whole, killed, flags = tmp_path / "whole", tmp_path / "killed", dict(lora_rank=4, lr=5e-3)
     perl.main(arguments(data, whole, **flags))
     kill_9(monkeypatch, "update", 4, arguments(data, killed, **flags))
     assert newest(killed / "stage1") == "checkpoint-2"
@@ -1404,8 +1333,7 @@ def test_resume_of_a_lora_run_equals_no_kill(data, tmp_path, monkeypatch):
     assert_equal_runs(killed / "stage1", whole / "stage1")
     assert json_of(whole / "stage1" / "config.json")["lr"] == 5e-3, "as typed"
     assert any(row["kl"] > 0 for row in metrics_of(whole / "stage1")[1:])
-    start, trained = weights_of(TINY), weights_of(whole / "stage1" / "checkpoint-4")
-    assert start.shape == trained.shape and not torch.equal(start, trained), "adapters merged"
+    assert not torch.equal(weights_of(whole / "stage1" / "checkpoint-4"), weights_of(TINY))
 
 # Where a step may be when the signal comes: a function, and which of its calls in steps 3 and 4.
 PHASES = dict(draw_questions=1, draw_orders=5, load_pictures=5, encode_prompt=8, generate=2,
@@ -1416,7 +1344,6 @@ PHASES |= {"SplitAdamW.step": 2, "shutil.rmtree": 1, "torch.save": 2, "os.replac
 
 @table("part", range(4))
 def test_ctrl_c_in_any_phase_of_a_step(straight, halted, monkeypatch, part):
-    """It ends the run at once, which goes on from the last checkpoint, time after time."""
     for phase in [*PHASES][part::4]:
         with ends("KeyboardInterrupt.*; continue with --resume"):
             run_with(monkeypatch, phase, PHASES[phase], send_me("SIGINT"),
@@ -1426,31 +1353,28 @@ def test_ctrl_c_in_any_phase_of_a_step(straight, halted, monkeypatch, part):
     assert_equal_runs(halted, straight)
 
 @table("stage, name, call", [(1, "update", 3), (0, "sample_groups", 1)])
-def test_sigterm_ends_the_step_and_loses_nothing(
-        data, straight, tmp_path, monkeypatch, stage, name, call):
-    """A preempted job: what was under way is finished and saved; the exit names the folder."""
+def test_sigterm_ends_the_step_and_loses_nothing(data, straight, tmp_path, monkeypatch, stage, name,
+                                                 call):
     monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 5)  # eight questions have a histogram
     run, argv = tmp_path / f"stage{stage}", arguments(data, tmp_path, stage=stage)
     _, status = in_a_child(monkeypatch, name, call, send_me("SIGTERM"), argv)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 1
     assert Path(f"{tmp_path}.end").read_text() == f"SIGTERM; continue with --resume {run}"
-    if stage == 0:
-        assert len(json_of(run / "scores.json")) == 3, "a batch"
-    else:
+    if stage == 1:
         assert newest(run) == "checkpoint-3" and metrics_of(run)[-1]["step"] == 3
+        perl.main(["--resume", str(run)])
+        return assert_equal_runs(run, straight)
+    assert len(json_of(run / "scores.json")) == 3, "a batch"
     batches = record(monkeypatch, "sample_groups")
     perl.main(["--resume", str(run)])
-    if stage == 1:
-        return assert_equal_runs(run, straight)
     assert [len(args[2]) for args in batches] == [3, 2], "the first three have their scores"
     perl.main(arguments(data, tmp_path / "whole", stage=0))
     for name in ("scores.json", "kept.json"):
-        assert (run / name).read_text() == (tmp_path / "whole" / "stage0" / name).read_text()
+        assert json_of(run / name) == json_of(tmp_path / "whole" / "stage0" / name)
 
 @table("name, call, fault, message", [
     ("write_atomic", 1, "EROFS", "cannot run in .*halted: .*failed"),
-    ("append_line", 1, "EBADF", None), ("append_line", 1, "EDQUOT", "failed.*--resume"),
-    ("torch.save", 2, "ENOSPC", "failed.*--resume"), ("log_group", 1, "EACCES", "failed"),
+    ("append_line", 1, "EBADF", None), ("torch.save", 2, "ENOSPC", "failed.*--resume"),
     # No file may become larger than this: weights (2 MB), optimizer's state (6 MB), a log.
     *[(name, 1, room, "File too large.*--resume") for name, room in (
         ("save_checkpoint", 10 ** 6), ("save_checkpoint", 4 * 10 ** 6), ("append_line", 0))]])
@@ -1474,7 +1398,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
         assert not (halted / "checkpoint.tmp").exists()
 
 def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, monkeypatch):
-    """Whether new or resumed, and without a trace; until the first one ends, however it ends."""
     out = tmp_path / "run"
     first, status = in_a_child(monkeypatch, "update", 3, send_me("SIGSTOP"), arguments(data, out))
     try:
@@ -1492,8 +1415,7 @@ def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, mo
     assert_equal_runs(out / "stage1", straight)
 
 # ---- Run folder: what --resume takes, changes and refuses ------------------------------
-def test_more_steps_equal_a_run_of_that_many_with_the_old_schedule_of_alpha(
-        data, straight, tmp_path, capsys):
+def test_more_steps_equal_a_run_with_the_old_schedule_of_alpha(data, straight, tmp_path, capsys):
     """Without them, a finished run stays as it is."""
     longer, whole = tmp_path / "longer", tmp_path / "whole"
     shutil.copytree(straight, longer / "stage1")
@@ -1504,8 +1426,7 @@ def test_more_steps_equal_a_run_of_that_many_with_the_old_schedule_of_alpha(
     perl.main(["--resume", str(longer), "--steps", "6"])
     perl.main(arguments(data, whole, steps=6, alpha_steps=4))
     assert_equal_runs(longer / "stage1", whole / "stage1", step=6)
-    alphas = [row["alpha"] for row in metrics_of(whole / "stage1")[1:]]
-    assert alphas == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
+    assert [row["alpha"] for row in metrics_of(whole / "stage1")[4:]] == [0, 0, 0]
 
 @table("change", ["fewer", "another", "reordered"])
 def test_resume_names_training_data_that_changed(data, halted, change):
@@ -1527,7 +1448,6 @@ TORN = dict(missing=Path.unlink, torn=cut, empty=lambda path: path.write_bytes(b
 @table("name", ["training_state.pt", "optimizer-0.pt", "model.safetensors"])
 @table("damage", TORN)
 def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
-    """One sentence; its advice works, and the run goes on to the same end."""
     checkpoint = halted / "checkpoint-2"
     TORN[damage](checkpoint / name)
     before = files_of(halted)
@@ -1540,48 +1460,27 @@ def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
         perl.main(["--resume", str(halted)])
         assert_equal_runs(halted, straight)
 
-def listen(monkeypatch, name):
-    """Put a tracker that only listens in the place of this one. Returns what it is given."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, LoggerType
-    logged = []
-    class Recorder(LOGGER_TYPE_TO_CLASS[name]):
-        def __init__(self, *args, **options):
-            GeneralTracker.__init__(self)
-            logged.append((*args, options))
-        def start(self):
-            pass
-        def log(self, values, step=None, **_):
-            logged.append(values | {"logged at": step})
-        store_init_configuration = log
-        def finish(self):
-            logged.append("finished")
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Recorder)
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType(name)])
-    return logged
-
-@table("name", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch, name):
+def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch):
     """A resumed run continues the run of its tracker; other runs are others there."""
-    out, logged = tmp_path / "run", listen(monkeypatch, name)
-    flags = dict(report_to=name, save_every=1, eval_every=0, steps=2, beta=0)
+    kind, available = perl.accelerate.Accelerator, [*perl.accelerate.utils.LoggerType]
+    run_ids, logged, out = [], [], tmp_path / "run"
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: available)
+    monkeypatch.setattr(kind, "init_trackers", lambda self, *args, init_kwargs: run_ids.append(
+        (init_kwargs["wandb"]["id"], init_kwargs["trackio"]["name"])))
+    monkeypatch.setattr(kind, "log", lambda self, row, step: logged.append((step, row)))
+    monkeypatch.setattr(kind, "end_training", lambda self: logged.append("closed"))
+    flags = dict(report_to="wandb", save_every=1, eval_every=0, steps=2, beta=0)
     with pytest.raises(Killed):
         run_with(monkeypatch, "update", 2, die, arguments(data, out, **flags))
-    begin = logged[0]
     perl.main(["--resume", str(out)])
-    again = logged.index(begin, 1)  # opened with the same name, folder and options
-    assert logged[1]["report_to"] == name and logged[-1] == "finished"
-    rows = [row | {"logged at": row["step"]} for row in read_rows(out / "stage1" / "metrics.jsonl")]
-    assert logged[2:again] + logged[again + 2:-1] == rows
-    logged.clear()
-    perl.main(arguments(data, tmp_path / "other", **flags | {"steps": 1}))
-    begin = [str(part).replace(str(out), str(tmp_path / "other")) for part in begin]
-    assert [*map(str, logged[0])] != begin or name == "tensorboard", "another run is another there"
-
-def test_a_tracker_that_is_missing_is_named(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
-    with pytest.raises(SystemExit, match="pip install wandb"), pytest.warns(UserWarning):
-        perl.main(arguments(data, tmp_path / "run", report_to="wandb"))
-    assert not (tmp_path / "run").exists()
+    rows = read_rows(out / "stage1" / "metrics.jsonl")
+    assert logged == [(row["step"], row) for row in rows] + ["closed"]
+    perl.main(arguments(data, out, **flags | {"steps": 1, "report_to": "tensorboard"}))
+    assert run_ids[0] == run_ids[1] and not {*run_ids[0]} & {*run_ids[2]}
+    available.clear()
+    with pytest.warns(UserWarning), ends("pip install wandb"):
+        perl.main(arguments(data, tmp_path / "none", **flags))
+    assert not (tmp_path / "none").exists()
 
 # ---- Run folder: stages ----------------------------------------------------------------
 def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
@@ -1589,26 +1488,22 @@ def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(perl, "SCORE_TARGET", (1,) * 3)
     out, short = tmp_path / "run", dict(steps=1, eval_every=0)
     perl.main(arguments(data, out, stage=0))
-    scores = json_of(out / "stage0" / "scores.json")
-    kept = json_of(out / "stage0" / "kept.json")
+    scores, kept = (json_of(out / "stage0" / name) for name in ("scores.json", "kept.json"))
     assert scores.keys() == {asked.id for asked in perl.load_samples(data)} > set(kept) != set()
     assert all(score * 10 == pytest.approx(round(score * 10)) for score in scores.values())
     perl.main(arguments(data, out, stage=1, **short))
     assert f"training on {len(kept)} questions" in capsys.readouterr().out
     assert {row["id"] for row in read_rows(out / "stage1" / "rollouts.jsonl")} <= set(kept)
-    before = files_of(out)
+    stage_1 = files_of(out)
     perl.main(arguments(data, out, stage=2, lr=0, **short))
     assert f"start model: {out / 'stage1' / 'checkpoint-1'}" in capsys.readouterr().out
     assert metrics_of(out / "stage2")[0]["alpha"] == 0
-    trained = weights_of(out / "stage1" / "checkpoint-1")
-    assert not torch.equal(trained, weights_of(TINY))
-    assert torch.equal(weights_of(out / "stage2" / "checkpoint-1"), trained), "stage 1's, at lr 0"
-    before |= {f"stage2-1/{name}": text for name, text in files_of(out / "stage2").items()}
+    trained, same = (weights_of(out / stage / "checkpoint-1") for stage in ("stage1", "stage2"))
+    assert torch.equal(trained, same) and not torch.equal(trained, weights_of(TINY)), "at lr 0"
+    moved = {f"stage2-1/{name}": text for name, text in files_of(out / "stage2").items()}
     perl.main(arguments(data, out, stage=2, lr=0, **short))  # once more
     assert f"is now {out / 'stage2-1'}" in capsys.readouterr().out
-    after = files_of(out)
-    assert before.items() <= after.items(), "each stage in its folder, moved aside, nothing lost"
-    assert all((out / name / "perl.py").exists() for name in ("stage0", "stage1", "stage2"))
+    assert (stage_1 | moved).items() <= files_of(out).items(), "nothing is lost"
 
 def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(tmp_path):
     cfg = tiny_config(out=str(tmp_path))
@@ -1623,7 +1518,6 @@ def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(tmp_path):
 
 @table("n, right", [(1, True), (2, False), (8, True), (12, True), (12, False)])
 def test_stage_0_keeps_some_questions_whatever_their_scores(data, tmp_path, monkeypatch, n, right):
-    """All of fewer than eleven; some of twelve, which the start model all knows, or none."""
     answer_always(r"\boxed{1}", monkeypatch)
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: right)
     rows = [row | {"id": f"{row['id']}-{copy}"} for copy in range(2) for row in read_rows(data)][:n]
@@ -1738,7 +1632,6 @@ def test_extract_answer_and_has_format(response, answer, well_formed):
     assert (perl.extract_answer(response), perl.has_format(response)) == (answer, well_formed)
 
 def test_hostile_mathematics_ends_and_the_judge_lives_on(monkeypatch):
-    """Out of reach of a terminal's Ctrl-C."""
     monkeypatch.setattr(perl.MathJudge, "SECONDS", 1.0)
     signal.alarm(40)
     for hostile in ("9^{9^{9^9}}", "99999999!", "((((((9^9)^9)^9)^9)^9)^9)^9", "9e99999999"):
@@ -1771,16 +1664,6 @@ def test_a_response_is_never_run_as_code(tmp_path):
 # ---- Shared compute: it changes the cost of a step and nothing else --------------------
 PLAIN = dict(share=False)
 
-def pictures_encoded(model, monkeypatch):
-    """Counts of the vision tower's pictures, by their pixels; grows as the tower runs."""
-    real, seen = model.model.visual.forward, Counter()
-    def forward(pixels, grid_thw, **others):
-        sizes = grid_thw.prod(1).tolist()
-        seen.update(float(p.double().sum()) for p in pixels.split(sizes))
-        return real(pixels, grid_thw=grid_thw, **others)
-    monkeypatch.setattr(model.model.visual, "forward", forward)
-    return seen
-
 @pytest.fixture
 def asked(questions):
     """Five questions of unequal length: with 3, 2 and 1 images, and two with none."""
@@ -1804,8 +1687,6 @@ def sample_watched(model, prompts, n, cfg):
         for layer in cache.layers:
             # A prompt's last token is read anew by each of its rows.
             assert layer.prompts.shape[1:4:2] == (len(held), longest - 1)
-            assert layer.rows.shape[1] == len(live)
-            assert layer.get_seq_length() == longest - 1 + max(ages)
             assert max(ages) <= layer.rows.shape[3] <= max(ages) + 32
             assert {layer.prompts.dtype, layer.rows.dtype} == {model.dtype}
         assert len(live) <= max(cfg.rollout_batch, n)
@@ -1839,7 +1720,6 @@ def sample_watched(model, prompts, n, cfg):
     (0, 2, dict(rollout_batch=5, max_tokens_per_micro_batch=1)), (3, 3, {}),
     (3, 3, dict(rollout_batch=4))])  # from question 3 on: text only
 def test_a_row_depends_on_neither_its_neighbours_nor_sharing(asked, first, n, changes):
-    """The reference: all rows in one batch."""
     model, prompts, rows = load_tiny(), encoded_prompts(asked[first:]), []
     limit = dict(max_new_tokens=changes.get("max_new_tokens", 40))
     for way in ({}, changes, changes | PLAIN):
@@ -1873,24 +1753,8 @@ def test_attention_in_bfloat16_is_as_exact_as_float32_scores_allow():
     assert (ours.double() - exact[:, :, 0]).abs().max() < 0.012
     assert (ours.double() - exact[:, :, 0]).abs().mean() < 0.001
 
-@table("changes, sampling, training", [
-    ({}, 1, 1), (dict(rollout_batch=2, max_tokens_per_micro_batch=100), 2, 4),
-    (dict(gradient_checkpointing=True), 1, 1), (dict(freeze_vision=True), 1, 1),
-    (dict(updates_per_step=2), 1, 2), (PLAIN, 4, 4)])
-def test_how_often_a_picture_is_encoded(questions, monkeypatch, changes, sampling, training):
-    model, cfg, orders = load_tiny(**changes), tiny_config(**changes), [(0, 1, 2), (2, 1, 0)]
-    seen = pictures_encoded(model, monkeypatch)
-    groups = perl.sample_groups(model, PROCESSOR, questions[:1], [orders], cfg, n=2)
-    assert list(seen.values()) == [sampling] * 3
-    seen.clear()
-    for rollout, advantage in zip(groups[0], (1.0, 0.5, -0.5, -1.0)):
-        rollout.advantage = advantage
-    adamw_updates(model, [groups], cfg, lr=0.0)
-    assert list(seen.values()) == [training] * 3
-
 def test_tree_attention_is_attention_under_the_mask_of_the_tree():
-    """Rows of 1 token of padding, a prompt of 3, responses of 2 and 2; and of 4, 1 and 3; and
-    one with fewer responses than the others."""
+    """Lengths of padding, prompt and responses; the last row has fewer responses."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, heads, 8, 16) for heads in (4, 2, 2))
     lengths = [[1, 3, 2, 2], [0, 4, 1, 3], [2, 3, 3, 0]]
@@ -1932,7 +1796,6 @@ def test_no_memory_setting_changes_logprobs_or_gradients(questions, monkeypatch,
 
 @table("changes", [dict(freeze_vision=True), dict(lora_rank=2)], ids=str)
 def test_a_frozen_tower_is_not_differentiated(questions, changes):
-    """Two blocks run once each; with gradients they would run again in the backward pass."""
     cfg, calls = tiny_config(gradient_checkpointing=True, **changes), []
     model = load_tiny(gradient_checkpointing=True, **changes)
     if cfg.lora_rank:
@@ -1985,7 +1848,6 @@ def random_family(kind, folder):
     return str(folder)
 
 def shared_and_plain(path, questions):
-    """Both ways' greedy rows, log-probabilities, and norms of three updates with KL."""
     results = []
     for share in (True, False):
         cfg = tiny_config(max_new_tokens=12, beta=0.01, updates_per_step=3, share=share,
@@ -2039,48 +1901,73 @@ def test_a_qwen3_folder_trains_and_its_checkpoint_reloads(folder, tmp_path, monk
     assert not torch.equal(flat_weights(trained),
                            flat_weights(perl.load_model(path, tiny_config(), CPU)))
 
+def test_qwen3_5_samples_and_trains_without_sharing_only(questions, tmp_path, monkeypatch):
+    """A left-padded row of a batch has the log-probabilities that it has alone (its recurrent
+    layers round more than attention does), and greedy decoding takes the most likely token."""
+    path = random_family("qwen3_5", tmp_path / "qwen3_5")
+    refuses("qwen3_5, which needs --no-share", perl.load_processor, path, tiny_config())
+    cfg = tiny_config(share=False, max_new_tokens=12, gradient_checkpointing=True)
+    model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
+    orders = [perl.all_orders(question, 2) for question in questions]
+    groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
+    together = {id(r): row for r, row in
+                perl.frozen_logprobs(model, processor, flatten(groups), cfg)}
+    for rollout in flatten(groups):
+        rollout.advantage = 1.0 if rollout.order[:1] == (0,) else -1.0
+        (_, alone), = perl.frozen_logprobs(model, processor, [rollout], cfg)
+        assert torch.allclose(alone, together[id(rollout)], atol=2e-3)
+    sums, (norm,) = run_update(model, perl.SplitAdamW(model, cfg, ACCELERATOR), groups, cfg)
+    assert sums["tokens"] > 0 and math.isfinite(norm) and norm > 0
+    def is_likeliest(lm_head, hidden, targets, banned_ids, temperature):
+        logits = lm_head(hidden)
+        logits[:, banned_ids] = -torch.inf
+        return (logits.argmax(dim=1) == targets).float()
+    monkeypatch.setattr(perl, "token_logprobs", is_likeliest)
+    model = perl.load_model(path, cfg, CPU)
+    rows = [row for _, row in perl.frozen_logprobs(model, processor, flatten(groups), cfg)]
+    assert torch.cat(rows).mean() > 0.98
+
 # ---- Memory and machines ---------------------------------------------------------------
 def trained(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 def backward(model, seed):
-    """Some gradient in every weight of the language model, the same for the same seed; the
-    vision tower has seen no image, and has none."""
+    """The same gradients for the same seed; the vision tower has seen no image, and has none."""
     ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(seed))
     logits = model(input_ids=ids).logits.float()
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
 
-def split_run(steps, accelerator=ACCELERATOR, **changes):
+def split_run(steps, accelerator=ACCELERATOR, passes=1, **changes):
     cfg = tiny_config(**dict(lr=1e-3) | changes)
     model, norms = perl.load_model("tiny", cfg, CPU), []
     optimizer = perl.SplitAdamW(model, cfg, accelerator)
-    for seed in range(steps):
-        backward(model, seed)
+    for step in range(steps):
+        for k in range(passes):
+            backward(model, step * passes + k)
         norms.append(optimizer.step())
     return model, optimizer, norms
 
 @table("dtype", ["float32", "bf16"])
 @table("max_grad_norm", [0.05, 1e9])
 def test_on_one_process_it_is_adamw_bit_for_bit(monkeypatch, dtype, max_grad_norm):
-    """In bfloat16, the weights are roundings of what AdamW makes of float32 copies. A weight
-    without a gradient has one of zeros."""
+    """In bfloat16, on float32 copies. A weight without a gradient has one of zeros."""
     monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
     monkeypatch.setattr(perl, "WEIGHT_DECAY", 0.1)
     model, optimizer, norms = split_run(3, dtype=dtype)
     plain, expected = load_tiny(dtype=dtype), []
-    masters = [weight.detach().float() for weight in trained(plain)]
+    weights, masters = trained(plain), [weight.detach().float() for weight in trained(plain)]
     adamw = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1, fused=dtype == "bf16")
-    for weight in trained(plain):
+    for weight in weights:
         weight.grad_dtype = torch.float32
     for seed in range(3):
         backward(plain, seed)
         for weight in plain.model.visual.parameters():
             weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-        expected.append(float(torch.nn.utils.clip_grad_norm_(trained(plain), max_grad_norm)))
-        for weight, master in zip(trained(plain), masters):
+        expected.append(float(torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)))
+        for weight, master in zip(weights, masters):
             master.grad, weight.grad = weight.grad, None
         adamw.step()
-        for weight, master in zip(trained(plain), masters):
+        for weight, master in zip(weights, masters):
             weight.data.copy_(master)
     assert norms == expected and min(norms) > 0.05
     assert torch.equal(flat_weights(model), flat_weights(plain))
@@ -2090,58 +1977,67 @@ def test_on_one_process_it_is_adamw_bit_for_bit(monkeypatch, dtype, max_grad_nor
         is_copy = master.data_ptr() != weight.data_ptr()
         assert is_copy == (dtype == "bf16"), "a float32 weight needs no copy"
 
-@table("dtype, bad", [("float32", math.nan), ("bf16", math.nan), ("float32", -math.inf)])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
-    model, optimizer, _ = split_run(1, dtype=dtype)
-    plain, other, _ = split_run(1, dtype=dtype)
-    backward(model, 1)
-    model.model.language_model.norm.weight.grad[7] = bad  # one number of all
-    before = flat_weights(model)
-    assert not math.isfinite(optimizer.step())
-    assert torch.equal(flat_weights(model), before) and before.isfinite().all()
-    for seed in range(2, 4):  # it goes on as if there had been no such step
-        for each, its in ((model, optimizer), (plain, other)):
-            backward(each, seed)
-            assert math.isfinite(its.step())
-    assert torch.equal(flat_weights(model), flat_weights(plain))
-    for ours, theirs in zip(optimizer.state_dict().values(), other.state_dict().values()):
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+@table("changes", [{}, dict(dtype="bf16"), dict(freeze_vision=True)])
+@table("max_grad_norm", [0.05, 1e9])
+def test_gradients_summed_in_host_memory_give_the_same_weights(monkeypatch, changes, max_grad_norm):
+    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
+    model, optimizer, norms = split_run(3, passes=2, optimizer_device="gpu", **changes)
+    other, its, its_norms = split_run(3, passes=2, optimizer_device=ALL_ON_HOST, **changes)
+    assert norms == its_norms and norms[0] > 0.05
+    assert torch.equal(flat_weights(model), flat_weights(other))
+    states = its.state_dict()
+    for name, state in optimizer.state_dict().items():
+        assert all(torch.equal(state[key], states[name][key]) for key in state)
+    backward(other, 0)
+    assert all(weight.grad is None for weight in trained(other)), "none is left on the GPU"
 
-def test_owners_share_the_tensors_evenly():
-    for world in (2, 3, 8):
-        parts = [split_run(0, process(world, rank))[1] for rank in range(world)]
-        sizes = [sum(master.numel() for master in part.masters.values()) for part in parts]
-        assert sum(sizes) == sum(weight.numel() for weight in trained(load_tiny()))
-        assert max(sizes) <= 1.15 * sum(sizes) / world
-        assert all(part.owners == parts[0].owners for part in parts)
+def test_a_bad_gradient_in_host_memory_is_skipped_and_forgotten():
+    model, optimizer, _ = split_run(0, optimizer_device=ALL_ON_HOST)
+    for bad in (math.nan, 0.0):
+        before = flat_weights(model)
+        backward(model, 0)
+        next(iter(optimizer.sums.values())).view(-1)[3] += bad
+        assert math.isfinite(optimizer.step()) == (bad == 0)
+        assert torch.equal(before, flat_weights(model)) == (bad != 0)
+
+def test_host_sums_of_several_processes_are_reduced_where_the_weights_are(monkeypatch):
+    """NCCL takes no tensor of the host. All processes have the same gradients here."""
+    reduced, alone = [], split_run(1)[2]
+    def all_reduce(tensor):
+        reduced.append(tensor.device)
+        tensor *= 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, owner: None)
+    for device in ("gpu", ALL_ON_HOST):
+        model, _, norms = split_run(1, process(2), optimizer_device=device)
+        assert norms == pytest.approx([2 * alone[0]])
+    assert len(reduced) == 2 * len(trained(model))
 
 @table("dtype", ["float32", "bf16"])
 def test_the_optimizers_state_goes_over_to_other_numbers_of_processes(tmp_path, dtype):
+    """Saved by three, read by two and by one, which goes on as if nothing had been."""
     model, optimizer, _ = split_run(2, dtype=dtype)
     states, loaded = optimizer.state_dict(), {}
-    paths = [tmp_path / f"optimizer-{rank}.pt" for rank in range(3)]
-    for rank, path in enumerate(paths):  # saved by three, read by two
+    for rank in range(3):
         owned = split_run(0, process(3, rank))[1].masters
-        torch.save({name: states[name] for name in owned}, path)
+        torch.save({name: states[name] for name in owned}, tmp_path / f"optimizer-{rank}.pt")
     for rank in range(2):
         part = split_run(0, process(2, rank), dtype=dtype)[1]
         part.load(tmp_path)
         loaded |= part.state_dict()
-    assert loaded.keys() == states.keys()
     for name, state in states.items():
-        assert loaded[name].keys() == state.keys() >= {"master", "exp_avg", "exp_avg_sq", "step"}
-        assert all(torch.equal(loaded[name][key], state[key]) for key in state)
+        mine = loaded.pop(name)
+        assert mine.keys() == state.keys() >= {"master", "exp_avg", "exp_avg_sq", "step"}
+        assert all(torch.equal(mine[key], state[key]) for key in state)
+    assert not loaded
     resumed, again, _ = split_run(0, dtype=dtype)
     again.load(tmp_path)
-    for content, message in ((None, "lacks the optimizer's state"), (b"", "missing or damaged")):
-        for path in paths:  # nothing of them is mapped still
-            path.write_bytes(content) if content is not None else torch.save({}, path)
-        with pytest.raises(SystemExit, match=message):
-            split_run(0)[1].load(tmp_path)
     for each, its in ((model, optimizer), (resumed, again)):
         backward(each, 5)
         its.step()
     assert torch.equal(flat_weights(model), flat_weights(resumed))
+    (tmp_path / "optimizer-1.pt").unlink()
+    refuses("lacks the optimizer's state", again.load, tmp_path)
 
 @table("share", [True, False])
 def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, share):
@@ -2155,77 +2051,54 @@ def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(questions, s
     assert torch.cosine_similarity(*gradients, dim=0) > 0.998
 
 @table("dtype, rank", [("float32", 4), ("bf16", 16)])
-def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, dtype, rank):
-    cfg = tiny_config(lora_rank=rank, beta=0.1, dtype=dtype, lr=1e-2)
+def test_lora_trains_float32_adapters_beside_an_untouched_base(questions, tmp_path, dtype, rank):
+    """Checkpoints are plain folders with the adapters merged."""
+    cfg = tiny_config(lora_rank=rank, beta=0.1, dtype=dtype, lr=1e-2, out=str(tmp_path))
     model, start = perl.load_model("tiny", cfg, CPU), load_tiny(dtype=dtype)
-    adapters, base = perl.add_lora(model, cfg), {}
-    scaled = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    adapters, groups = perl.add_lora(model, cfg), written_groups(questions)
+    scaled = {name: module.scaling["default"] for name, module in model.named_modules()
+              if hasattr(module, "lora_A")}
     assert len(scaled) == 7 * model.config.text_config.num_hidden_layers
     assert not any("visual" in name for name in scaled)
-    scales = {model.get_submodule(name).scaling["default"] for name in scaled}
-    assert scales == {2.0}, "whatever the rank"
+    assert set(scaled.values()) == {2.0}, "whatever the rank"
     assert {weight.dtype for weight in trained(model)} == {torch.float32}
-    optimizer, groups = perl.SplitAdamW(model, cfg, ACCELERATOR), written_groups(questions)
+    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
     sums, (norm,) = run_update(model, optimizer, groups, cfg, adapters)
     assert sums["kl"] == 0 and norm > 0, "before training it is the start model, to the bit"
     assert run_update(model, optimizer, groups, cfg, adapters)[0]["kl"] > 0
     for rollout, logprobs in perl.frozen_logprobs(start, PROCESSOR, flatten(groups), cfg):
         assert torch.equal(rollout.ref_logprobs, logprobs), "the reference is the start model"
-    for name, weight in model.state_dict().items():
-        assert "lora_B" not in name or weight.abs().max() > 0
-        if ".lora_" not in name:
-            base[name.replace(".base_layer", "")] = weight
-    assert base.keys() == start.state_dict().keys()
+    base = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
     assert all(torch.equal(weight, base[name]) for name, weight in start.state_dict().items())
-
-def test_lora_exports_a_plain_folder(questions, tmp_path):
-    cfg = tiny_config(lora_rank=4, out=str(tmp_path))
-    model, rollouts = perl.load_model("tiny", cfg, CPU), flatten(written_groups(questions))
-    adapters = perl.add_lora(model, cfg)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:  # so that the adapters do something
-            weight.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
     cfg.folder.mkdir()
     before = flat_weights(model)
     perl.save_checkpoint(cfg, perl.Progress(1, [], random.Random(0)), questions, PROCESSOR,
-                         perl.SplitAdamW(model, cfg, ACCELERATOR), model=model,
-                         reference=adapters, accelerator=ACCELERATOR)
+                         optimizer, model=model, reference=adapters, accelerator=ACCELERATOR)
     assert torch.equal(flat_weights(model), before), "merged in a copy"
-    names = {path.name for path in (cfg.folder / "checkpoint-1").iterdir()}
-    assert "model.safetensors" in names and not any("adapter" in name for name in names)
     plain = perl.load_model(str(cfg.folder / "checkpoint-1"), cfg, CPU)
     assert plain.lm_head.weight is plain.get_input_embeddings().weight, "tied, as before"
-    expected, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
-    logprobs, _ = perl.response_logprobs(plain, PROCESSOR, rollouts, cfg)
-    adapters.disable_adapter_layers()
-    without, _ = perl.response_logprobs(model, PROCESSOR, rollouts, cfg)
-    assert torch.allclose(logprobs, expected, atol=1e-5)
-    assert (without - expected).abs().max() > 0.1
+    ours, theirs, without = (perl.response_logprobs(each, PROCESSOR, flatten(groups), cfg)[0]
+                             for each in (model, plain, start))
+    assert torch.allclose(ours, theirs, atol=1e-5 if dtype == "float32" else 0.5)
+    assert (without - ours).abs().max() > 0.1
+
+# ---- Memory and machines: what fits ----------------------------------------------------
+def config_of(model, *argv, **changes):
+    cfg = perl.parse_config(["--model", model, *argv])
+    return dataclasses.replace(cfg, **dict(dtype="bf16") | changes)
 
 def planned(model, capsys, accelerator=ACCELERATOR, **changes):
     """The parts that --dry-run prints, in GB, by name; and billions of trained parameters."""
-    cfg = perl.parse_config(["--model", model, "--dry-run"])
-    cfg = dataclasses.replace(cfg, **dict(dtype="bf16", gpu_gb=130, optimizer_device="host") | changes)
-    perl.plan_memory(cfg, accelerator)
+    named = dict(gpu_gb=130, optimizer_device="host") | changes
+    perl.plan_memory(config_of(model, "--dry-run", **named), accelerator)
     text = capsys.readouterr().out
     parts = {name: float(gb) for gb, name in re.findall(r"(?m)^ *([\d.]+)  (.+)$", text)}
     return parts, float(re.search(r"([\d.]+) billion parameters", text)[1])
 
-SIZES_7B = dict(
-    text_config=dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4,
-                     vocab_size=152064, num_hidden_layers=28, intermediate_size=18944,
-                     tie_word_embeddings=False, layer_types=None,
-                     rope_parameters=dict(rope_theta=1e6, mrope_section=[16, 24, 24])),
-    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                       out_hidden_size=3584))
-
 @pytest.fixture
 def model_7b(tmp_path):
     """The 7B's config.json alone: its plan needs no weights."""
-    config = json.loads((TINY / "config.json").read_text()) | dict(tie_word_embeddings=False)
-    for part, sizes in SIZES_7B.items():
-        config[part] |= sizes
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    model_config("Qwen2.5-VL-7B").save_pretrained(tmp_path)
     return str(tmp_path)
 
 def test_the_plan_of_the_7b(model_7b, capsys):
@@ -2264,31 +2137,30 @@ ALL = (384, 16384)  # the default sizes
     (200, 1, dict(optimizer_device="host"), HOST, ALL), (24, 1, {}, None, None),
     (141, 1, dict(optimizer_device="gpu"), None, None),
     (48, 1, dict(optimizer_device="host"), ALL_ON_HOST, (192, 8192)),
-    (48, 1, dict(rollout_batch=300), None, None), (48, 1, dict(rollout_batch=90), ALL_ON_HOST, (90, 16384)),
+    (48, 1, dict(rollout_batch=300), None, None),
+    (48, 1, dict(rollout_batch=90), ALL_ON_HOST, (90, 16384)),
     (24, 1, dict(lora_rank=64, max_prompt_tokens=2048), ALL_ON_HOST, (24, 2048))])
 def test_what_fits_a_card(monkeypatch, model_7b, capsys, free, world, typed, place, sizes):
     """Where AdamW's state and the gradients lie, and sizes where none were typed."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, 1e12))
     rooms(monkeypatch, 999, 999)
-    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
-    on_a_laptop = dataclasses.replace(cfg, gpu_gb=free)
-    for its, device in ((cfg, torch.device("cuda")), (on_a_laptop, CPU)):
+    on_a_gpu, on_a_laptop = config_of(model_7b, **typed), config_of(model_7b, gpu_gb=free, **typed)
+    for cfg, device in ((on_a_gpu, torch.device("cuda")), (on_a_laptop, CPU)):
         if place:
-            assert perl.plan_memory(its, process(world, device=device)) == place
-            chosen = its.rollout_batch, its.max_tokens_per_micro_batch
-            assert sizes is None or chosen == sizes
-            assert its.rollout_batch == typed.get("rollout_batch", its.rollout_batch)
+            assert perl.plan_memory(cfg, process(world, device=device)) == place
+            chosen = cfg.rollout_batch, cfg.max_tokens_per_micro_batch
+            assert chosen == sizes
             out = capsys.readouterr().out
             assert f"{chosen[0]} sequences" in out and f"{chosen[1]} tokens" in out and place in out
         else:
             with ends(r"needs .* GB \(GPU .*; there are") as end:
-                perl.plan_memory(its, process(world, device=device))
+                perl.plan_memory(cfg, process(world, device=device))
     if not place:  # what the message names does help
         for flags in re.split(" or ", str(end.value).split("what makes it fit: ")[1]):
-            helped = ["--model", model_7b]
+            helped = []
             for name, value in (typed | dict(gpu_gb=free)).items():
                 helped += [perl.flag_of(name), str(value)]
-            fine = dataclasses.replace(perl.parse_config(helped + flags.split()), dtype="bf16")
+            fine = config_of(model_7b, *helped, *flags.split())
             assert perl.plan_memory(fine, process(world)) in perl.PLACES
 
 def rooms(monkeypatch, host, disk):
@@ -2297,27 +2169,23 @@ def rooms(monkeypatch, host, disk):
     monkeypatch.setattr(os, "sysconf", sizes.get)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=disk * 1e9))
 
-@table("host, disk, typed, world, message", [
-    (100, 999, {}, 1, r"needs 116.1 GB \(host memory; there are 100.0\); .*: --beta 0.0 or --lora-rank"),
-    (120, 999, {}, 1, None), (120, 999, {}, 2, r"needs 132.7 GB \(host memory"),
-    (999, 200, {}, 1, r"248.8 GB \(disk for checkpoints; there are 200.0\); what makes it fit: --lora-rank 64"),
-    (20, 999, dict(gpu_gb=80), 1, None)])  # planned for another machine
-def test_host_memory_and_disk_are_checked(monkeypatch, model_7b, host, disk, typed, world, message):
+@table("host, disk, typed, device, world, message", [
+    (100, 999, {}, "cuda", 1, r"116.1 GB \(host .*; there are 100.0\); .*: --beta 0.0 or --lora"),
+    (120, 999, {}, "cuda", 1, None), (120, 999, {}, "cuda", 2, r"needs 132.7 GB \(host memory"),
+    (999, 200, {}, "cuda", 1, r"248.8 GB \(disk .*; there are 200.0\); .* makes it fit: --lora"),
+    (20, 999, dict(gpu_gb=80), "cuda", 1, None),  # planned for another machine
+    # Weights twice, AdamW and a layer's work: a CPU has one memory.
+    (230, 999, dict(dtype="float32"), "cpu", 1, r"needs 268.* GB \(host .*; there are 230"),
+    (999, 999, dict(dtype="float32"), "cpu", 1, None)])
+def test_host_memory_and_disk_are_checked(
+        monkeypatch, model_7b, host, disk, typed, device, world, message):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
     rooms(monkeypatch, host, disk)
-    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="bf16", **typed)
-    accelerator = process(world, device=torch.device("cuda"))
+    cfg = config_of(model_7b, **typed)
     with ends(message) if message else contextlib.nullcontext():
-        perl.plan_memory(cfg, accelerator)
-
-def test_on_a_cpu_the_default_sizes_stay(monkeypatch, model_7b):
-    rooms(monkeypatch, 999, 999)
-    cfg = dataclasses.replace(perl.parse_config(["--model", model_7b]), dtype="float32")
-    assert perl.plan_memory(cfg, process(1)) == "gpu", "beside the weights"
-    assert (cfg.rollout_batch, cfg.max_tokens_per_micro_batch) == ALL
-    rooms(monkeypatch, 230, 999)  # weights twice, AdamW and a layer's work: it is one memory
-    with ends(r"needs 268.* GB \(host memory; there are 230"):
-        perl.plan_memory(cfg, process(1))
+        place = perl.plan_memory(cfg, process(world, device=torch.device(device)))
+        assert (place == "gpu") == (device == "cpu"), "beside the weights"
+        assert (cfg.rollout_batch, cfg.max_tokens_per_micro_batch) == ALL
 
 @table("typed, device, dtype", [
     ({}, "cuda", "bf16"), ({}, "cpu", "float32"), (dict(gpu_gb=80.0), "cpu", "bf16"),
@@ -2327,2810 +2195,33 @@ def test_dtype_auto_is_that_of_the_device(typed, device, dtype):
     perl.fit_machine(cfg, torch.device(device))
     assert cfg.dtype == dtype
 
-# ---- Memory and machines: gradients and weights that are not finite --------------------
-def spoil_gradients(monkeypatch, updates, bad=math.nan, rank=0):
-    """Multiply the loss of these updates, counted from 1, by `bad` in one process. Returns a list
-    that learns of each update whether the weights changed."""
-    every_second_is_right(monkeypatch)
-    real, real_step, changed = perl.policy_loss, perl.SplitAdamW.step, []
-    def policy_loss(*args, **more):
-        loss, stats = real(*args, **more)
-        if len(changed) + 1 in updates and int(os.environ.get("RANK", 0)) == rank:
-            return loss * bad, dict.fromkeys(stats, bad)
-        return loss, stats
-    def step(self):
-        before = [weight.detach().clone() for weight in self.weights.values()]
-        changed.append(False)
-        norm = real_step(self)
-        changed[-1] = not all(map(torch.equal, before, self.weights.values()))
-        return norm
-    monkeypatch.setattr(perl, "policy_loss", policy_loss)
-    monkeypatch.setattr(perl.SplitAdamW, "step", step)
-    return changed
-
-ONE_UPDATE = dict(updates_per_step=1, save_every=1, eval_every=0, questions_per_step=2,
-                  max_new_tokens=16)
-
-@table("updates, bad", [([2], math.inf), ([1, 2, 4], math.nan), ([2, 3, 4], math.nan)])
-def test_an_update_with_a_gradient_that_is_not_finite_is_skipped_and_counted(
-        data, tmp_path, monkeypatch, capsys, updates, bad):
-    """Three in a row end the run, which goes on from its last good checkpoint."""
-    run, ended = tmp_path / "stage1", updates == [2, 3, 4]
-    with monkeypatch.context() as patch:
-        changed = spoil_gradients(patch, updates, bad)
-        with ends("3 updates in a row .* not finite") if ended else contextlib.nullcontext():
-            perl.main(arguments(data, tmp_path, **ONE_UPDATE))
-    rows = metrics_of(run)
-    assert all(row["kept"] for row in rows), "every step has an update"
-    assert changed == [k not in updates for k in (1, 2, 3, 4)]
-    assert [row["skipped"] for row in rows] == [not each for each in changed][:len(rows)]
-    assert [row["grad_norm"] > 0 for row in rows] == changed[:len(rows)]
-    assert "skipped 1" in capsys.readouterr().out and len(rows) == 4 - ended
-    assert newest(run) == f"checkpoint-{4 - ended}"
-    perl.main(["--resume", str(run)])
-    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
-    assert weights_of(run / "checkpoint-4").isfinite().all()
-
-@table("flags", [dict(), dict(lora_rank=4)])
-def test_a_weight_that_is_not_finite_reaches_no_checkpoint(data, tmp_path, monkeypatch, flags):
-    def save_checkpoint(*args, model, real=perl.save_checkpoint, **kwargs):
-        if args[1].step == 2:
-            trained(model)[-1].data.view(-1)[0] = math.inf
-        real(*args, model=model, **kwargs)
-    monkeypatch.setattr(perl, "save_checkpoint", save_checkpoint)
-    with ends("step 2: a weight is not finite"):
-        perl.main(arguments(data, tmp_path, **ONE_UPDATE | flags))
-    assert newest(tmp_path / "stage1") == "checkpoint-1"
-    assert weights_of(tmp_path / "stage1" / "checkpoint-1").isfinite().all()
-
-def test_without_generation_config_the_end_tokens_are_those_of_tokenizer_and_config(real_layout):
-    tokenizer, config = PROCESSOR.tokenizer, json.loads((real_layout / "config.json").read_text())
-    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    text_config = config["text_config"] | dict(eos_token_id=other)
-    edit(real_layout / "config.json", text_config=text_config)
-    path = real_layout / "generation_config.json"
-    for listed, ids in (("[1, 2]", {1, 2}), ("7", {7}), ("null", set())):
-        path.write_text(f'{{"eos_token_id": {listed}}}')
-        found = real_processor(real_layout).eos_ids
-        assert set(found) == ids | {end, other} and len(found) == len(set(found))
-    path.unlink()
-    processor = real_processor(real_layout)
-    assert end != other and sorted(processor.eos_ids) == sorted([end, other])
-
-def test_the_judge_is_out_of_reach_of_a_terminals_ctrl_c():
-    assert perl.is_correct(r"\boxed{\frac{2}{4}}", r"\frac{1}{2}")
-    assert os.getsid(perl.MATH_JUDGE.process.pid) != os.getsid(0)
-
-def test_resume_with_other_memory(halted, straight, monkeypatch):
-    """A run that needed too much memory goes on with less; the steps so far stay as they were."""
-    used, real = [], perl.generate
-    monkeypatch.setattr(perl, "generate", lambda *args, **more: (
-        used.append(args[4]) or real(*args, **more)))
-    perl.main(["--resume", str(halted), "--rollout-batch", "6", "--optimizer-device", "host",
-               "--max-tokens-per-micro-batch", "300"])
-    assert {(cfg.rollout_batch, cfg.max_tokens_per_micro_batch, cfg.optimizer_device)
-            for cfg in used} == {(6, 300, "host")} and newest(halted) == "checkpoint-4"
-    rows = metrics_of(halted)
-    assert rows[:3] == metrics_of(straight)[:3] and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-
-@table("n", range(1, 9))
-def test_stage_0_keeps_what_there_is_of_few_questions(data, tmp_path, monkeypatch, n):
-    answer_always(r"\boxed{1}", monkeypatch)
-    rows = read_rows(data)[:n]
-    few = write_rows(data.with_name(f"first{n}.jsonl"), *rows)
-    perl.main(arguments(few, tmp_path, stage=0))
-    assert json_of(tmp_path / "stage0" / "kept.json") == [r["id"] for r in rows]
-
-def test_three_such_updates_in_a_row_end_the_run_with_its_last_good_checkpoint(
-        data, tmp_path, monkeypatch):
+def test_chosen_sizes_are_kept_for_resume(data, tmp_path, monkeypatch):
+    """A size at its default is lowered to what fits; config.json has what was chosen."""
+    def best_fit(cfg, *args, real=perl.best_fit):
+        sized, place, parts, lacks = real(cfg, *args)
+        sized.rollout_batch = 6 if cfg.rollout_batch == 384 else cfg.rollout_batch
+        return sized, place, parts, lacks
+    monkeypatch.setattr(perl, "best_fit", best_fit)
+    perl.main(arguments(data, tmp_path, rollout_batch=384, steps=1, eval_every=0))
     run = tmp_path / "stage1"
-    with monkeypatch.context() as patch:
-        changed = spoil_gradients(patch, [2, 3, 4])
-        with pytest.raises(SystemExit, match="3 updates in a row .* not finite") as end:
-            perl.main(arguments(data, tmp_path, **ONE_UPDATE))
-    assert "\n" not in str(end.value) and changed == [True, False, False, False]
-    assert newest(run) == "checkpoint-3" and weights_of(run / "checkpoint-3").isfinite().all()
-    perl.main(["--resume", str(run)])
-    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
-    assert weights_of(run / "checkpoint-4").isfinite().all()
-
-@table("share", [True, False])
-def test_text_only_and_two_image_questions_train_and_evaluate_together(
-        data, tmp_path, monkeypatch, share):
-    """Twenty of each. Every second rollout counts as right, so each group reaches the loss."""
-    rows = []
-    for k in range(20):
-        images = [f"images/{path.name}" for path in sorted((data.parent / "images").iterdir())]
-        rows.append(dict(id=f"pair {k}", images=images[k % 4:k % 4 + 2], answer="2",
-                         question="<image><image> Which one is larger?", order_rule="index"))
-        rows.append(dict(id=f"text {k}", images=[], question=f"What is {k} plus 1?",
-                         answer=str(k + 1), order_rule=("keep", "never")[k % 2]))
-    mixed = write_rows(data.with_name("mixed.jsonl"), *rows)
-    kept, asked = [], []
-
-    def update(*args, real=perl.update, **more):
-        kept.extend(args[4])
-        return real(*args, **more)
-
-    def sample_groups(*args, real=perl.sample_groups, **more):
-        asked.append(list(zip(args[2], args[3])))
-        return real(*args, **more)
-
-    monkeypatch.setattr(perl, "update", update)
-    monkeypatch.setattr(perl, "sample_groups", sample_groups)
-    every_second_is_right(monkeypatch)
-    perl.main(arguments(mixed, tmp_path, *["--no-share"] * (not share), eval_data=mixed, steps=1,
-                        questions_per_step=40, rollouts_per_order=2, max_new_tokens=12))
-    start, row = metrics_of(tmp_path / "stage1")
-    assert row["kept"] == 40 and row["grad_norm"] > 0 and row["kl"] >= 0
-    assert row.keys() >= {"eval_accuracy", "eval_worst", "eval_bias"} <= start.keys()
-    for group in kept:
-        orders = {(0, 1): 2, (1, 0): 2} if group[0].prompt.sample.images else {(): 4}
-        assert Counter(r.order for r in group) == orders
-    for number in (0, 2):  # the evaluations
-        orders = {sample.id[:4]: its_orders for sample, its_orders in asked[number]}
-        assert orders == {"text": [()], "pair": [(0, 1), (1, 0)]} and len(asked[number]) == 40
-
-# ---- Memory and machines: several processes --------------------------------------------
-# Which of the three groups each process has; "empty": all of them on one process.
-PARTS = dict(even=([0, 1], [2]), empty=([0, 1, 2], []))
-
-def three_updates(accelerator, data, parts):
-    """Gradient norms, weights and the optimizer's state after updates on parts[process]."""
-    cfg, model = tiny_config(lr=1e-6), load_tiny()
-    optimizer = perl.SplitAdamW(model, cfg, accelerator)
-    questions = [dataclasses.replace(sample, order_rule="keep", movable=None)  # all may move
-                 for sample in perl.load_samples(data)[:3]]
-    groups, norms = written_groups(questions), []
-    own = parts[accelerator.process_index] if accelerator.num_processes > 1 else [0, 1, 2]
-    for _ in range(3):
-        norms += perl.update(model, None, optimizer, PROCESSOR, [groups[k] for k in own],
-                             cfg=cfg)[1]
-    before = flat_weights(model)
-    perl.update(model, None, optimizer, PROCESSOR, [], cfg=cfg)
-    assert torch.equal(before, flat_weights(model)), "no group in any process: no update"
-    return norms, before, optimizer.state_dict()
-
-def two_processes(data, out):
-    """What the launched processes do."""
-    accelerator, patch = perl.start_processes(perl.Config()), pytest.MonkeyPatch()
-    rank = accelerator.process_index
-    with patch.context() as bound:
-        bound.setattr(perl, "MAX_GRAD_NORM", 0.01)
-        for case, parts in PARTS.items():
-            torch.save(three_updates(accelerator, data, parts), out / f"{case}-{rank}.pt")
-    # The end of a run takes the processes apart; that of the last one may.
-    with patch.context() as bound:
-        bound.setattr(perl.accelerate.Accelerator, "end_training", lambda self: None)
-        for dtype in ("float32", "bf16"):
-            flags = dict(questions_per_step=4, dtype=dtype, steps=3)
-            flags |= dict(eval_data="") if dtype == "bf16" else {}
-            first = out / f"first-{dtype}"
-            perl.main(arguments(data, out / f"whole-{dtype}", **flags))
-            with pytest.raises(Killed):
-                run_with(bound, "update", 3, die, arguments(data, first, **flags))
-            accelerator.wait_for_everyone()
-            if rank == 0:
-                shutil.copytree(first, out / f"one-{dtype}")
-            accelerator.wait_for_everyone()
-            perl.main(["--resume", str(first)])
-        spoil_gradients(bound, [1, 2, 3], rank=1)
-        with pytest.raises(SystemExit, match="3 updates in a row"):
-            perl.main(arguments(data, out / "three", **ONE_UPDATE))
-    spoil_gradients(patch, [2], rank=1)
-    perl.main(arguments(data, out / "nan", **ONE_UPDATE))
-
-# perl joins the processes before the tests, which make an accelerator of their own, are loaded.
-LAUNCHED = """
-import sys
-sys.path[:0] = {paths!r}
-import perl
-perl.start_processes(perl.Config())
-import {tests} as tests
-tests.two_processes(*map(tests.Path, sys.argv[1:]))
-"""
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ALONE = {name: value for name, value in os.environ.items()
-         if not name.startswith("ACCELERATE") and name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-
-@pytest.fixture(scope="module")
-def launched(data, tmp_path_factory):
-    """The folder of what two processes wrote, from one launch."""
-    out, here = tmp_path_factory.mktemp("two"), Path(__file__)
-    script = out / "two.py"
-    script.write_text(LAUNCHED.format(paths=[str(HERE), str(here.parent)], tests=here.stem))
-    ended = subprocess.run([*TORCHRUN, script, data, out], timeout=240, env=ALONE,
-                           capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stdout.count(f"done: {out / 'nan'}") == 1 and "2 process(es)" in ended.stdout
-    return out
-
-def test_two_processes_give_the_numbers_of_one(launched, data, monkeypatch):
-    monkeypatch.setattr(perl, "MAX_GRAD_NORM", 0.01)
-    start = flat_weights(load_tiny())
-    for case, parts in PARTS.items():
-        norms, weights, states = three_updates(ACCELERATOR, data, parts)
-        both = [torch.load(launched / f"{case}-{rank}.pt") for rank in (0, 1)]
-        for other_norms, other_weights, _ in both:
-            assert len(norms) == 3 and other_norms == pytest.approx(norms, rel=1e-4)
-            drift = (other_weights - weights).norm() / (weights - start).norm()
-            assert drift < 0.01 and torch.equal(other_weights, both[0][1])
-        parts = [both[0][2], both[1][2]]
-        assert parts[0].keys() | parts[1].keys() == states.keys()
-        sizes = [sum(state["master"].numel() for state in part.values()) for part in parts]
-        assert sum(sizes) == len(start) and max(sizes) < 0.52 * len(start)
-        for name, state in (parts[0] | parts[1]).items():  # the first moment: mean gradient
-            error = (state["exp_avg"] - states[name]["exp_avg"]).norm()
-            assert error <= 1e-4 * states[name]["exp_avg"].norm() + 1e-12
-
-@table("dtype", ["float32", "bf16"])
-def test_runs_of_two_processes_and_their_resume(launched, straight, dtype):
-    """Three steps at a time; and two, then on: on two processes to the last bit, then on one."""
-    whole, first, one = (launched / f"{name}-{dtype}" / "stage1"
-                         for name in ("whole", "first", "one"))
-    *start, _, last = rows = metrics_of(whole)
-    assert [row["kept"] + row["dropped"] for row in rows[-3:]] == [4] * 3
-    if dtype == "float32":  # the other run has no evaluation
-        assert start[0] == metrics_of(straight)[0], "it does not depend on processes"
-        assert last.keys() == metrics_of(straight)[-1].keys()
-    assert_equal_runs(first, whole, step=3)
-    assert {path.name for path in whole.iterdir()} >= {"two.py", "perl.py"}, "a fork is kept"
-    assert newest(one) == "checkpoint-2" and len([*one.glob("*/optimizer-*")]) == 2
-    perl.main(["--resume", str(one)])
-    assert states_of(one / "checkpoint-3").keys() == states_of(whole / "checkpoint-3").keys()
-    assert len([*one.glob("checkpoint-3/optimizer-*")]) == 1
-    assert len([*whole.glob("checkpoint-3/optimizer-*")]) == 2
-
-def test_a_gradient_that_is_not_finite_in_one_of_two_processes(launched):
-    rows = metrics_of(launched / "nan" / "stage1")
-    assert [row["skipped"] for row in rows] == [0, 1, 0, 0] and all(row["kept"] for row in rows)
-    weights = weights_of(launched / "nan" / "stage1" / "checkpoint-4")
-    assert weights.isfinite().all() and not torch.equal(weights, weights_of(TINY))
-    assert [row["skipped"] for row in metrics_of(launched / "three" / "stage1")] == [1, 1]
-
-# ---- Main ------------------------------------------------------------------------------
-def test_a_copy_named_my_perl_beside_the_data_is_a_whole_program(data, tmp_path):
-    """It imports nothing of ours, trains with its own attention and keeps its own code."""
-    samples, script = tmp_path / "house" / "data_samples", tmp_path / "house" / "my_perl.py"
-    shutil.copytree(data.parent, samples)
-    shutil.copytree(TINY, samples / "tiny")
-    shutil.copy(samples / "eval.jsonl", samples / "test.jsonl")
-    text, guard = (HERE / "perl.py").read_text(), 'if __name__ == "__main__":\n'
-    assert text.count(guard) == 1
-    script.write_text(text.replace(guard, f"""
-def tree_attention(*args, own=tree_attention):
-    print("own attention")
-    return own(*args)
-
-{guard}    main([*sys.argv[1:], "--dry-run"])
-    print("dry run ended")
-"""))
-    argv = "--steps 1 --questions-per-step 4 --eval-every 0 --max-new-tokens 32".split()
-    ended = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True,
-                           env=ALONE, cwd=tmp_path, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    dry, trained = ended.stdout.split("dry run ended\n")
-    assert f"{samples / 'train.jsonl'}: 8 questions" in dry and "order (0, 1" in dry
-    assert "own attention" not in dry and "own attention" in trained
-    run = tmp_path / "runs" / "tiny-seed0" / "stage1"
-    assert (run / "my_perl.py").read_bytes() == script.read_bytes()
-    assert newest(run) == "checkpoint-1" and not (run / "perl.py").exists()
-    assert [*run.parent.iterdir()] == [run], "the dry run wrote nothing"
-
-@table("flag, value, message", [
-    ("--model", "/no/such/model", "could not load '/no/such/model"),
-    ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
-    ("--eval-data", "none.jsonl", "none.jsonl"), ("--max-prompt-tokens", 5, "no question is left"),
-    ("--out", TINY / "config.json", "cannot run in .*config.json"),
-    ("--questions-per-step", 3, "--questions-per-step must be a multiple")])
-def test_a_run_that_cannot_start_ends_with_one_sentence(
-        data, tmp_path, monkeypatch, flag, value, message):
-    if flag == "--questions-per-step":
-        monkeypatch.setattr(perl.accelerate.Accelerator, "num_processes", 2)
-    refuses(message, perl.main, arguments(data, tmp_path / "run") + [flag, str(value)])
-    assert not (tmp_path / "run").exists()
-
-# ---- Fuzz: FUZZ=N for N times as many examples, drawn anew each time -------------------
-FUZZ = int(os.environ.get("FUZZ", 0))
-
-def fuzz(n_examples):
-    """Call a test with n_examples draws; the same ones each time, unless FUZZ is set."""
-    settings = hypothesis.settings(
-        max_examples=n_examples * max(FUZZ, 1), derandomize=not FUZZ, database=None, deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck))
-    return lambda test: settings(hypothesis.given(st.data())(test))
-
-@pytest.fixture(scope="module")
-def fuzz_folder(tmp_path_factory):
-    """Good pictures g0.png .. g4.png of different sizes, and files that are none."""
-    outside = tmp_path_factory.mktemp("fuzz")
-    folder = outside / "data"
-    folder.mkdir()
-    for k in range(5):
-        noise(28 * (k + 1), 28).save(folder / f"g{k}.png")
-    noise().save(outside / "outside.png")
-    (folder / "empty.png").touch()
-    (folder / "out.png").symlink_to(outside / "outside.png")
-    Image.new("RGB", (5000, 10)).save(folder / "strip.png")
-    return folder
-
-def load_alone(folder, *lines, most_tokens=120):
-    """What a user gets for a file of these lines: the questions kept, the others dropped and
-    counted, or the sentence that ends the program. Anything else that is raised fails the test."""
-    (folder / "fuzz.jsonl").write_bytes(b"\n".join(lines))
-    said, kept, cfg = [], [], tiny_config(max_prompt_tokens=most_tokens)
-    try:
-        kept = perl.load_questions(str(folder / "fuzz.jsonl"), PROCESSOR, cfg,
-                                   SimpleNamespace(print=said.append))
-    except SystemExit as end:
-        assert isinstance(end.code, str) and len(end.code) < 2000
-        if "no question is left" not in end.code:
-            return None, end.code
-    dropped = int(re.search(r"questions, (\d+) dropped", said[0])[1])
-    assert f" {len(kept)} questions, " in said[0] and len(kept) + dropped == len(lines)
-    return kept, ""
-
-HARMLESS = st.sampled_from([
-    "Which?", " like ", "\n", "<image_1>", "<image_01>", "<image", "_1>", "<imagE>", "images",
-    "{{x}}", "{% if %}", "<think>", "</think>", "<tool_call>", "<|", "|>", "im_end", "\\boxed{2}",
-    "1", "B", "\U0001f600", "'", '"', "\\", "\u202e", "\x1b", "\u2028"]) | st.text(max_size=4)
-HARMFUL = st.sampled_from([
-    "<image_2>", "<image_3>", "<image_0>", "<image_99>", "<image_\u0662>", "image 2", "Image #1",
-    "<image>", "<|im_end|>", "<|image_pad|>", "\0", "\ud83d"])
-TEXTS = st.builds(lambda *parts: "".join(sum(parts, [])), st.lists(HARMLESS, max_size=4), st.one_of(
-    *[st.just([])] * 7, st.lists(HARMFUL, max_size=1)), st.lists(HARMLESS, max_size=2))
-JUNK = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner),
-                    max_leaves=4)
-BAD_PATHS = ["empty.png", "none.png", "out.png", "../outside.png", "strip.png", ".", "", "g0.png\0"]
-
-@st.composite
-def rows(draw):
-    """A record: half of them as they should be, the others with something wrong in them."""
-    n = draw(st.sampled_from([0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 26, 27, 33]))
-    images = [f"g{k % 5}.png" for k in draw(st.permutations(range(n)))]
-    if n and draw(st.integers(0, 9)) == 0:
-        images[draw(st.integers(0, n - 1))] = draw(st.sampled_from([*images, *BAD_PATHS]))
-    movable = draw(st.sampled_from([None, [k for k in range(n) if draw(st.booleans())]]))
-    options = n if movable is None else len(movable)
-    rule = draw(st.sampled_from(perl.ORDER_RULES))
-    listed = draw(st.permutations(range(1, max(n, 1) + 1)))[:draw(st.integers(1, 4))]
-    answer = {"index": str(listed[0]), "letter": perl.LETTERS[listed[0] % 26 % max(options, 1)],
-              "sequence": draw(st.sampled_from([",", ", ", " , "])).join(map(str, listed))
-              }.get(rule) or "7" + draw(TEXTS)
-    pieces = draw(st.permutations(["<image>"] * n + draw(st.lists(TEXTS, max_size=2))))
-    row = dict(id=draw(st.sampled_from("vwxyz") | TEXTS.map(lambda text: "q" + text)),
-               images=images, question="".join(pieces), answer=answer, order_rule=rule)
-    row |= {} if movable is None else {"movable": movable}
-    if draw(st.integers(0, 7)) == 0:
-        field = draw(st.sampled_from([*Sample.__dataclass_fields__, "extra"]))
-        row[field] = draw(JUNK)
-        if draw(st.booleans()):
-            del row[field]
-    return row
-
-@st.composite
-def lines(draw):
-    """A record as bytes; one in ten is cut short, has a byte changed, or is no object."""
-    line = json.dumps(draw(rows()), ensure_ascii=True).encode()
-    kind, cut = draw(st.integers(0, 29)), draw(st.integers(0, len(line)))
-    return {0: line[:cut], 1: line[:cut] + draw(st.binary(max_size=3)) + line[cut + 1:],
-            2: b"[" + line + b"]"}.get(kind, line).replace(b"\n", b" ").strip() or b"{"
-
-def meaning(images, movable, sample):
-    """What a question and its answer say with pictures in the place of their names, read from the
-    README's table; nothing of perl.permute is used. Images: a label for each."""
-    def picture(number):
-        return f"[{images[int(number) - 1]}]"
-    question = re.sub(r"<image_(\d+)>", lambda found: picture(found[1]), sample.question)
-    answer = sample.answer
-    if sample.order_rule in ("index", "sequence"):
-        answer = [picture(number) for number in answer.split(",")]
-    if sample.order_rule == "letter":
-        answer = picture(sorted(movable)["ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(answer)] + 1)
-    if sample.order_rule == "keep":
-        assert not re.search(r"\bimages?[\s_#]*\d", answer, re.IGNORECASE)
-    return question, answer
-
-def assert_permutations_keep_the_meaning(asked, row, rng):
-    n, labels = len(asked.images), [f"picture {k}" for k in range(len(asked.images))]
-    movable = list(range(n)) if row.get("movable") is None else row["movable"]
-    free = [] if asked.order_rule == "never" else sorted(movable)
-    before, answers = meaning(labels, movable, asked), {}
-    for _ in range(4):
-        order, shuffled = list(range(n)), rng.sample(free, len(free))
-        for new, old in zip(free, shuffled):
-            order[new] = old
-        permuted = perl.permute(asked, tuple(order))
-        moved = [labels[old] for old in order]
-        assert permuted.images == tuple(asked.images[old] for old in order)
-        assert meaning(moved, movable, permuted) == before
-        shown = permuted.images, permuted.question  # what the model sees has one answer
-        assert answers.setdefault(shown, permuted.answer) == permuted.answer
-    for order in perl.draw_orders(asked, 3, 1.0, rng):
-        assert all(order[k] == k for k in range(n) if k not in free) and set(order) == {*range(n)}
-
-SEEN = Counter()
-
-@fuzz(100)
-def test_fuzz_records(fuzz_folder, data):
-    """Each record alone, then all as one file: loaded, dropped and counted, or refused by name."""
-    some = data.draw(st.lists(lines(), min_size=2, max_size=5))
-    rng, ids = random.Random(data.draw(st.integers(0, 99))), set()
-    fit, first_refused = 0, None
-    for number, line in enumerate(some, 1):
-        kept, why = load_alone(fuzz_folder, line)
-        SEEN["refused" if kept is None else "kept"] += 1
-        row = json.loads(line) if kept is not None else None
-        if kept is None or row["id"] in ids:
-            first_refused = first_refused or number
-        if kept is None:
-            assert re.search(r"fuzz\.jsonl, line 1(, field (?s:.*))?: ", why), why
-            continue
-        ids.add(row["id"])
-        fit += len(kept)
-        for asked in kept:
-            assert_permutations_keep_the_meaning(asked, row, rng)
-            assert_only_its_own_control_tokens(asked, rng)
-    kept, why = load_alone(fuzz_folder, *some)
-    if first_refused:
-        assert kept is None and f"fuzz.jsonl, line {first_refused}" in why
-    else:
-        assert len(kept) == fit
-
-def assert_only_its_own_control_tokens(asked, rng):
-    """Neither a text nor a new order adds to those of the same images without a text."""
-    bare = dataclasses.replace(asked, question="<image>" * len(asked.images))
-    permuted = perl.permute(asked, perl.draw_orders(asked, 1, 1.0, rng)[1])
-    controls = {*PROCESSOR.tokenizer.all_special_ids, *PROCESSOR.banned_ids, *PROCESSOR.eos_ids}
-    counts = []
-    for sample in (bare, asked, permuted):
-        ids = perl.encode_prompt(sample, PROCESSOR).ids
-        assert len(ids) == perl.prompt_length(sample, PROCESSOR)
-        counts.append(Counter(token for token in ids if token in controls))
-    assert counts[0] == counts[1] == counts[2]
-
-@fuzz(25)
-def test_fuzz_images(fuzz_folder, data):
-    """Whatever the bytes: a prompt whose length was foreseen, or a refusal that names the file."""
-    draw, file = data.draw, io.BytesIO()
-    kind, modes = draw(st.sampled_from([
-        ("png", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")), ("jpeg", ("L", "RGB", "CMYK")),
-        ("webp", ("RGB", "RGBA")), ("gif", ("1", "P")), ("bmp", ("L", "RGB")), ("tiff", ("F",))]))
-    size = draw(st.sampled_from([1, 20, 90, 300, 4000])), draw(st.integers(1, 90))
-    image = Image.frombytes("L", size, random.Random(0).randbytes(size[0] * size[1]))
-    exif = Image.Exif()
-    exif[0x0112] = draw(st.integers(0, 9))
-    image.convert(draw(st.sampled_from(modes))).save(file, kind, exif=exif.tobytes())
-    content = bytearray(file.getvalue())
-    for _ in range(draw(st.sampled_from([0, 1, 1, 3]))):  # damage
-        place = draw(st.integers(0, len(content)) | st.integers(0, min(60, len(content))))
-        length = draw(st.sampled_from([0, 1, 1, 4, len(content)]))
-        content[place:place + length] = draw(st.binary(max_size=length and 4))
-    path = fuzz_folder / f"image.{kind}"
-    path.write_bytes(content)
-    row = dict(id="x", images=["g0.png", path.name], question="<image><image>?", answer="2",
-               order_rule="index")
-    kept, why = load_alone(fuzz_folder, json.dumps(row).encode(), most_tokens=8192)
-    SEEN["image refused" if kept is None else "image kept"] += 1
-    if kept is None:
-        assert re.search(rf"(line 1|x), field images: .*{path.name}", why), why
-    for prompt in encoded_prompts(kept or []):
-        assert len(prompt.ids) == perl.prompt_length(prompt.sample, PROCESSOR)
-        assert all(picture.pixels.isfinite().all() for picture in prompt.pictures)
-
-def test_fuzz_ran():
-    """Hypothesis may stop early: so the examples are counted. pytest -s shows them."""
-    print(SEEN)
-    for kind, least in (("", 200), ("image ", 25)):
-        kept, refused = SEEN[kind + "kept"], SEEN[kind + "refused"]
-        assert kept + refused >= least * max(FUZZ, 1) and 0.1 < kept / (kept + refused) < 0.9
-
-# ---- The READMEs' forks and reading map ------------------------------------------------
-def snippets_of(name):
-    """The fork snippets of a README: its Python blocks that replace a part of perl.py."""
-    path = HERE / name
-    text = path.read_text() if path.exists() else ""
-    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    return [block for block in blocks if "import perl" in block]
-
-SNIPPETS = snippets_of("README.md") + snippets_of("data_samples/README.md")
-
-def as_loss(ratios, advantages):
-    """policy_loss of two rollouts of two tokens each, whose ratios to the old policy are given."""
-    rollouts = [Rollout(None, (), "", [5, 5], "", False)] * 2
-    loss, _ = perl.policy_loss(
-        torch.tensor(ratios).log(), torch.zeros(2, 2), None, torch.tensor(advantages),
-        torch.ones(2, 2), clip_low=0.2, clip_high=0.2, beta=0.0,
-        denominator=perl.loss_denominator(rollouts))
-    return loss.item()
-
-def reward_of_100_tokens():
-    rollout = Rollout(None, (), "5", [1] * 100, r"<think>x</think>\boxed{5}", False)
-    perl.grade(rollout, tiny_config())
-    return rollout.reward
-
-def advantages_of(*rewards):
-    return perl.group_advantages(torch.tensor([rewards]))[0].tolist()
-
-def in_two_orders(accuracies):
-    """Two rollouts each to a prompt as given, "g", and a permuted one, "p"."""
-    return [dataclasses.replace(rollout, order=(k // 2,), prompt="ggpp"[k])
-            for k, rollout in enumerate(scored_group(accuracies))]
-
-def verdicts_of_two_orders():
-    verdicts = []
-    for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1]):
-        group = in_two_orders(accuracies)
-        verdicts.append(perl.verdict(group, tiny_config(filter="disagree")))
-    return verdicts
-
-def two_orders(field):
-    group = in_two_orders([1, 0, 0, 0])
-    perl.set_advantages([group])
-    return [getattr(r, field) for r in group]
-
-def pairs():
-    sample = Sample("s", tuple("abc"), "?", "1-3", "pair")
-    return [perl.permute(sample, (2, 0, 1)).answer, perl.same_answer("1-3", "1-3"),
-            perl.same_answer("2-4", "1-3"), perl.same_answer("1/2", "0.5")]
-
-FORKS = {  # the name in a snippet: what it changes, and what that is afterwards
-    "shorter": (reward_of_100_tokens, pytest.approx(0.95)),
-    "gspo": (lambda: as_loss([[2.0, 0.5], [1.1, 1.1]], [1.0, 2.0]),
-             pytest.approx(-(1.0 + 2.2) / 2)),
-    "centered": (lambda: advantages_of(1.0, 0, 0, 0) + advantages_of(*[0.1] * 3),
-                 [0.75, -0.25, -0.25, -0.25, 0, 0, 0]),
-    "pair": (pairs, ["2-1", True, False, True]),
-    "disagree": (verdicts_of_two_orders, ["kept", "agree"]),
-    "per_order": (lambda: two_orders("advantage"), [1, -1, 0, 0]),
-    "clean": (lambda: two_orders("prompt"), list("gggg"))}
-
-def replaced_by(snippet):
-    """The names of perl that a snippet assigns to, or changes an entry of."""
-    return set(re.findall(r"perl\.(\w+)(?=[^=\n]* \+?= )", snippet))
-
-def test_the_readme_has_forks_of_a_few_lines():
-    assert len(snippets_of("README.md")) >= 3
-    for snippet in SNIPPETS:
-        assert len(snippet.split("\n")) <= 21 and snippet.rstrip().endswith("perl.main()")
-        unknown = replaced_by(snippet) - vars(perl).keys()
-        assert replaced_by(snippet) and not unknown, f"without effect: perl.py has no {unknown}"
-        assert any(name in snippet for name in FORKS), f"FORKS lacks a value to check:\n{snippet}"
-
-@table("number", range(len(SNIPPETS)))
-def test_a_fork_does_what_it_says_and_runs(data, tmp_path, monkeypatch, number):
-    """Its values by hand; then a step from the command line on, which uses what it replaced."""
-    snippet, started = SNIPPETS[number], []
-    values = [FORKS[name] for name in FORKS if name in snippet]
-    for name, value in vars(perl).copy().items():  # put back after the test, tables' entries too
-        if name in replaced_by(snippet) | {"main"} or name.isupper() and isinstance(value, dict):
-            monkeypatch.setattr(perl, name, dict(value) if isinstance(value, dict) else value)
-    main, choices = perl.main, perl.CHOICES["filter"]
-    assert all(value() != after for value, after in values), "each changes something"
-    perl.main = lambda: started.append(number)
-    exec(snippet, {})
-    assert started == [number] and all(value() == after for value, after in values)
-    replaced = [name for name in replaced_by(snippet) if callable(getattr(perl, name))]
-    used = [record(monkeypatch, name) for name in replaced]
-    new = [choice for choice in perl.CHOICES["filter"] if choice not in choices]
-    main(arguments(data, tmp_path, filter=(new or ["none"])[0], steps=1, eval_every=0, beta=0,
-                   alpha_end=1))
-    assert all(used), replaced
-    row, = metrics_of(tmp_path / "stage1")
-    assert row["dropped"] == sum(row[name] for name in perl.VERDICTS[1:])
-    assert row["kept"] + row["dropped"] >= 3
-
-def section_of(name):
-    """The banner above a function of perl.py."""
-    before = (HERE / "perl.py").read_text().split(f"\ndef {name}(")[0]
-    return re.findall(r"(?m)^# ---- (.*?) -+$", before)[-1]
-
-def test_the_reading_map():
-    """README's table from the paper to the code: each name is there. Where an equation is named,
-    the function or its section says so; of other places in the paper, one function of the row."""
-    readme = (HERE / "README.md").read_text()
-    table = readme.partition("| paper | code |")[2].partition("\n\n")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.strip().split("\n")[1:]]
-    assert len(rows) >= 9
-    fields = {f.name for kind in (Sample, Rollout) for f in dataclasses.fields(kind)}
-    for paper, code in rows:
-        names = set(re.findall(r"`([A-Za-z_]+)`", code)) - fields
-        assert names and names <= vars(perl).keys(), f"{paper}: not all of {code} is in perl.py"
-        functions = [name for name in names if isinstance(getattr(perl, name), type(section_of))]
-        said = [f"{getattr(perl, name).__doc__} {section_of(name)}" for name in functions]
-        for place in re.findall(r"Eq\. [\d-]+|Algorithm 1|A\.[\d.]*\d", paper):
-            found = [place in text for text in said]
-            assert all(found) if place.startswith("Eq") else any(found), (place, functions)
-
-# ---- Option extraction and eval.py --------------------------------------------------------------
-OPTION_TEXTS = ["Left image", "Right image", "Both images", "Neither image"]
-LATTER = ["the second image", "the third image"]
-POINTS = ["Point A", "Point B", "Point C", "Point D"]
-
-# ---- extraction ----------------------------------------------------------------------------------
-# Without options of their own: OPTION_TEXTS.
-CHOICES = [
-    (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("option c.", "C"), ("Both images", "C"),
-    ("both images.", "C"), ("(C)", "C"), ("c", "C"), ("**C**", "C"), ('"C"', "C"), ("C)", "C"),
-    ("The answer is (C).", "C"), ("Answer: C", "C"), ("The correct option is (C), since", "C"),
-    ("The correct answer is:\n\n(C) Both images", "C"), ("C, because both show it", "C"),
-    ("not A but C", "C"), ("The answer is not A but C.", "C"), ("It is not (A) but (C).", "C"),
-    ("option A looks right, but C fits better", "C"), ("(A) looks right. However, (C) fits.", "C"),
-    ("The answer is C because A is not in the picture.", "C"), ("So A is wrong. It is C.", "C"),
-    ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"), ("<answer>C", "C"),
-    (r"\boxed{A} no, \boxed{C}", "C"), ("The answer is A. No, the answer is C.", "C"),
-    ("Neither A nor B is right. C is the best option.", "C"), ("A C", None),
-    ("A and C", None), ("(A) and (C)", None), ("A, C", None), ("The answer is A and C.", None),
-    (r"\boxed{A, C}", None), (r"\boxed{AC}", None), ("E", None), ("(F)", None),
-    (r"\boxed{E}", None), (r"\boxed{92.5}. It is a left image.", None),
-    ("The answer is (E).", None), ("<think>the answer is C", None), ("", None), (" \n", None),
-    (r"\boxed{}", None), ("Not C.", None), ("None of the above.", None), ("I cannot tell.", None),
-    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image", None),
-    ("(A) Left image (B) Right image (C) Both images", None), ("B. cats or C. dogs", None),
-    ("(C) Both images. (A) shows one only.", "C"), ("C. a cat and a dog", "C"), ("C</s>", "C"),
-    ("Both show it. (C)\n\nWhy the others are wrong:\n* **(A) Left.** It would be the correct "
-     "answer if it was red.\n* **(B) Right.** No.", "C"),
-    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image\n\n(C) Both images", "C")]
-OF_OPTIONS = [
-    ("The second image", LATTER, "A"), ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
-    ("(B) the second image", LATTER, "B"),  # a letter counts more than words
-    ("Therefore, the second image is closer to the first than the third image.", LATTER, "A"),
-    ("The first image is Cubism.\n\nTherefore, the second image shares its style.", LATTER, "A"),
-    ("Point B, where the child sits, is closer.", POINTS[:2], "B"), ("C is the one.", POINTS, "C"),
-    ("B is closer to the camera than A.", ["A is closer", "B is closer"], "B"),
-    ("Yes, the cat is under the car.", ["yes", "no"], "A"), ("No", ["yes", "no"], "B"),
-    ("There are three people.", ["0", "3", "2", "1"], "B"), (r"\boxed{14}", ["12", "14"], "B"),
-    (r"\boxed{145^\circ}", ["35°", "145°"], "B"), (r"\boxed{\frac12}", ["0.25", "0.5"], "B"),
-    ("A dog is visible. The correct choice would be D.", POINTS, "D"), ("14", ["14", "14"], "A"),
-    ("(B) 5 m", ["(A) 3 m", "(B) 5 m"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
-    ("(A) Point A is the handle.\n(B) Point B is the tip.\n\nThere is no correct answer.", POINTS,
-     None), ("I cannot see a picture.", list("ABCDE"), None), (r"\boxed{N/A}", POINTS, None),
-    ("I can see a cat on a mat.", list("ABCDE"), None), ("A unique shape is shown.", POINTS, None),
-    ("It cannot be determined from the images.", POINTS, None),
-    ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
-    (r"\boxed{\text{None of the choices provided}}", ["1", "None of the choices provided"], "B"),
-    ("Box B has the right curve and fits. Box A, on the other hand, is too small.",
-     ["box A", "box B"], "B"),
-    ("Point A is closer to the camera. Point B is further back.", POINTS[:2], "A"),
-    ("Image B shows the colour more accurately. Image A is darker.", ["image A", "image B"], "B"),
-    ("The second image is most similar. The third image has other colours.", LATTER, "A"),
-    ("In this answer a person is named.", POINTS, None)]
-# Chinese, and programs, whose source is not searched for a letter.
-OF_ANIMALS = [("选C", "C"), ("答案：D", "D"), ("答案是A。", "A"), ("选项B是正确答案", "B"), ("应选择C。", "C"),
-    ("因此，正确的是（D）。", "D"), (r"\boxed{选B}", "B"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
-    ("选项A错误。选项B错误。选项D正确。", "D"), ("选项A和选项C都正确", None), ("不选A。", None),
-    ("```python\nA = 3\nprint(A)\n```", None), ("```\nD\n```", "D"), ("A = 2\nB = 5\nprint(A + B)", None),
-    ("def area(B):\n    return 2 * B", None), ("from math import pi\nC = 2 * pi\nprint(C)", None),
-    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C"), ("A = 4, so I choose option B.", "B")]
-@table("options, response, letter",
-       [(OPTION_TEXTS, *row) for row in CHOICES] + [(row[1], row[0], row[2]) for row in OF_OPTIONS]
-       + [(["cat", "dog", "cow", "pig"], *row) for row in OF_ANIMALS])
-def test_extract_choice(options, response, letter):
-    assert ev.extract_choice(response, options) == letter
-
-@table("response, answer", [
-    (r"<think>\boxed{1}</think> \boxed{2} \boxed{\frac{1}{3}} \boxed{4", r"\frac{1}{3}"),
-    (r"<answer>2</answer> \boxed{3}", "3"), ("<answer>1</answer> <answer>2", "2"),
-    ("The answer is (B).", "B"), ("The answer is 1. The answer is 3.5.", "3.5"),
-    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),])
-def test_extract_answer(response, answer):
-    assert ev.stated_answer(response) == answer
-
-# ---- adapters ------------------------------------------------------------------------------------
-def place(image):
-    return f"{image}.png"
-
-def test_mantis_rows():
-    row = {"id": "m1", "question": "Which is <image> brighter?", "images": [0, 1], "answer": "(B)",
-           "question_type": "multi-choice", "options": ["(A) First image", "Second image"],
-           "data_source": "", "category": ""}
-    q = ev.from_mantis(row, 0, place)
-    assert q.sample.question == (
-        "<image>Which is <image> brighter?\n(A) First image\n(B) Second image")
-    assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "letter", (0, 1))
-    q = ev.from_mantis(row | {"question": "Is the first image brighter?"}, 0, place)
-    assert q.sample.order_rule == "keep"  # the question names one image: all names follow
-    assert q.sample.question == ("<image><image>Is <image_1> brighter?\n(A) <image_1>\n"
-                                 "(B) Second image").replace("Second image", "<image_2>")
-    assert ev.options_in(q, (1, 0)) == ["image 2", "image 1"]
-    q = ev.from_mantis(row | {"question_type": "short-answer", "options": [], "answer": "Yes"}, 0,
-                       place)
-    assert (q.rule, q.sample.answer, q.options) == ("text", "Yes", ())
-
-def test_blink_rows():
-    row = {"idx": "val_Jigsaw_1", "question": "", "sub_task": "Jigsaw", "image_1": 1, "image_2": 2,
-           "image_3": 3, "image_4": None, "choices": LATTER, "answer": "(B)", "explanation": "",
-           "prompt": "Given the first image, is the second image or the third image the missing "
-                     "part?\nSelect from the following choices.\n(A) the second image\n(B) the "
-                     "third image"}
-    q = ev.from_blink(row, 0, place)
-    assert q.sample.images == ("1.png", "2.png", "3.png") and q.sample.source == "Jigsaw"
-    assert (q.sample.answer, q.sample.movable, q.sample.order_rule) == ("B", (1, 2), "letter")
-    assert perl.permute(q.sample, (0, 2, 1)).answer == "A"
-    q = ev.from_blink(row | {"choices": ["left", "right"]}, 0, place)
-    assert q.sample.order_rule == "never"
-
-def test_mmiu_rows():
-    options = "A: the first image\nB: the second image"
-    row = {"task": "forensic_detection_blink", "question": "Which is real?", "output": "B",
-           "input_image_path": ["./2D-spatial/a/0.jpg", "./2D-spatial/a/1.jpg"],
-           "options": options, "context": "Select from the following choices.\n" + options}
-    q = ev.from_mmiu(row, 7, place)
-    assert q.sample.id == "forensic_detection_blink-7" and q.sample.answer == "B"
-    assert q.options == ("the first image", "the second image") and q.sample.movable == (0, 1)
-    for missing in (None, "", "G"):  # the first two are left out, the last counts as wrong
-        q = ev.from_mmiu(row | {"output": missing}, 7, place)
-        assert q.sample.order_rule == "never"
-        assert not graded("A", gold=q.sample.answer, options=q.options)["right"]
-
-def test_remi_rows():
-    row = {"task": "Clocks", "question": "At <image2> and <image1>, not <image2>?", "label": "35"} \
-        | {f"image_{k}": k if k < 4 else None for k in range(1, 7)}
-    q = ev.from_remi(row, 3, place)
-    assert q.sample.question == "<image>At <image> and <image>, not <image_2>?"
-    assert q.sample.images == ("3.png", "2.png", "1.png") and q.rule == "remi Clocks"
-
-@table("task, answer, label, right", [
-    ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
-    ("GeomShape", "103", "100", True), ("GeomShape", "104", "100", False),
-    ("GeomCost", "$97", "100", True), ("EmojiAlgebra", "101", "100", True),
-    ("EmojiAlgebra", "102", "100", False), ("EmojiAlgebra", "-100.5", "-100", True),
-    ("RefCoco", "3", "1, 3", True), ("RefCoco", "2", "1,3", False), ("FuncRead", "f(x)", "f", True),
-    ("IQ", "(b)", "B", True), ("Charts", "45%", "45", True), ("Isomorphism", "Yes", "1", True),
-    ("Collisions", "no", "0", True), ("Clocks", "no", "0", False), ("Clocks", "yes", "1", False),
-    ("Clocks", "yes", "0", False), ("Clocks", "0", "0", True), ("Charts", "no", "0", False),
-    ("CodeEdit", "x += 1", "x+=1", True),])
-def test_remi_rules(task, answer, label, right):
-    assert ev.remi_right(task, answer, label) == right
-
-def test_mv_math_rows():
-    row = {"problem_id": 3, "answer": "D", "answer_type": "choice", "input_image": list("abcde"),
-           "question": "Which?\n\n<image_1>\nA.\n\n<image_2>\nB.\n\n<image_3>\nC.\n\n<image_4>\n"
-                       "D.\n\n<image_5>"}
-    q = ev.from_mv_math(row, 0, place)
-    assert q.sample.movable == (1, 2, 3, 4) and q.sample.order_rule == "letter"
-    text = "<image_1>\n\n<image_2>\nA. 9,14\nB. 9,16\nC. 8,16\nD. 10,14"
-    q = ev.from_mv_math(row | {"question": text, "input_image": ["a", "b"]}, 0, place)
-    assert q.options == ("9,14", "9,16", "8,16", "10,14") and q.sample.order_rule == "never"
-    q = ev.from_mv_math(row | {"answer_type": "multi-step", "answer": "(1) B (3, 5); (2) 7.5."}, 0,
-                        place)
-    assert q.rule == "parts"
-
-def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
-    row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
-           "options": list(options), "order_rule": "never", "movable": [0], "response": response,
-           "turn": 0, "turns": 1, "truncated": False, "error": ""} | more
-    row["answer"], row["right"] = ev.grade_row(row)
-    return row
-
-def test_mathvista_rows_and_rules():
-    row = {"pid": "1", "question": "", "decoded_image": 0, "choices": ["10", "12", "10"],
-           "precision": None, "answer": "12", "question_type": "multi_choice",
-           "answer_type": "text", "query": "Hint.\nQuestion: Which?\nChoices:\n(A) 10\n(B) 12",
-           "metadata": {"task": "fqa"}}
-    q = ev.from_mathvista(row, 0, place)
-    assert (q.rule, q.sample.answer, q.sample.images) == ("choice", "B", ("0.png",))
-    duplicate = {"gold": "A", "options": ["10", "12", "10"]}
-    assert graded("(C)", **duplicate)["right"] and not graded("(B)", **duplicate)["right"]
-    free = row | {"question_type": "free_form", "choices": None, "answer": "1.45",
-                  "answer_type": "float", "precision": 2.0}
-    assert ev.from_mathvista(free, 0, place).rule == "number 2"
-    assert ev.from_mathvista(free | {"answer_type": "integer"}, 0, place).rule == "number 0"
-    assert graded(r"\boxed{\$1.449}", "number 2", "1.45")["right"]
-    assert not graded(r"\boxed{1.46}", "number 2", "1.45")["right"]
-    assert graded(r"\boxed{1,400 apples}", "number 0", "1400")["right"]
-    assert graded("The answer is 2007 and 2008.", "list", "[2007, 2008]")["right"]
-    assert graded("none", "list", "[1]")["answer"] is None
-
-def test_mathverse_and_mathvision_rows():
-    row = {"sample_index": "5", "problem_version": "Vision Only", "question": "", "image": 0,
-           "question_type": "multi-choice", "answer": "C", "question_for_eval":
-           "BC is ()\nChoices:\nA:2\nB:2√{{3}}\nC:√{{3}}\nD:2√{{2}}"}
-    q = ev.from_mathverse(row, 0, place)
-    assert q.options == ("2", "2√{{3}}", "√{{3}}", "2√{{2}}")
-    assert q.sample.source == "Vision Only"
-    assert q.sample.question == "<image>Answer the question in the image."
-    row = {"id": "21", "question": "Cut out <image1>?\n<image2>", "options": list("ABCDE"),
-           "answer": "E", "decoded_image": 0, "subject": "logic", "level": 1}
-    q = ev.from_mathvision(row, 0, place)
-    assert q.sample.question.startswith("<image>Cut out <image1>?\n<image2>\n(A) A\n")
-    assert q.sample.images == ("0.png",)
-    assert graded(r"\boxed{E}", options=list("ABCDE"), gold="E")["right"]
-
-def test_multi_step_is_right_only_if_all_parts_are():
-    gold = "(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5."
-    assert graded(r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", "parts", gold)["right"]
-    assert graded(r"So \boxed{0.5}, then \boxed{(3,4)}, last \boxed{7.5}", "parts", gold)["right"]
-    assert not graded(r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", "parts", gold)["right"]
-    assert not graded(r"\boxed{7.5}", "parts", gold)["right"]
-
-def test_place_tags_and_mojibake():
-    text = "a <image_2> b <image_1> <image_2> <image_9>"
-    assert ev.place_tags(text, ["x", "y"]) == ("a <image> b <image> <image_1> ", ["y", "x"])
-    q = ev.make_question("q", ["x"], "ï¼ˆ30Â°ï¼‰ <|im_end|> <image><image>", "1", "text")
-    assert q.sample.question == "ï¼ˆ30Â°ï¼‰  <image>"
-    assert ev.place_tags("[1, 2] <image1>", ["x"])[0] == "[1, 2] <image>"
-    assert ev.make_question("q", ["x"], "?", [1, 2], "text").sample.answer == "1, 2"
-
-def encoded(picture, kind):
-    picture.save(buffer := io.BytesIO(), kind)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-def test_odd_images_are_placed_or_counted_wrong(tmp_path):
-    clear, red = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (30, 30), "red")
-    odd = [encoded(Image.new("P", (40, 40)), "PNG"), encoded(clear, "PNG"),
-           encoded(Image.new("L", (187, 18)), "PNG"), encoded(red, "BMP"),
-           encoded(Image.new("CMYK", (9, 9)), "JPEG")]
-    paths = [ev.place_image(image, None, tmp_path) for image in odd]
-    opened = [perl.read_image(path) for path in paths]
-    assert [image.mode for image in opened] == ["RGB"] * 5 and opened[2].size == (187, 18)
-    assert opened[1].getpixel((0, 0)) == (255, 255, 255)
-    assert opened[3].getpixel((0, 0)) == (255, 0, 0)
-    assert not Path(ev.place_image(None, None, tmp_path)).exists()
-    junk = ev.place_image({"bytes": b"junk", "path": None}, None, tmp_path)
-    bomb = ev.place_image(encoded(Image.new("1", (20000, 10000)), "PNG"), None, tmp_path)
-    for path in (junk, bomb, ev.place_image(None, None, tmp_path)):
-        q = ev.plan(ev.make_question("q", [path], "?", "1", "text"), 1, PROCESSOR,
-                    SimpleNamespace(max_prompt_tokens=99))
-        assert q.problem.startswith("image: ")
-    (tmp_path / "2D-spatial" / "a").mkdir(parents=True)
-    Image.new("RGB", (9, 9)).save(tmp_path / "2D-spatial" / "a" / "0.jpg")
-    for name in ("./2D-spatial/a/0.jpg", "a/0.jpg"):
-        assert Path(ev.place_image(name, tmp_path, tmp_path)).exists()
-
-def write_parquet(rows, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-def test_rows_come_from_a_local_copy_of_the_hub_files(tmp_path):
-    images = [encoded(Image.new("RGB", (30, 30)), "PNG"), {"bytes": b"junk", "path": None}]
-    rows = [{"id": str(k), "question": "<image1>?", "options": [], "answer": "3", "subject": "s",
-             "decoded_image": images[k % 2]} for k in range(6)]
-    (tmp_path / "MathVision" / "data").mkdir(parents=True)
-    write_parquet(rows, tmp_path / "MathVision" / "data" / "test-00000-of-00001.parquet")
-    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=3)
-    questions = ev.load_benchmark("mathvision", args)
-    assert [q.sample.id for q in questions] == ["0", "2", "4"]  # evenly spread
-    assert Path(questions[0].sample.images[0]).exists()
-    with pytest.raises(SystemExit, match="BLINK"):
-        ev.load_benchmark("blink", args)
-
-PICTURE = {"bytes": encoded(Image.new("RGB", (30, 30)), "PNG")["bytes"], "path": None}
-MV_TEXT = "Which?\n\n<image_1>\n" + "".join(f"{letter}.\n\n<image_{k}>\n"
-                                              for k, letter in enumerate("ABCD", 2)) + "\n##"
-LAYOUTS = {  # a row of each data set, where its files lie, and what a right answer is
-    "mantis-eval": ("mantis_eval/test-0.parquet", "B", {
-        "id": "m", "question": "Which <image><image>?", "images": [PICTURE] * 2, "answer": "B",
-        "question_type": "multi-choice", "options": ["(A) a cat", "(B) a dog"]}),
-    "blink": ("Jigsaw/val-0.parquet", "A", {
-        "idx": "b", "prompt": "Which?\n(A) the second image\n(B) the third image", "answer": "(A)",
-        "image_1": PICTURE, "image_2": PICTURE, "image_3": PICTURE, "image_4": None,
-        "choices": ["the second image", "the third image"], "sub_task": "Jigsaw"}),
-    "mmiu": ("all.parquet", "B", {
-        "task": "t", "question": "?", "context": "Select.\nA: x\nB: y", "output": "B",
-        "options": "A: x\nB: y", "input_image_path": ["./2D-spatial/t/0.png"]}),
-    "mathvista": ("data/testmini-0.parquet", "1.449", {
-        "pid": "1", "decoded_image": PICTURE, "choices": None, "precision": 2.0, "answer": "1.45",
-        "question_type": "free_form", "answer_type": "float", "query": "?",
-        "metadata": {"task": "fqa"}}), "mathverse": ("testmini.parquet", r"9\pi", {
-        "sample_index": "1", "problem_version": "Text Lite", "question": "?", "image": PICTURE,
-        "question_type": "free-form", "answer": r"Area $=9 \pi \mathrm{cm}^{2}$",
-        "question_for_eval": "?"}), "mathvision": ("data/test-0.parquet", "2", {
-        "id": "1", "question": "<image1>?", "options": [], "answer": "2", "subject": "s",
-        "decoded_image": PICTURE}), "remi": ("test.parquet", "40", {
-        "task": "Clocks", "question": "<image1>, <image2>?", "label": "35", "image_1": PICTURE,
-        "image_2": PICTURE}), "mv-math": ("data/MV-MATH.json", "C", {
-        "problem_id": 1, "question": MV_TEXT, "answer": "C", "answer_type": "choice",
-        "input_image": ["q.png", "a.png", "b.png", "c.png", "d.png"]}),
-    "muirbench": ("data/test-0.parquet", "B", {
-        "idx": "1-1", "task": "Counting", "question": "<image><image> How many?", "answer": "B",
-        "options": ["1", "None of the choices provided"], "image_list": [PICTURE] * 2,
-        "image_relation": "", "image_type": "", "counterpart_idx": "1-2"}),
-    "medframeqa": ("data/test-0.parquet", "B", {
-        "question_id": "1", "question": "What?", "options": ["x", "y", "z"], "correct_answer": "B",
-        "image_1": PICTURE, "image_2": PICTURE, "image_3": None})}
-
-@table("name", LAYOUTS)
-def test_the_hub_is_asked_for_the_rows_wherever_they_lie(name, tmp_path, monkeypatch):
-    """The stand-in for snapshot_download keeps the files that the Hub's own filter lets through."""
-    file, _, row = LAYOUTS[name]
-    images = "images/deep/q.png" if ev.BENCHMARKS[name].has_paths else ""
-
-    def download(hub, repo_type, allow_patterns):
-        assert hub == ev.BENCHMARKS[name].hub and repo_type == "dataset"
-        files = [file, images, "README.md", "archive/train-0.parquet", "other.json"]
-        kept = set(filter_repo_objects(filter(None, files), allow_patterns=allow_patterns))
-        assert kept == set(filter(None, (file, images)))
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        if file.endswith("json"):
-            (tmp_path / file).write_text(json.dumps([row]))
-        else:
-            write_parquet([row], tmp_path / file)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    args = SimpleNamespace(data_dir="", out=str(tmp_path / "out"), limit=0)
-    assert len(ev.load_benchmark(name, args)) == 1
-
-@table("name", LAYOUTS)
-def test_every_adapter_reads_a_local_copy_with_its_zips(name, tmp_path):
-    file, answer, row = LAYOUTS[name]
-    folder = tmp_path / ev.BENCHMARKS[name].hub.split("/")[1]
-    (folder / file).parent.mkdir(parents=True)
-    if file.endswith("json"):  # twice: two rows with one id
-        (folder / file).write_text(json.dumps([row, row]))
-    else:
-        write_parquet([row, row], folder / file)
-    for image in row.get("input_image_path", []) + row.get("input_image", []):
-        inner = "2D-spatial/t" if name == "mmiu" else "images"  # in the zip's own inner folder
-        (tmp_path / "zipped" / inner).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 30)).save(tmp_path / "zipped" / inner / Path(image).name)
-        shutil.make_archive(str(folder / "images"), "zip", tmp_path / "zipped")
-    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=0)
-    questions = ev.load_benchmark(name, args)
-    assert len({q.sample.id for q in questions}) == 2
-    for q in questions:
-        assert all(Path(image).exists() for image in q.sample.images)
-        assert graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)["right"]
-        assert not graded(r"\boxed{D}", q.rule, q.sample.answer, q.options)["right"]
-        wanted = dict.fromkeys(("blink", "mv-math"), "letter") | dict.fromkeys(
-            ("mantis-eval", "muirbench", "medframeqa"), "keep")
-        assert q.sample.order_rule == wanted.get(name, "never")
-
-def test_option_images_are_no_duplicates():
-    q = ev.from_mv_math(LAYOUTS["mv-math"][2], 0, place)
-    assert q.sample.movable == (1, 2, 3, 4) and q.options == ("",) * 4
-    right = {letter for letter in "ABCD"
-             if graded(rf"\boxed{{{letter}}}", gold="C", options=q.options)["right"]}
-    assert right == {"C"}
-    worst = [graded("A", gold=ev.permute(q.sample, order).answer, options=q.options)["right"]
-             for order in ev.all_orders(q.sample, 24)]
-    assert any(worst) and not all(worst), "who always says A is right in some orders only"
-    for text in ("A: one\nB: two\n\nWhich is right?\nA. A only\nB. B only\nC. none\nD. both",
-                 "?\nA. A only\nB. B only\nC. none\nD. both\n\nPage 7 of 67"):
-        row = LAYOUTS["mv-math"][2] | {"question": text, "input_image": []}
-        assert ev.from_mv_math(row, 0, place).options == ("A only", "B only", "none", "both")
-
-@table("gold, options, right, wrong", [
-    ("(C)", "xyz", ["C", "z"], ["A", "B"]), ("False", ["True", "False"], ["B", "False"], ["A"]),
-    (r"090^\circ T", [r"180^\circ T", r"090^\circ T"], ["B"], ["A"]),
-    ("C\nD", "wxyz", ["C, D", "D and C"], ["C", "A, C, D"])])
-def test_golds_of_mathverse(gold, options, right, wrong):
-    text = "?\nChoices:" + "".join(f"\n{letter}:{o}" for letter, o in zip("ABCD", options))
-    row = LAYOUTS["mathverse"][2] | {"question_type": "multi-choice", "answer": gold,
-                                     "question_for_eval": text}
-    q = ev.from_mathverse(row, 0, place)
-    for answers, verdict in ((right, True), (wrong, False)):
-        for answer in answers:
-            row = graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)
-            assert row["right"] is verdict, answer
-
-@table("gold, right, wrong", [
-    (r"Area $=9 \pi \mathrm{cm}^{2}$", [r"9\pi", r"A = 9 \pi \text{ cm}^2"],
-     [r"-9\pi", r"9\pi+1", r"90\pi", r"900\pi \text{ mm}^2", r"9\pi \text{ cm}^3"]),
-    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "5.4", "44", "440 cm", "4.4 cm"]), ("212°T", ["212", "212°"], ["221"]),
-    (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"1225\pi"]),
-    ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("$x=0$", ["x=0", "0"], ["y=0"]),
-    ("118掳T", ["118"], ["118.5"]), ("2191.7 metres", ["2191.7"], ["2.1917"]),
-    (r"\frac{25}{2} \text{ units}", ["12.5"], ["12"]), ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
-    (r"Surface Area $=603.186$ units $^{2}$", ["603.186", r"SA $=603.186$ units $^{2}$"],
-     [r"Surface Area $=604.186$ units $^{2}$", r"Surface Area $=-603.186$ units $^{2}$"]),
-    ("Center $=(20,10)$", ["(20,10)", "Center $=(20,10)$"], ["Center $=(21,10)$"]),
-    (r"$2 \angle O=\angle C-\angle A$", [r"2\angle O = \angle C-\angle A"],
-     [r"$3 \angle O=\angle C-\angle A$"]), ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"],
-     ["y_2=(x+3)^3=y_1(x+2)", "y_-2=(x+2)^3=y_1(x+2)", "y_2=(x+2)^{-3}=y_1(x+2)"]),
-    ("$1+3+5+7=4^{2}$", ["1+3+5+7=4^2"], ["2+3+5+7=4^2"]),
-    (r"\[g(x)=(x + 4)^2 - 5\].", ["(x+4)^2-5"], [r"(x + 5)^2 - 5\]."]),
-    ("domain: [-4, 0) and range: (-3, 1]", ["Domain: [-4, 0), range: (-3, 1]"],
-     [f"domain: {first} and range: (-3, 1]" for first in ("[-5, 0)", "[4, 0)", "[-40, 0)")]),
-    (r"\text { local maximum: }(-3,60) \text {, local minimum: }(3, -60)",
-     ["(-3,60) (3, -60)"], ["(-4,60) (3, -60)"])])
-def test_left_side_and_unit_are_optional(gold, right, wrong):
-    for answers, verdict in ((right, True), (wrong, False)):
-        for answer in answers:
-            assert ev.same_value(answer, gold) is verdict, answer
-
-def test_multi_step_answers_in_three_ways():
-    gold = "(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50"
-    for response in (r"\boxed{(1)(1) 3, (2) (1,2) (2) 40 or 50}",
-                     r"\boxed{3}, \boxed{(1,2)}, \boxed{40 or 50}", r"\boxed{3, (1,2), 40 or 50}"):
-        assert graded(response, "parts", gold)["right"], response
-    for response in (r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}", r"\boxed{3, (1,2)}",
-                     r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"):
-        assert not graded(response, "parts", gold)["right"], response
-
-# ---- measures ------------------------------------------------------------------------------------
-def test_average_and_bootstrap():
-    values = {"a": [1, 1, 0, 0], "b": [1]}
-    assert ev.average(values) == 0.6 and ev.average(values, "tasks") == 0.75
-    assert ev.bootstrap({"": [1, 1, 1]}) == [1, 1] and ev.bootstrap(values) == ev.bootstrap(values)
-    low, high = ev.bootstrap({"": [0, 1] * 50})  # 1.96 * sqrt(.25 / 100) = .098
-    assert abs(low - 0.402) < 0.02 and abs(high - 0.598) < 0.02
-    assert ev.bootstrap({"a": [0, 0], "b": [1, 1]}, "tasks") == [0.5, 0.5]  # tasks are not redrawn
-
-def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
-    rows = []
-    for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
-        row = graded("" if answer is None else rf"\boxed{{{answer}}}", "text", gold, k=k,
-                     order=list(order), orders=n_orders or len(orders), order_rule=rule,
-                     movable=movable or [*range(len(order))])
-        rows.append(row)
-    return rows
-
-def test_order_measures():
-    swaps = [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)]
-    right = group("2132", "2132", swaps)                # image 2 of the given order, found anywhere
-    wrong = group("1213", "2132", swaps)                # always the same wrong picture
-    first = group("1111", "2132", swaps)                # always says "first": right once
-    unread = group([None] * 4, "2132", swaps)
-    m = ev.order_measures([right, wrong, first, unread])
-    assert m["bias"]["n"] == 4
-    values = {name: share["value"] for name, share in m.items() if name != "by position"}
-    assert values == {"mean": (1 + 0 + 0.25 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
-                      "same choice": 0.5, "flip": 0.25, "unread": 0.25}
-    assert {place: (p["value"], p["n"]) for place, p in m["by position"].items()} == {
-        "1": (0.5, 4), "2": (0.25, 8), "3": (0.25, 4)}
-    unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
-    assert unfinished["mean"]["value"] == 0.5 and unfinished["same choice"]["value"] == 0
-
-def test_order_measures_of_letters_with_a_reference_image():
-    orders = [(0, 1, 2), (0, 2, 1)]
-    m = ev.order_measures([group("AB", "AB", orders, "letter", movable=[1, 2])])
-    assert m["same choice"]["value"] == 1
-    assert [(k, p["value"], p["n"]) for k, p in m["by position"].items()] == [
-        ("2", 1, 1), ("3", 1, 1)]
-    m = ev.order_measures([group(["7", "7"], ["8", "8"], orders, "keep")])
-    assert (m["same choice"]["value"], m["by position"]) == (1, {})
-
-# ---- runs ----------------------------------------------------------------------------------------
-def run(out, *flags):
-    ev.main(["--out", str(out), "--limit", "12", "--orders", "3", "--batch", "10", *flags])
-    return (out / "tiny" / "digits" / "results.json").read_bytes()
-
-def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys):
-    whole = run(tmp_path / "a")
-    assert json.loads(whole)["n"] == 12 and "bias" in capsys.readouterr().out
-    calls, sample_groups = [], ev.sample_groups
-
-    def dies(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return sample_groups(*args, **kwargs)
-
-    monkeypatch.setattr(ev, "sample_groups", dies)
-    with pytest.raises(SystemExit, match="run the same command again to continue"):
-        run(tmp_path / "b")
-    samples = tmp_path / "b" / "tiny" / "digits" / "samples.jsonl"
-    lines = samples.read_bytes().count(b"\n")
-    samples.write_bytes(samples.read_bytes()[:-30])  # a torn last line: its batch is asked again
-    run(tmp_path / "b", "--score-only")
-    assert json.loads((samples.parent / "results.json").read_bytes())["missing"] > 0
-    done = len(calls)
-    assert run(tmp_path / "b") == whole and lines > 0
-    assert run(tmp_path / "b") == whole and run(tmp_path / "b", "--score-only") == whole
-    whole_run = len(calls) - done
-    assert run(tmp_path / "c") == whole and len(calls) - done - whole_run == whole_run + 1
-    for flag, field in (("--orders", "orders"), ("--max-new-tokens", "max_new_tokens"),
-                        ("--batch", "rollout_batch")):
-        with pytest.raises(SystemExit, match=f"{field} was .* is 7 now"):
-            run(tmp_path / "b", flag, "7")
-
-def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
-    monkeypatch.setattr(perl, "load_samples", lambda path: [Sample(r["id"], (str(tmp_path / r["images"][0]),), r["question"], r["answer"], r["order_rule"], (0,)) for r in read_rows(Path(path))])
-    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
-    Image.new("RGB", (3, 900)).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
-    rows = [{"id": name, "images": [f"{name}.png"], "question": "<image>Which?", "answer": "1",
-             "order_rule": "keep"} for name in ("a", "thin")]
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ev.main(["--benchmarks", str(path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"])
-    r = json.loads((tmp_path / "out" / "tiny" / "mine" / "results.json").read_text())
-    assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (2, 1, 1, 1, 0)
-
-def test_compare_is_paired(tmp_path):
-    for run_name, answers in (("A", "1100"), ("B", "1010")):
-        folder = tmp_path / run_name / "digits"
-        folder.mkdir(parents=True)
-        rows = [graded(rf"\boxed{{{answer}}}", "text", "1", id=str(k), answer=None)
-                for k, answer in enumerate(answers)]
-        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4 - (
-            run_name == "B")]))
-    line = ev.compare(tmp_path / "A", tmp_path / "B").splitlines()[-1]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:4] == ["digits", "3", "66.7", "66.7"] and cells[4].startswith("0.0 [-")
-
-def test_compare_over_the_questions_that_both_could_be_read_for(tmp_path):
-    """A reads 3 of 4 and B all: the gain is 2/4, and over the three that both read 1/3."""
-    for run_name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well")),
-                            ("B", (r"\boxed{1}",) * 4)):
-        folder = tmp_path / run_name / "digits"
-        folder.mkdir(parents=True)
-        write_rows(folder / "samples.jsonl", *[graded(text, "text", "1", id=str(k))
-                                               for k, text in enumerate(texts)])
-    heading, _, line = ev.compare(tmp_path / "A", tmp_path / "B").splitlines()[-3:]
-    cells = dict(zip(*[[cell.strip() for cell in row.strip("|").split("|")]
-                       for row in (heading, line)]))
-    assert cells["B - A [95 %]"].startswith("50.0") and cells["unread A"] == "25.0"
-    assert cells["where both were read"].startswith("33.3") and cells["unread B"] == "0.0"
-
-def test_the_report_stands_beside_the_paper():
-    result = {"score": 0.5, "interval": [0.4, 0.6], "unread": 0.07,
-              "config": {"labels": {"keep": 3, "never: one image": 97}}, "n": 100, "expected": 1901, "errors": 0,
-              "unparsed": 1, "truncated": 0, "missing": 0, "orders": {}, "all rotations": {},
-              "over questions": 0.5, "over tasks": 0.45}
-    text = ev.report({"blink": result, "mathvista": result}, "mine")
-    assert "50.0 [40.0, 60.0]" in text and "100 of 1901" in text and "58.53" in text
-    assert "below judged" in text and "52.00" not in text  # MMIU was not run
-    lines = text.splitlines()
-    assert "7.0" in lines[5] and "no answer read" in lines[5], "next to the score"
-    assert "order label keep: 3" in text and "order label never: one image: 97" in text
-
-# ---- page of a run -------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory):
-    """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
-    held-out question asked at steps 0 and 1."""
-    run = tmp_path_factory.mktemp("paged") / "run"
-    Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
-    shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="")
-    hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
-    rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
-                          reward=right, advantage=2 * right - 1)
-            for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
-    rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
-                              reward=1.0, advantage=0.0))
-    write_rows(run / "rollouts.jsonl", *rows)
-    write_rows(run / "held_out.jsonl", *[
-        shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
-                      accuracy=step, reward=step, advantage=0.0) for step in (0, 1)])
-    write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
-               dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
-                    length=9.0, kl=0.0, idle=.1, truncated=0.0))
-    ev.main(["--page", str(run)])
-    return run / "page.html"
-
-def test_a_page_needs_nothing_else(paged):
-    text = paged.read_text()
-    assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text)
-    assert "<b>bold" not in text and text.count("</script>") == 1
-    data = json.loads(re.search(r"const DATA = (.*);", text)[1])
-    assert [(group["verdict"], group["mean"], len(group["orders"])) for group in data["groups"]] == [
-        ("kept", 0.5, 2), ("all_right", 1.0, 1), ("flat", 0.5, 1)]
-    assert [row["step"] for row in data["groups"][2]["orders"][0]] == [0, 1], "through the run"
-    assert [order[0]["right_image"] for order in data["groups"][0]["orders"]] == [0, 1]
-    red, gone = data["images"].values()
-    with Image.open(io.BytesIO(base64.b64decode(red.partition(",")[2]))) as image:
-        assert image.width == 256 and gone == ""
-
-def test_a_page_of_answers_that_name_no_single_image_and_of_a_forks_filter(paged, tmp_path):
-    rows = [dict(row, order_rule=rule, gold=gold, id=rule) for row in read_rows(
-        paged.parent / "rollouts.jsonl")[:1] for rule, gold in (
-            ("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("a fork's", "1-2"))]
-    write_rows(tmp_path / "rollouts.jsonl", *rows)
-    write_rows(tmp_path / "metrics.jsonl", dict(step=1, kept=1, dropped=0))
-    (tmp_path / "config.json").write_text(json.dumps(vars(perl.Config(filter="disagree"))))
-    ev.write_page(tmp_path)
-    data = json.loads(re.search(r"const DATA = (.*);", (tmp_path / "page.html").read_text())[1])
-    assert [group["verdict"] for group in data["groups"]] == ["disagree"] * 4
-    assert [group["orders"][0][0]["right_image"] for group in data["groups"]] == [-1, -1, 1, -1]
-
-def in_browser(page, profile, width):
-    """The page as Chromium has it after its script ran."""
-    browser = shutil.which("chromium") or pytest.skip("no chromium")
-    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-             f"--disable-component-update --disable-sync --user-data-dir={profile} --dump-dom "
-             f"--window-size={width},800")
-    return subprocess.run([browser, *flags.split(), f"file://{page}"], capture_output=True,
-                          text=True, timeout=60).stdout
-
-def test_the_page_in_a_browser(paged, tmp_path):
-    """Its script runs: curves are drawn, the group is shown, and model text is text."""
-    shown = in_browser(paged, tmp_path, 1200)
-    assert shown.count("<figure") == 6 and "<title>PeRL run</title>" in shown
-    assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
-    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
-    assert shown.count('class="right"') == 2, "the right image is framed in both orders"
-
-def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
-    """Arrow keys go through the groups, to the held-out question; nothing sticks out."""
-    keys = """<script>
-      for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
-        document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-      document.title = document.documentElement.scrollWidth + " of " + innerWidth;
-    </script>"""
-    page = tmp_path / "keys.html"
-    page.write_text(paged.read_text() + keys)
-    shown = in_browser(page, tmp_path / "profile", 400)
-    assert "Held-out question h" in shown and "step 1: right" in shown
-    width, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
-    assert width <= screen <= 500
-
-def test_a_page_of_no_run_is_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="not a run folder"):
-        ev.main(["--page", str(tmp_path)])
-
-# ---- Order labels of the benchmarks, and what three models get -------------------------
-NONE = "None of the choices provided"
-def listed(*options):
-    return "".join(f"\n({letter}) {option}" for letter, option in zip("ABCDE", options))
-
-def with_images(n, first=1):
-    return {f"image_{k}": k if k < n + first else None for k in range(first, 7)}
-
-ART = "Determine which one of the second or the third image has the style of the first image."
-BLINK = {"idx": "art", "sub_task": "Art_Style", "choices": LATTER, "answer": "(B)",
-         "prompt": f"{ART}\nSelect from the following choices.{listed(*LATTER)}"} | with_images(3)
-MUIR = {"idx": "m", "task": "Retrieval", "question": "<image>Which image shows the same bird?",
-        "options": ["<image>", "<image>", "<image>", NONE], "answer": "B", "image_list": [1, 2, 3, 4]}
-MED = {"question_id": "med", "question": "Based on the CT images, what is the likeliest diagnosis?",
-       "options": ["a cyst", "a stone", "a clot"], "correct_answer": "B"} | with_images(3)
-MANTIS = {"id": "man", "question": "Which picture shows the oldest car? <image><image><image>",
-          "images": [1, 2, 3], "answer": "(A)", "question_type": "multi-choice",
-          "options": ["Image 3", "Image 1", "Image 2"]}
-MMIU_OPTIONS = "A: the first image\nB: the second image\nC: the third image"
-MMIU = {"task": "forensic", "question": "Which of the three images is a real photo?", "output": "C",
-        "input_image_path": ["1", "2", "3"], "options": MMIU_OPTIONS,
-        "context": "Select from the following choices.\n" + MMIU_OPTIONS}
-REMI = {"task": "Charts", "label": "2",
-        "question": "<image1> <image2> How many of the two images show a bar chart?"} | with_images(2)
-
-def answers(question, model, monkeypatch):
-    """samples.jsonl of a question whose images are named by their numbers, in all orders. A
-    model is a function of the sample that it sees: images, options, gold."""
-    def ask(_model, _processor, samples, orders, cfg, n, greedy):
-        groups = []
-        for sample, some in zip(samples, orders):
-            seen = [perl.permute(sample, order) for order in some]
-            groups.append([SimpleNamespace(text=model(s), truncated=False) for s in seen])
-        return groups
-    monkeypatch.setattr(ev, "sample_groups", ask)
-    question = question._replace(orders=ev.all_orders(question.sample, 24))
-    rows = ev.answer_batch(None, None, [question], None)
-    for row in rows:
-        row["answer"], row["right"] = ev.grade_row(row)
-    return rows
-
-def first_option_image(s):
-    """The letter of the option that stands for the first image that may move."""
-    names = ["image 1", "<image_1>", "the first image", "First image"]
-    options = ev.listed_options(s.question)
-    for k, option in enumerate(options):
-        if option in names or option == "<image>" or option == "the second image" == options[0]:
-            return f"({'ABCDE'[k]})"
-    return "I like the picture best."
-
-@table("adapter, row, rule, movable, always_a, first_image", [
-    # always_a, first_image: mean, worst, bias, flip, by a count over all orders
-    (ev.from_blink, BLINK, "letter", (1, 2), (1/2, 0, 1, 1), (1/2, 0, 1, 1)),
-    (ev.from_muirbench, MUIR, "letter", (1, 2, 3), (1/3, 0, 1, 1), (1/3, 0, 1, 1)),
-    (ev.from_muirbench, MUIR | {"answer": "D"}, "keep", (1, 2, 3), (0, 0, 0, 1), (0, 0, 0, 1)),
-    (ev.from_medframeqa, MED, "keep", (0, 1, 2), (0, 0, 0, 0), (0, 0, 0, 0)),
-    (ev.from_medframeqa, MED | {"correct_answer": "A"}, "keep", (0, 1, 2), (1, 1, 0, 0), (0, 0, 0, 0)),
-    (ev.from_mantis, MANTIS, "keep", (0, 1, 2), (1, 1, 0, 0), (1/3, 0, 1, 1)),
-    (ev.from_mmiu, MMIU, "letter", (0, 1, 2), (1/3, 0, 1, 1), (1/3, 0, 1, 1)),
-    (ev.from_remi, REMI, "keep", (0, 1), (0, 0, 0, 0), (0, 0, 0, 0))])
-def test_three_models_get_what_a_hand_count_gives(adapter, row, rule, movable, always_a,
-                                                  first_image, monkeypatch):
-    q = adapter(row, 0, place)
-    assert (q.sample.order_rule, q.sample.movable) == (rule, movable)
-    first = perl.permute(q.sample, tuple(range(len(q.sample.images))))
-    right_image = perl.named_positions(first)
-
-    def perfect(s):
-        """Finds the right picture wherever it is; other answers are known."""
-        if right_image:
-            return "ABCDE"[s.movable.index(s.images.index(first.images[right_image[0]]))]
-        return s.answer
-    for model, wanted in ((perfect, (1, 1, 0, 0)), (lambda s: "A", always_a),
-                          (first_option_image, first_image)):
-        text = model if q.rule == "choice" else lambda s, m=model: rf"\boxed{{{m(s)}}}"
-        measures = ev.order_measures([answers(q, text, monkeypatch)])
-        got = tuple(measures[name]["value"] for name in ("mean", "worst", "bias", "flip"))
-        assert got == pytest.approx(wanted, abs=1e-6), model
-
-def test_an_option_follows_its_picture_in_the_prompt_and_in_the_texts():
-    q = ev.from_mantis(MANTIS, 0, place)
-    moved = perl.permute(q.sample, (2, 0, 1))
-    assert moved.answer == "A" and moved.images[0] == "3.png"
-    assert ev.listed_options(moved.question)[0] == "<image_1>", "image 3 stands first now"
-    assert ev.options_in(q, (2, 0, 1)) == ["image 1", "image 2", "image 3"]
-    assert "the second image" in ev.from_blink(BLINK, 0, place).sample.question, "as published"
-
-@table("adapter, row, reason", [(ev.from_medframeqa, MED | with_images(1), "one image"),
-    (ev.from_medframeqa, MED | {"correct_answer": ""}, "no gold"),
-    (ev.from_medframeqa, MED | {"correct_answer": "E"}, "no gold"),
-    (ev.from_medframeqa, MED | {"question": "What comes next?"}, "words that may mean order"),
-    (ev.from_medframeqa, MED | {"question": "What does the image show?"}, "a name that would not"),
-    (ev.from_muirbench, MUIR | {"question": "<image>Is it like image 3?"}, "a name that would not"),
-    (ev.from_muirbench, MUIR | {"options": ["<image>", "a", "<image>", "<image>"]}, "an image has its own place"),
-    (ev.from_blink, BLINK | {"choices": ["left", "right"]}, "options that the text does not list"),
-    (ev.from_mantis, MANTIS | {"options": ["1", "2", "3"]}, "answer unclear")])
-def test_a_never_has_a_reason(adapter, row, reason):
-    q = adapter(row, 0, place)
-    assert q.sample.order_rule == "never" and q.label.startswith("never: " + reason), q.label
-
-def test_the_report_counts_labels_by_benchmark_and_reason(tmp_path, capsys):
-    picture = encoded(Image.new("RGB", (30, 30)), "PNG")
-    images = {f"image_{k}": picture for k in (1, 2, 3)}
-    rows = [MED | images | {"question_id": str(k)} for k in range(3)]
-    rows[1]["question"] = "Which finding comes next?"
-    write_parquet(rows, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
-    flags = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
-    ev.main(["--benchmarks", "medframeqa", "--orders", "6", *flags])
-    saved = json.loads((tmp_path / "out" / "tiny" / "medframeqa" / "results.json").read_text())
-    never = "never: words that may mean order, time or place"
-    assert saved["config"]["labels"] == {"keep": 2, never: 1} and saved["unread"] == 1
-    assert f"order label keep: 2\n  order label {never}: 1\n" in capsys.readouterr().out
-    assert saved["orders"]["flip"]["n"] == 2, "what moves is asked in several orders"
-
-def test_mmiu_rows_without_a_gold_are_left_out(tmp_path):
-    Image.new("RGB", (30, 30)).save(tmp_path / "1.png")
-    rows = [MMIU | {"input_image_path": ["1.png"] * 3, "output": gold} for gold in ("A", "", None, "B")]
-    write_parquet(rows, tmp_path / "MMIU-Benchmark" / "all.parquet")
-    args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=0)
-    assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == ["A", "B"]
-
-# ---- --flip ----------------------------------------------------------------------------
-@pytest.fixture
-def flip_data(tmp_path):
-    """Copies of two benchmarks and of Facet-Probe, with three published ids of four each."""
-    pictures = [encoded(Image.new("RGB", (30, 30), color), "PNG") for color in ("red", "blue", "tan")]
-    images = {f"image_{k}": picture for k, picture in enumerate(pictures, 1)}
-    ids = ("keep1", "keep2", "excluded", "border")
-    med = [MED | images | {"question_id": key} for key in ids]
-    med[0]["question"] = "Which image comes first?"  # never, by our rules
-    mantis = [MANTIS | {"images": pictures, "id": key} for key in ids]
-    write_parquet(med, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
-    write_parquet(mantis, tmp_path / "Mantis-Eval" / "mantis_eval" / "test-0.parquet")
-    clone, classes = tmp_path / "facet-probe", ("keep", "keep", "exclude", "borderline")
-    screen, rates = ["dataset,hf_id,classification"], ["model,dataset,k6_flip_rate,n_screened"]
-    for name in ("mantis_eval", "medframeqa"):
-        screen += [f"{name},{key},{label}" for key, label in zip(ids, classes)]
-        rates.append(f"other-7b,{name},0.25,4")
-    for file, lines in ((ev.SCREEN, screen), (ev.RATES, rates)):
-        (clone / file).parent.mkdir(parents=True, exist_ok=True)
-        (clone / file).write_text("\n".join(lines) + "\n")
-    return tmp_path
-
-def flip(folder, *flags):
-    ev.main(["--flip", "--data-dir", str(folder), "--out", str(folder / "out"),
-             "--max-new-tokens", "2", *flags])
-
-def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(flip_data, capsys):
-    flip(flip_data)
-    out = capsys.readouterr().out
-    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if "|" in line}
-    low, high = ev.wilson(0.25, 4)
-    assert out.count("3 items") == 2 and f"25.0 [{100 * low:.1f}, {100 * high:.1f}]" in rows["other-7b"]
-    assert "0.0 [0.0, 56.2]" in rows["tiny"], "no answer was read, so none flips; 3 items are few"
-    assert "unread answer in %:  mantis-eval 100.0  medframeqa 100.0" in out
-    for name in ("mantis-eval", "medframeqa"):
-        asked = read_rows(flip_data / "out" / "tiny" / "flip" / name / "samples.jsonl")
-        assert Counter(row["id"] for row in asked) == {"keep1": 6, "keep2": 6, "border": 6}
-        for key in ("keep1", "border"):
-            rows = [row for row in asked if row["id"] == key]
-            assert len({tuple(row["order"]) for row in rows}) == 6 and rows[0]["order"] == [0, 1, 2]
-            assert len({row["gold"] for row in rows}) == 1, "the gold stays"
-
-def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
-    with (flip_data / "facet-probe" / ev.SCREEN).open("a") as screen:
-        screen.write("medframeqa,gone,keep\n")
-    with pytest.raises(SystemExit, match="medframeqa has no question gone"):
-        flip(flip_data)
-    shutil.rmtree(flip_data / "facet-probe")
-    with pytest.raises(SystemExit, match="clone github.com/yahskapar/facet-probe"):
-        flip(flip_data)
-
-@table("answers, flips, unread", [("AAAAAA", 0, 0), ("AAAAAB", 1, 0), ("AAA?AA", 0, 1),
-                                  ("??????", 0, 1), ("AB????", 1, 1)])
-def test_a_flip_is_more_than_one_parsed_answer(answers, flips, unread):
-    answers = [None if answer == "?" else answer for answer in answers]
-    orders = ev.all_orders(Sample("s", tuple("abc"), "?", "A", "keep"), 6)
-    m = ev.order_measures([group(answers, "A" * 6, orders, "keep")])
-    assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
-
-def test_the_interval_of_a_rate():
-    assert ev.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by hand
-    low, high = ev.wilson(0, 18)
-    assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(0.1759, abs=1e-4)
-
-# ---- data_samples/curate.py ----------------------------------------------------------------------
-sys.path.append(str(HERE / "data_samples"))
-
-order_rules = ev
-
-LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
-DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
-
-@table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
-def test_order_labels_other_than_never_are_right(part, least):
-    """The held-out questions were written without sight of the rules, and scored once; `attack`
-    to find wrong labels, after which the rules were mended."""
-    found = 0
-    for row in (row for row in LABELLED if row["set"] == part):
-        n = row["question"].count("<image>")
-        gold = curate.gold_of(row["answer"], row["question"], n)
-        label = order_rules.infer_label(row["question"], gold, n, row["style"])
-        if label.order_rule != "never":
-            mentions = [int(k) for k in perl.MENTION.findall(label.question)]
-            got = (label.order_rule, list(label.movable), label.answer, mentions)
-            assert got == (row["order_rule"], row["movable"], row["gold"], row["mentions"]), row
-            found += 1
-    assert found >= least
-
-@table("question, answer", [
-    ("<image><image> What is the number of the image that shows a cat?", "2"),
-    ("<image><image> Which image shows a cat?\nA. One\nB. Two", "A"),
-    ("<image><image> Which image shows a cat, and how many cats?", "2"),
-    ("<image><image> Is image one brighter than both other images?", "Yes"),
-    ("<image><image><image> Which image is closer to the reference image?", "2"),
-    ("Image 2: <image> Image 1: <image> Which image shows a cat?", "2"),
-    ("<image><image> Which image shows a cat?", "3"),
-    ("<image><image> The dogs in both images face each other. True or false?", "True"),
-    ("<image><image> The dog in one image is facing that in the other image. True?", "Yes"),
-    ("<image><image> What did the man pick up?\nA. A cup\nB. A book", "A"),
-    ("<image><image> Where in the images is the cat?", "the last one"),
-    ("<image><image><image> Which image shows a cat, 1 or 3?", "3"),
-    ("<image><image> What word do the letters in the images spell?", "on"),
-    ("<image><image> Give the rank of each image by size; sort the image numbers.", "2,1"),
-    ("<image><image> Sort the image numbers in reverse order.", "2,1"),
-    ("<image>Which is larger, A or B?\nA. <image>\nB. <image>", "A"),
-    ("<image><image> Answer with the 0-based index: which image shows a cat?", "1")])
-def test_in_doubt_never(question, answer):
-    label = order_rules.infer_label(question, answer, question.count("<image>"), "any")
-    assert label.order_rule == "never" and label.question == question
-
-def test_a_label_means_the_same_picture_in_every_order(tmp_path):
-    """Eq. 1 on the labelled questions: the picture that an answer names moves with it."""
-    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
-    for row in LABELLED:
-        n = row["question"].count("<image>")
-        gold = curate.gold_of(row["answer"], row["question"], n)
-        label = order_rules.infer_label(row["question"], gold, n, row["style"])
-        if label.order_rule not in ("index", "letter"):
-            continue
-        names = tuple(f"{k}.png" for k in range(n))
-        sample = Sample("q", names, label.question, label.answer, label.order_rule, label.movable)
-        for order in perl.all_orders(sample, 6):
-            moved = perl.permute(sample, order)
-            place = {"index": lambda s: int(s.answer) - 1,
-                     "letter": lambda s: s.movable["ABCDEFGHIJ".index(s.answer)]}[sample.order_rule]
-            assert moved.images[place(moved)] == sample.images[place(sample)]
-
-# ---- Free text: numbers, Chinese, programs (into the section of eval.py's tests) ----------------
-@table("text, number", [
-    (r"3\frac{1}{4}", 3.25), ("7 2/5", 7.4), (r"-1\frac12", -1.5), ("2½", 2.5), (r"\frac{-3}{4}", -0.75),
-    (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800), (r"3\pi", 3 * math.pi),
-    (r"\approx 12", 12), ("x ≈ 2.5", 2.5), ("y = 9", 9), ("€1,250.50", 1250.5), ("15 km/h", 15),
-    (r"7\text{ cm}^2", 7), ("21 square units", 21), ("4 or 5", None), ("4 to 5", None),
-    ("3 and 4", None), ("4=5", None), ("7:45", None), ("3x", None), (r"2\sqrt{3}", None),
-    ("1/0", None), ("8" * 500, None), ("5" + " b" * 5000 + "!", None), ("5" + "b" * 5000 + "!", None)])
-def test_to_number(text, number):
-    signal.alarm(10)
-    assert ev.to_number(text) == (number if number is None else pytest.approx(number))
-
-@table("response, answer", [
-    ("58", "58"), ("**58**", "58"), ("58 apples", "58 apples"), ("Altogether that makes 58.", "58"),
-    ("There are 58 windows.", "58 windows"), ("20 + 38 = 58", "58"), ("The total is 1,058.", "1,058"),
-    ("First I see 20. So the sum is 58.", "58"), ("It is four.", "4"), ("I see 57 or 58.", None),
-    ("It is between 50 and 60.", None), ("The time is 5:58.", None), ("I cannot tell, maybe 58.", None),
-    ("<think>It is 58", None), ("Nobody knows.", None), (r"\boxed{} 58", None),
-    ("```python\nn = 58\nprint(n)\n```", None), ("import math\nn = 58\nprint(n)", None)])
-def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer):
-    assert graded(response, "number 0", "58")["answer"] == answer
-    assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
-    assert graded(response, "number 0", "58", truncated=True)["answer"] is None
-
-@table("answer, gold, right", [
-    ("(x,y)=(90,5)", "(90,5)", True), ("SA = 8", "Surface Area $=8$ units $^{2}$", True),
-    ("84", r"84 \mathrm{cm}^2", True), ("84 cm", r"84 \mathrm{cm}^2", False), ("y = 3", "x = 3", False),
-    ("118", "118°T", True), ("(3, 1)", r"\text{ minimum: }(1, 3)", False)])
-def test_what_an_answer_may_leave_out(answer, gold, right):
-    assert ev.same_value(answer, gold) is right
-
-# ---- Order labels: what is freed, and what stays never ---------------------------------
-PAIR = "<image><image> Is this statement about the pair true or false? "
-@table("statement, mentions", [
-    ("The left image shows a cow.", [1]), ("There is a cow in the image on the right.", [2]),
-    ("The right-hand picture has more cows than the left picture.", [2, 1]),
-    ("The left and right image show cows.", [1, 2]), ("The photo to the left is darker.", [1]),
-    ("Two cows stand next to each other in one image.", []), ("Each image shows a row of cows.", []),
-    ("The cows have different colors.", []), ("A cow stands between two trees in an image.", []),
-    ("The image pair shows three cows.", []), ("Every cow in the images is facing forward.", [])])
-def test_statements_about_a_pair(statement, mentions):
-    label = ev.infer_label(PAIR + statement, "True", 2, "nlvr2")
-    assert label.order_rule == "keep" and label.movable == (0, 1)
-    assert [int(k) for k in perl.MENTION.findall(label.question)] == mentions
-    if mentions and "left" in statement + "right":
-        other = ev.infer_label(PAIR + statement, "True", 2, "any")
-        assert other.order_rule == "never", "a side is a name only where pairs stand side by side"
-
-@table("source, question, answer", [("nlvr2", PAIR + "The cow on the left is brown.", "True"),
-    ("nlvr2", PAIR + "The right side of the left image shows a cow.", "True"),
-    ("nlvr2", PAIR + "The left image is missing on the right.", "True"),
-    ("any", "<image><image><image>Which image is quieter, image 1 or 3?", "Image 3 suggests rest"),
-    ("any", "<image><image>How many images show a cow?", "image 1"),
-    ("muirbench", "<image><image>What does the man in these pictures do?\n(A) getting up\n(B) lying",
-     "A"),
-    ("muirbench", "<image><image>Is the cup fuller or emptier?\n(A) fuller\n(B) emptier", "A"),
-    ("muirbench", "<image><image>Has the tumor shrunk?\n(A) yes\n(B) no", "A"),
-    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
-    ("muirbench", "<image><image><image>Which image is it?\n(A) 1\n(B) 2\n(C) 3", "A"),
-    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
-    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
-     "(B) the second image and the first image\n(C) the third image", "A"),
-    ("muirbench", "<image><image>What is the difference?\n(A) a hat\n(B) a coat", "A")])
-def test_benchmark_texts_that_stay_never(source, question, answer):
-    label = ev.infer_label(question, answer, question.count("<image>"), source)
-    assert (label.order_rule, label.movable) == ("never", None)
-
-# ---- --against: copies of a benchmark's pictures ---------------------------------------
-def drawing(seed):
-    """A figure of thin lines, as in mathematics; another one for each seed."""
-    rng, picture = random.Random(seed), Image.new("RGB", (320, 240), "white")
-    draw = ImageDraw.Draw(picture)
-    for _ in range(6):
-        points = [rng.randrange(20, 220) for _ in range(4)]
-        draw.line(points, "black", 2)
-        x, y, radius = rng.randrange(60, 260), rng.randrange(60, 180), rng.randrange(10, 55)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black")
-    return picture
-
-def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
-    (tmp_path / "benchmark").mkdir()
-    for seed in range(60):
-        drawing(seed).save(tmp_path / "benchmark" / f"{seed}.png")
-    benchmarks = curate.read_benchmarks([tmp_path / "benchmark"])
-    copy, found, others = tmp_path / "copy.jpg", 0, 0
-    for seed in range(60):
-        drawing(seed).resize((256, 192)).save(copy, quality=80)
-        found += benchmarks.shows(curate.near_hash(perl.read_image(copy)), copy)
-        drawing(1000 + seed).save(copy)
-        others += benchmarks.shows(curate.near_hash(perl.read_image(copy)), copy)
-    assert (found, others) == (60, 0)
-    nothing = curate.read_benchmarks([])
-    assert not nothing.shows(curate.near_hash(perl.read_image(copy)), copy)
-
-def update_at_lr_0(model, groups, cfg):
-    adamw_updates(model, [groups], cfg, lr=0.0)
-
-# ---- data_samples/ablate.py ------------------------------------------------------------
-def test_the_t_interval_and_test():
-    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
-    of its distribution, integrated by trapezoids; a mean of just that size has p = 5 %."""
-    assert stats.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
-    assert stats.interval([5.0]) == (5.0, math.inf)
-    for freedom, quantile in enumerate(stats.T_QUANTILES, 1):
-        constant = math.gamma((freedom + 1) / 2) / (
-            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
-        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
-        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
-        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
-        values = [float(k % 2) for k in range(freedom + 1)]
-        _, half = stats.interval(values)
-        shifted = [value - sum(values) / len(values) - half for value in values]
-        assert stats.p_value(shifted) == pytest.approx(0.05, abs=1e-4)
-    assert stats.p_value([2.0, 2.0]) == 0 and stats.p_value([0.0, 0.0]) == 1
-
-@table("p_values, survivors", [
-    ([0.001, 0.02, 0.04], [0, 1, 2]), ([0.04, 0.001, 0.03], [1]), ([0.02, 0.03, 0.04], []),
-    ([0.04], [0]), ([], [])])
-def test_holms_correction(p_values, survivors, monkeypatch):
-    """The smallest of m p-values is compared with 5 % / m, the next with 5 % / (m - 1), .."""
-    monkeypatch.setattr(stats, "p_value", lambda value: value)
-    assert stats.holm(dict(enumerate(p_values))) == survivors
-
-CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
-
-@table("changed, same", [
-    (CODE.replace("return", "# why\n\n    return  "), True), (CODE.replace("What", "Which"), True),
-    (CODE.replace('    """What."""\n', ""), True), ('"""Module."""\n' + CODE, True),
-    (CODE.replace("+ 1", "+ 2"), False), (CODE + "f(1)\n", False),
-    (CODE.replace('"""What."""', 'y = "What."'), False)])
-def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(changed, same, tmp_path):
-    paths = tmp_path / "a.py", tmp_path / "b.py"
-    for path, code in zip(paths, (CODE, changed)):
-        path.write_text(code)
-    assert (hashes.code_hash(paths[0]) == hashes.code_hash(paths[1])) is same
-
-def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
-    base = "base"
-    monkeypatch.setattr(ablate, "base_hash", lambda: base)
-    def hash_of(arm):
-        return ablate.heading("name", arm, 0)["hash"]
-    arm = ablate.Arm("title", ("--seed 1",))
-    others = [hash_of(arm._replace(**change)) for change in (
-        dict(stages=("--seed 2",)), dict(stages=("--seed 1", "")), dict(data="--first-share 0.5"),
-        dict(data="--first-share 0.8"), dict(more_images=True),
-        dict(fork=ablate.ARMS["agree"].fork), dict(fork=ablate.ARMS["clean"].fork))]
-    before = hash_of(arm._replace(title="other", rival=""))
-    assert hash_of(arm) == before and len({before, *others}) == len(others) + 1
-    monkeypatch.setattr(ablate, "EVALUATION", "--eval-orders 2")
-    assert hash_of(arm) not in others + [before]
-    monkeypatch.undo()
-    assert hash_of(arm) not in others + [before], "another base"
-
-def write_run(out, *worst_orders):
-    """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
-    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0, by_permutation=0.5,
-                equal_as_given=0.75)
-    evaluation = dict(eval_accuracy=0.75, eval_bias=0.25)
-    for stage, worst in enumerate(worst_orders, 1):
-        folder = out / f"stage{stage}"
-        for name in ("checkpoint-2", "best"):
-            (folder / name).mkdir(parents=True)
-        write_rows(folder / "metrics.jsonl", evaluation | dict(step=0, eval_worst=0.25),
-                   step | dict(step=1, with_gradient=0.5),
-                   step | evaluation | dict(step=2, with_gradient=0.0, eval_worst=worst))
-
-class AtOnce(Executor):
-    """Runs what is submitted before it returns, and takes back what a fork did to this process.
-    Threads would not do: ast.parse is not safe."""
-    def __init__(self, jobs):
-        self.jobs = jobs
-
-    def submit(self, task, *args):
-        future = Future()
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, name in ((perl, "main"), (perl, "set_advantages"), (sys, "argv")):
-                patch.setattr(owner, name, getattr(owner, name))
-            patch.setattr(sys, "path", sys.path.copy())
-            try:
-                future.set_result(task(*args))
-            except BaseException as error:
-                future.set_exception(error)
-        return future
-
-@pytest.fixture
-def ablation(tmp_path, monkeypatch):
-    """ablate.py on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO
-    and .2 for another training set; those in `broken` fail. Returns what calls it, the runs
-    started, `broken`, its file."""
-    started, broken, path = [], set(), tmp_path / "ablation.jsonl"
-    def trained(argv=None):
-        argv = argv or sys.argv[1:]
-        seed, out = int(argv[argv.index("--seed") + 1]), Path(argv[argv.index("--out") + 1])
-        name = out.name.split("-seed")[0]
-        started.append((name, seed))
-        if (name, seed) in broken:
-            raise SystemExit("out of memory")
-        skewed = 0.2 * name.endswith("-0.5")
-        write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo") - skewed)
-    def measured(checkpoint, path, n_orders, max_new_tokens):
-        worst = 0.25
-        if checkpoint != "tiny":
-            worst = read_rows(Path(checkpoint).parent / "metrics.jsonl")[-1]["eval_worst"]
-        return {"all": [0.75, worst, 0.25], "ask": [0.5, worst / 2, 0.25],
-                "places": {"1": 1.0, "2": 0.5}}
-    monkeypatch.setattr(perl, "main", trained)
-    for name, fake in dict(  # all in this process, whose output is the test's
-            redirect_stdout=contextlib.nullcontext, redirect_stderr=contextlib.nullcontext,
-            fresh_processes=AtOnce, base_hash=lambda: "now", measure=measured,
-            made_data=lambda flags, scratch: scratch).items():
-        monkeypatch.setattr(ablate, name, fake)
-    def main(*flags, arms="perl,grpo", seeds="0-2"):
-        started.clear()
-        ablate.main(["--lines", str(path), "--scratch", str(tmp_path / "scratch"), "--jobs", "1",
-                     "--arms", arms, "--seeds", seeds, *flags])
-    return main, started, broken, path
-
-def test_a_finished_run_is_not_run_again_until_its_code_changes(
-        ablation, tmp_path, monkeypatch, capsys):
-    main, started, _, path = ablation
-    main(arms="clean,grpo,perl,start")
-    pairs = [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")]
-    assert started == pairs + [("clean", 0), ("clean", 1), ("clean", 2)], "in pairs, these first"
-    assert not list(tmp_path.glob("scratch/*/*/[bc]*")), "their weights are not kept"
-    main(seeds="2-3")
-    assert sorted(started) == [("grpo", 3), ("perl", 3)]
-    line, = [row for row in read_rows(path) if row["arm"] == "perl" and row["seed"] == 0]
-    assert line.pop("cpu_seconds") > 0
-    assert line == dict(
-        ablate.heading("perl", ablate.ARMS["perl"], 0), flags=["--eval-every 10"], steps=2,
-        curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]], kept=0.25, with_gradient=0.25,
-        equal_as_given=0.75, by_permutation=0.5, training_seconds=6.0, all=[0.75, 0.5, 0.25], ask=[0.5, 0.25, 0.25],
-        places={"1": 1.0, "2": 0.5}, more_all=[0.75, 0.5, 0.25], more_ask=[0.5, 0.25, 0.25],
-        more_places={"1": 1.0, "2": 0.5})
-    monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
-    capsys.readouterr()
-    main(seeds="0")
-    assert started == [("perl", 0), ("grpo", 0)]
-    before, now = capsys.readouterr().out.split("another perl.py or other data: ")[1].split(
-        "\n2 runs of perl.py changed")
-    assert before.startswith("12 runs of perl.py now.") and "| plain GRPO  | 4 " in before
-    assert "| plain GRPO | 1 " in now, "each code has tables of its own"
-
-def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
-        ablation, monkeypatch, capsys):
-    """Code that changes during a run makes it fail too."""
-    main, started, broken, path = ablation
-    broken.add(("perl", 1))
-    main()
-    assert len(started) == 6 and len(read_rows(path)) == 6
-    out = capsys.readouterr().out
-    assert "perl, seed 1: out of memory" in out
-    assert "5 runs of perl.py now. Failed: perl, seed 1 (out of memory)." in out
-    assert re.search(r"PeRL +\| 2 .*\n\| plain GRPO +\| 3 ", out)
-    main("--tables")
-    assert not started and "Failed: perl, seed 1" in capsys.readouterr().out
-    broken.clear()
-    main()
-    assert started == [("perl", 1)] and "6 runs of perl.py now. Failed: none." in (
-        capsys.readouterr().out)
-    changes = itertools.count()
-    monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
-    main(arms="perl", seeds="0")
-    assert "code or data changed during the run" in capsys.readouterr().out
-
-def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
-    """perl.py refuses a negative seed: the process starts, ends and says why without training."""
-    ablate.run_all([("clean", ablate.ARMS["clean"], -1)], 1, tmp_path / "a.jsonl",
-                   tmp_path / "scratch")
-    assert "clean, seed -1: --seed -1 must be" in capfd.readouterr().out
-    assert (tmp_path / "scratch" / "clean-seed-1.log").exists()
-    assert "--seed -1" in read_rows(tmp_path / "a.jsonl")[0]["failed"]
-    assert perl.set_advantages.__name__ == "set_advantages", "the fork is not in this process"
-
-def cells_of_table(text):
-    cells = {}
-    for line in text.split("\n"):
-        name, *cells[name] = [cell.strip() for cell in line.strip("| ").split("|")]
-    return cells
-
-def test_tables_by_hand(ablation, tmp_path):
-    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
-    paired difference is over two seeds and without spread."""
-    main, _, _, path = ablation
-    main(arms="start,perl,grpo,perl-0.5,grpo-0.5,perl-120,grpo-120,grpo-images", seeds="0-1")
-    main(arms="perl", seeds="2")
-    texts = ablate.all_tables("now", ablate.last_lines(read_rows(path))["now"])
-    arms, shares = cells_of_table(texts["arms"]), cells_of_table(texts["shares"])
-    assert arms["PeRL"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0", "", "", "25 %",
-                            "25 %", "75 %", "50 %"]
-    assert arms["plain GRPO"][4:6] == ["+0.0 ± 0.0", "**-10.0 ± 0.0**"]
-    assert arms["start model"][:4] == ["1", "75.0", "25.0", "25.0"] and "n_s = 2" not in arms
-    skewed = shares["plain GRPO, right image first: 0.5"]
-    assert skewed[5] == "**-10.0 ± 0.0**", "against PeRL on the same training set"
-    assert cells_of_table(texts["main"])["plain GRPO, 120 steps"][4] == "**-10.0 ± 0.0**"
-    assert cells_of_table(texts["more"])["PeRL"][-1] == "100 / 50"
-    assert cells_of_table(texts["images"])[ablate.ARMS["grpo-images"].title][2] == "22.5 ± 31.8"
-    assert cells_of_table(texts["longer"])["2"] == [
-        "2", "55.0 ± 63.5", "45.0 ± 63.5", "+10.0 ± 0.0"]
-    assert texts["holm"].startswith("Of 6 paired differences") and (
-        "3 have a 95 % interval without 0, and 3 survive" in texts["holm"])
-    assert "- worst order below PeRL's: plain GRPO; plain GRPO, 120 steps; plain" in texts["holm"]
-    assert "have not been started" in texts["runs"] and texts["runs"].startswith("16 runs")
-
-def test_the_figure_is_small_and_only_drawn_again_for_other_runs(ablation, tmp_path):
-    main, _, _, path = ablation
-    main(arms="start,perl,grpo,perl-0.5,grpo-0.5", seeds="0-1")
-    picture = tmp_path / "ablation.png"
-    with Image.open(picture) as image:
-        assert image.width > 1500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
-    assert picture.stat().st_size < 200_000
-    times = [picture.stat().st_mtime_ns]
-    for seeds in ("0-1", "2"):
-        main(seeds=seeds)
-        times.append(picture.stat().st_mtime_ns)
-    assert times[0] == times[1] < times[2]
-
-def test_tables_are_written_between_markers(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("a\n<!-- table: x-1 -->\nold\n<!-- /table -->\nb\n<!-- table: y --><!-- /table -->")
-    ablate.write_tables(path, {"x-1": "\\1 new\n", "y": "Y\n", "z": "not asked for\n"})
-    text = path.read_text()
-    assert text == ("a\n<!-- table: x-1 -->\n\\1 new\n<!-- /table -->\nb\n<!-- table: y -->\nY\n"
-                    "<!-- /table -->")
-    refuses("no table x-1", ablate.write_tables, path, {"y": ""})
-    path.write_text("no marker")
-    ablate.write_tables(path, {})
-    assert path.read_text() == "no marker"
-
-def test_the_readmes_and_the_figure_show_the_runs_of_ablation_jsonl(tmp_path):
-    """Made by `ablate.py --tables`; the figure notes the runs that it shows."""
-    source = HERE / "data_samples"
-    by_code = ablate.last_lines(read_rows(source / "ablation.jsonl"))
-    code = max(reversed(by_code), key=lambda code: len(by_code[code]))
-    texts, marked = ablate.all_tables(code, by_code[code]), ""
-    for readme in (HERE / "README.md", source / "README.md"):
-        copy = Path(shutil.copy(readme, tmp_path / "copy.md"))
-        ablate.write_tables(copy, texts)
-        marked += copy.read_text()
-        assert copy.read_text() == readme.read_text(), f"{readme}: run ablate.py --tables"
-    names = set(re.findall("<!-- table: (.*) -->", marked))
-    assert names >= texts.keys() - {"main", "positions"}
-    shutil.copy(source / "ablation.png", tmp_path / "ablation.png")
-    before = (tmp_path / "ablation.png").stat().st_mtime_ns
-    ablate.draw(ablate.by_arm(by_code[code]), ablate.SHARES, tmp_path / "ablation.png")
-    assert (tmp_path / "ablation.png").stat().st_mtime_ns == before, "run ablate.py --tables"
-
-def test_the_steps_of_several_stages_add_up(tmp_path):
-    write_run(tmp_path, 0.5, 0.75)
-    (tmp_path / "stage0").mkdir()
-    found = ablate.read_run(tmp_path)
-    assert (found["steps"], found["kept"], found["training_seconds"]) == (4, 0.25, 12.0)
-
-FORK = """import perl
-def reward_twice(groups):
-    pass
-perl.{name} = reward_twice
-if __name__ == "__main__":
-    perl.main()
-"""
-
-def test_a_users_fork_is_compared_and_changes_no_other_result(ablation, tmp_path, capsys):
-    """From any folder, with a module beside it and a flag of its own. Its lines are not in the
-    committed file; the same file under other flags is another arm."""
-    main, started, _, path = ablation
-    main(seeds="0-1")
-    committed, folder = path.read_text(), tmp_path / "elsewhere"
-    folder.mkdir()
-    (folder / "beside.py").write_text("NAME = 'set_advantages'\n")
-    fork = folder / "mine.py"
-    fork.write_text("import sys, beside\nsys.argv.remove('--own')\n"
-                    + FORK.replace("__name__ ==", "beside.NAME and __name__ ==").format(
-                        name="set_advantages"))
-    main("--fork", str(fork), "--flags=--own --beta 0.01", seeds="0-1")
-    assert started == [("mine.py-own-beta-0.01", 0), ("mine.py-own-beta-0.01", 1)]
-    main("--fork", str(fork), "--flags=--own", seeds="1-2")
-    assert sorted(started) == [("grpo", 2), ("mine.py-own", 1), ("mine.py-own", 2), ("perl", 2)]
-    assert path.read_text() == committed
-    cells = cells_of_table(capsys.readouterr().out.split("forks:\n")[-1])
-    assert cells["mine.py --own"][0] == "2" and cells["mine.py --own --beta 0.01"][0] == "2"
-    assert cells["PeRL"][0] == "3" and cells["mine.py --own"][-1].startswith("+10.0")
-    assert len(read_rows(tmp_path / "scratch/forks.jsonl")) == 6
-
-@table("text, message", [
-    (FORK.format(name="set_advantage"),
-     "sets perl.set_advantage, which perl.py does not have; did you mean set_advantages"),
-    ("import perl\nperl.set_advantages = len\n", "does not call perl.main"),
-    (FORK.format(name="set_advantages"), "no such setting: --bta; did you mean --beta"),
-    ("", "does not call perl.main"), (None, "there is no such file")])
-def test_a_fork_without_effect_is_refused_before_anything_runs(
-        text, message, ablation, tmp_path, capsys):
-    main, started, _, _ = ablation
-    if text is not None:
-        (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(SystemExit) as end:
-        main("--fork", str(tmp_path / "mine.py"), "--flags=--bta 1")
-    assert message in f"{end.value} {capsys.readouterr().err}" and not started
-
-def answered(text, order=(0, 1)):
-    """A rollout of the answer `text` to a question of two images, whose first one is right."""
-    asked = perl.permute(sample("index", "1", n=len(order)), order)
-    accuracy = float(text == asked.answer)
-    return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
-                   truncated=False, accuracy=accuracy, reward=accuracy)
-
-def load_fork(name):
-    """Do what the fork of an arm does to perl.py -> its names."""
-    return runpy.run_path(ablate.ARMS[name].fork, run_name="fork")
-
-@table("text, order, given", [
-    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
-    ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
-def test_an_answer_moved_back_to_the_given_order(text, order, given, monkeypatch):
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    assert load_fork("agree")["answer_as_given"](answered(text, order)) == given
-
-def group_of(*texts, orders=((0, 1), (1, 0))):
-    """Answers order by order, as many in each."""
-    n = len(texts) // len(orders)
-    return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
-
-ONE_ORDER = group_of("1", "1", "1", "1", orders=((0, 1), (0, 1)))
-
-@table("fork, group, rewards", [  # columns: the first answers of both orders, then the second ones
-    ("agree", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
-    ("agree", group_of("2", "9", "1", "9"), [0.9, 0, 0.9, 0]),
-    ("agree", ONE_ORDER, [1, 1, 1, 1]),
-    ("agree-right", group_of("1", "1", "2", "1"), [1.9, 1, 1.9, 0]),
-    ("agree-right", group_of("2", "1", "1", "2"), [0, 1.9, 0, 1.9]),
-    ("agree-right", ONE_ORDER, [1, 1, 1, 1])])
-def test_rewards_of_later_papers(fork, group, rewards, monkeypatch):
-    """Agreement pays whether right or wrong; being right together pays on top; a question in one
-    order only has nothing to agree with."""
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group = [dataclasses.replace(rollout) for rollout in group]
-    load_fork(fork)
-    perl.set_advantages([group])
-    assert [rollout.reward for rollout in group] == pytest.approx(rewards)
-    assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
-
-def test_the_forks_of_baseline_and_condition(monkeypatch):
-    """Advantages of rewards 1, 0, 0, 0, pooled and by order; then what is learned."""
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    group = group_of("1", "9", "9", "9")
-    for expected, answers, fork in (([ROOT] + [-1 / ROOT] * 3, "1122", "per-order"),
-                                    ([1, -1, 0, 0], "1122", "clean"),
-                                    ([1, -1, 0, 0], "1111", "clean")):
-        perl.set_advantages([group])
-        assert [r.advantage for r in group] == pytest.approx(expected)
-        assert [r.prompt.sample.answer for r in group] == list(answers)
-        load_fork(fork)
-
-def test_permuting_follows_a_questions_own_gap(monkeypatch):
-    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
-    groups, asked, rng = [], [], random.Random(0)
-    for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
-        groups.append(group_of("1", "1", "1", "1")[:len(row)])
-        for rollout, accuracy in zip(groups[-1], row):
-            rollout.accuracy = float(accuracy)
-            rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
-    def sample_orders(*args, n_orders, n):
-        asked.append((n_orders, n))
-        return groups
-    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
-    monkeypatch.setattr(perl, "sample_orders", sample_orders)
-    load_fork("adaptive")
-    for stage in (0, 1):
-        perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
-    assert asked == [(2, 2), (1, 4)]
-    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
-        asked_for = dataclasses.replace(sample("keep"), id=name)
-        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
-        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
-
-def test_a_checkpoint_is_measured_over_orders_kinds_and_positions(monkeypatch):
-    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on.
-    A question whose answer stays counts for `all` only."""
-    letter = sample("letter", "B", movable=(1, 2))
-    option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
-                                 accuracy=0.0)
-    kept = dataclasses.replace(option, prompt=perl.Prompt(sample(), [1], []), accuracy=1.0)
-    groups = [group_of("1", "1", "1", "2"), [option], [kept]]
-    def sample_groups(model, processor, samples, orders, cfg, *, n, greedy):
-        assert len(samples) == 321 and max(map(len, orders)) == 6 and (n, greedy) == (1, True)
-        assert cfg.max_new_tokens == 64
-        return groups
-    monkeypatch.setattr(perl, "sample_groups", sample_groups)
-    found = ablate.measure("tiny", HERE / "data_samples/test.jsonl", 6, 64)
-    assert found == {"all": [pytest.approx(1.75 / 3, abs=1e-5), 0.33333, 0.33333],
-                     "ask": [0.375, 0.0, 0.5], "places": {"1": 1.0, "2": 0.5, "3": 0.0}}
-
-def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypatch, data):
-    """Two stages of one step each, the second from the first's weights, with a fork of both."""
-    for target in ("main", "set_advantages"):
-        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    measure, measured = ablate.measure, []
-    def measure_few(checkpoint, path, n_orders, max_new_tokens):
-        measured.append(checkpoint)
-        return measure(checkpoint, data.with_name("eval.jsonl"), 2, 16)
-    monkeypatch.setattr(ablate, "measure", measure_few)
-    short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
-    monkeypatch.setattr(ablate, "EVALUATION", short)
-    arm = ablate.ARMS["agree"]._replace(stages=("--filter none", "--stage 2 --filter none"))
-    line = ablate.run("agree", arm, 100, tmp_path)
-    assert [point[0] for point in line["curve"]] == [0, 1, 0, 1] and line["steps"] == 2
-    assert measured == [str(tmp_path / "agree-seed100/stage2/checkpoint-1")]
-    assert len(line["all"]) == 3 and line["places"] and 0 <= line["with_gradient"] <= 1
-    log = (tmp_path / "agree-seed100.log").read_text()
-    assert log.count("step 1/1") == 2 and "stage1/checkpoint-1" in log
-    assert (tmp_path / "agree-seed100/stage1/agree.py").exists(), "the fork is kept with its run"
-    assert perl.set_advantages.__name__ == "agree"
-
-def test_training_sets_and_more_images_are_made_once(tmp_path, monkeypatch):
-    """The images are drawn once and copied afterwards."""
-    pytest.importorskip("sklearn")
-    make_samples, pools = pytest.importorskip("make_samples"), {}
-    save_images, commands = make_samples.save_images, []
-    def images_once(folder):
-        pools.update(pools or save_images(tmp_path / "images"))
-        shutil.copytree(tmp_path / "images", folder)
-        return pools
-    def in_this_process(command):
-        commands.append(command)
-        monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
-        make_samples.main()
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(make_samples, "save_images", images_once)
-    monkeypatch.setattr(subprocess, "run", in_this_process)
-    folder = ablate.made_data("--first-share balanced", tmp_path)
-    assert (folder / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
-    answers = [row["answer"] for row in read_rows(folder / "train.jsonl")
-               if row["source"] == "largest" and len(row["images"]) == 4]
-    assert Counter(answers) == dict.fromkeys("1234", 30)
-    assert ablate.made_data("--first-share balanced", tmp_path) == folder and len(commands) == 1
-    images = ablate.made_data(ablate.ONLY_IMAGES, tmp_path)
-    rows = read_rows(images / "train.jsonl")
-    assert {row["source"] for row in rows} == {"largest", "smallest", "match"}
-    first = [row["answer"] in "1A" for row in rows]
-    assert len(rows) == 1110 and 0.93 < sum(first) / len(first) < 0.97
-    more = ablate.made_data(ablate.MORE_IMAGES, tmp_path)
-    rows = read_rows(more / "test.jsonl")
-    assert len(rows) == 300 and {len(row["images"]) for row in rows} == {6, 7, 8}
-    assert not (more / "train.jsonl").exists()
-    for kind, n in itertools.product(("largest", "smallest", "match"), (6, 7, 8)):
-        answers = Counter(row["answer"] for row in rows
-                          if row["source"] == kind and len(row["images"]) == n)
-        assert len(set(answers.values())) == 1 and len(answers) == n - (kind == "match")
-    samples = perl.load_samples(more / "test.jsonl")
-    trained = {row["id"] for row in read_rows(folder / "train.jsonl")}
-    assert not trained & {sample.id for sample in samples}
-    assert all(Path(name).name.startswith("test_") for row in rows for name in row["images"])
-
-# ---- data_samples/ablate.py --cost -----------------------------------------------------
-SMALL_STEP = [3, 6, 10]  # images, tokens of each, other tokens
-
-def step_flags(images, image_tokens, text_tokens, new_tokens):
-    return ["--cost", f"--images={images}", f"--max-new-tokens={new_tokens}",
-            f"--image-tokens={image_tokens}", f"--text-tokens={text_tokens}"]
-
-def step_config(**changes):
-    return dataclasses.replace(perl.parse_config([]), **dict(
-        beta=0.0, max_new_tokens=5, max_tokens_per_micro_batch=16384) | changes)
-
-@table("changes", [{}, PLAIN, dict(n_permutations=2, rollouts_per_order=2),
-                   dict(max_tokens_per_micro_batch=50)])
-def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
-    """The parts that --cost prints add up to what torch counts in sampling and an update."""
-    cfg, model = step_config(**changes), load_tiny()
-    endless = SimpleNamespace(**vars(PROCESSOR) | dict(
-        banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids))
-    rollouts = cost.full_rollouts(cfg, SMALL_STEP, model.config.vision_config, 40,
-                                    PROCESSOR.image_id)
-    prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
-        update_at_lr_0(model, [rollouts], cfg)
-    flops, _ = cost.count_flops(model.config, cfg, SMALL_STEP)
-    assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
-
-def test_flops_at_the_size_of_the_7b():
-    def count(**changes):
-        return cost.count_flops(cost.QWEN_7B, step_config(max_new_tokens=256, **changes),
-                                  [4, 256, 64])
-    (shared, minimum), (plain, _) = count(), count(share=False)
-    total = sum(shared.values())
-    assert total <= 0.30 * sum(plain.values()) and total <= 1.15 * sum(minimum.values())
-    assert all(0.95 < minimum[part] / shared[part] < 1.001 for part in minimum)
-    fewer, permuted = count(rollouts_per_order=2)[0], count(n_permutations=3)[0]
-    assert fewer["prefill"] == shared["prefill"] and permuted["prefill"] == 2 * shared["prefill"]
-    assert fewer["vision"] == permuted["vision"] == shared["vision"]
-
-def test_the_last_line_of_cost_is_an_object(capsys):
-    """With a process for each of the two ways, whose peak memory is its own."""
-    ablate.main(step_flags(2, 4, 9, 4) + ["--n-permutations", "2"])
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    names = {f"{kind}_{way}" for kind in ("flops", "seconds", "peak_mb")
-             for way in ("shared", "plain")} | {"flops_minimum"}
-    parts = {f"flops_{way}_{part}" for way in ("shared", "plain", "minimum")
-             for part in ("vision", "prefill", "decode", "loss")}
-    assert set(row) == names | parts | {f"seconds_{way}_{part}" for way in ("shared", "plain")
-                                        for part in ("sample", "update")}
-    assert min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
-
-@table("flags, message", [
-    (step_flags(0, 4, 9, 4), "more text tokens than images"),
-    (step_flags(4, 4, 4, 4), "more text tokens than images"),
-    (step_flags(1, -4, 9, 4), "more text tokens than images"),
-    (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
-    (step_flags(1, 4, 9, 1), "--max-new-tokens"),
-    (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
-    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of start")])
-def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        ablate.main(flags)
-    assert message in f"{end.value} {capsys.readouterr().err}"
-
-def test_ctrl_c_during_the_cost_is_one_sentence():
-    process = subprocess.Popen([sys.executable, str(HERE / "data_samples" / "ablate.py"),
-                                *step_flags(2, 4, 9, 4)], stderr=subprocess.PIPE, text=True)
-    signal.alarm(60)
-    assert "timing a step" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 1 and "interrupted; the same command continues" in err
-    assert "KeyboardInterrupt" not in err
-
-# ---- data_samples/curate.py ------------------------------------------------------------
-DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
-
-def label_of(row, question=None, n=None):
-    question, n = question or row["question"], n or row["question"].count("<image>")
-    gold = curate.gold_of(row["answer"], question, n)
-    return ev.infer_label(question, gold, n, row.get("style", "any"))
-
-def digit(k, kind="PNG", mode="RGB"):
-    """The bytes of a real digit; kind JPEG is another encoding of the same picture."""
-    with Image.open(DIGITS[k]) as image:
-        return encoded(image.convert(mode), kind)["bytes"]
-
-def mantis_row(k, paths, question, answer):
-    images = [{"bytes": None, "path": path} for path in paths]
-    talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": str(k), "images": images, "conversation": talk, "source": "any"}
-
-def write_mantis(folder, config, rows, contents, parts=("train_images.zip",)):
-    """A subset of Mantis-Instruct as on the Hub: parquet, and the images in one or more zips."""
-    folder = folder / "Mantis-Instruct" / config
-    write_parquet(rows, folder / "train-00000-of-00001.parquet")
-    if len(parts) > 1:
-        (folder / "train_images_zips.txt").write_text("\n".join(parts))
-    for k, part in enumerate(parts):
-        with zipfile.ZipFile(folder / part, "w") as archive:
-            for name in sorted(contents)[k::len(parts)]:
-                archive.writestr(name, contents[name])
-
-def image_of(k, **how):
-    return {"bytes": digit(k, **how), "path": None}
-
-def k12_row(k, question, answer, image):
-    return {"id": str(k), "question": question, "answer": answer, "subject": "math",
-            "image": image}
-
-OPTIONS = "\nA. <image>\nB. <image>\nC. <image>"
-DREAM = ("Answer the following multiple-choice question:\nHere are there images: <image> <image> "
-         "<image>. If image {} is the reference image, which image of the other two is more "
-         "similar to the reference image?\nOptions:\n(A) Image {}\n(B) Image {}")
-
-@pytest.fixture(scope="module")
-def copies(tmp_path_factory):
-    """Local copies in the layouts of the Hub; images of one name lie in several folders."""
-    root, contents, dream, icon = tmp_path_factory.mktemp("copies"), {}, [], []
-    for k in range(6):
-        for rows, kind, names, question, answer, first in (
-                (dream, "nights", "012", DREAM.format(2, 1, 3), "AB"[k % 2], 3 * k),
-                (icon, "choose_img", ("image", *"012"), f"<image>Which shape is like {k}?{OPTIONS}",
-                 "Answer: B", 20 + 4 * k)):
-            paths = [f"{kind}/{k}/{name}.png" for name in names]
-            rows.append(mantis_row(k, paths, question, answer))
-            contents |= {path: digit(first + j) for j, path in enumerate(paths)}
-    write_mantis(root, "dreamsim", dream, contents)
-    write_mantis(root, "iconqa", icon, contents, ("part_0.zip", "part_1.zip"))
-    k12 = [k12_row(k, f"As shown, AB = {k}. How long is CD?", f"$${k}$$",
-                   image_of(50 + k, mode=mode)) for k, mode in enumerate(("RGB", "RGBA", "L", "P"))]
-    geometry = [{"images": [image_of(60 + k)], "answer": rf"{k}\sqrt{{2}}",
-                 "problem": "<image>Find x."} for k in range(3)]
-    for name, rows in (("MMK12", k12), ("geometry3k", geometry)):
-        write_parquet(rows, root / name / "data" / "train-00000-of-00001.parquet")
-    return root
-
-ALL_SOURCES = ["mantis:dreamsim", "mantis:iconqa", "mmk12", "hiyouga/geometry3k"]
-
-def run_curate(copies, out, *more, sources=ALL_SOURCES):
-    curate.open_zip.cache_clear()
-    curate.main([*sources, "--data-dir", str(copies), "--out", str(out), *more])
-    return out
-
-@pytest.fixture(scope="module")
-def curated(copies, tmp_path_factory):
-    return run_curate(copies, tmp_path_factory.mktemp("curated") / "out")
-
-def test_rows_of_all_layouts_become_samples(curated):
-    samples = {sample.id: sample for sample in perl.load_samples(curated / "train.jsonl")}
-    assert Counter(s.source for s in samples.values()) == {
-        "mantis-dreamsim": 6, "mantis-iconqa": 6, "mmk12": 4, "geometry3k": 3}
-    dream, icon = samples["mantis-dreamsim-0000002"], samples["mantis-iconqa-0000001"]
-    assert (dream.answer, dream.order_rule, dream.movable) == ("B", "keep", (0, 1, 2))
-    assert "<image_2> is the reference" in dream.question and "(A) <image_1>" in dream.question
-    assert (icon.answer, icon.order_rule, icon.movable) == ("B", "letter", (1, 2, 3))
-    k12, geometry = samples["mmk12-0000003"], samples["geometry3k-0000002"]
-    assert (k12.answer, k12.order_rule) == ("2", "never") and k12.question.startswith("<image>As")
-    assert (geometry.answer, geometry.question) == (r"1\sqrt{2}", "<image>Find x.")
-    for sample, first in ((dream, 3), (icon, 20), (k12, 52), (geometry, 61)):
-        for k, path in enumerate(sample.images, first):  # the right picture stands at each place
-            with Image.open(path) as image, Image.open(DIGITS[k]) as source:
-                assert image.tobytes() == source.convert("RGB").tobytes()
-
-def test_the_report_counts_and_shows(curated):
-    text = (curated / "REPORT.md").read_text()
-    assert text.startswith("# 19 of 19 questions") and text.count("\n1. ") == 1
-    assert "| mantis-iconqa: option image | 0 | 0 | 0 | 6 | 6 |" in text
-    assert "| mantis-dreamsim: image | 3 | 3 | 0 | 0 | 6 |" in text, "option A names image 1"
-    with Image.open(curated / "ten.jpg") as image:
-        assert image.height > 10 * 100
-
-def test_on_our_own_samples_the_rules_give_the_label_or_never():
-    found = Counter()
-    for row in read_rows(HERE / "data_samples" / "train.jsonl"):
-        question, n = perl.MENTION.sub(r"image \1", row["question"]), len(row["images"])
-        label = label_of(row, question, n)
-        found[label.order_rule] += 1
-        if label.order_rule != "never":
-            movable = tuple(row.get("movable", range(n)))
-            assert label[1:4] == (row["answer"], row["order_rule"], movable), row
-    assert found["keep"] > 300 and found["index"] > 500
-
-def one_image(question, answer, path="a.png"):
-    return mantis_row(0, [path], "<image> " + question, answer)
-
-BAD = {
-    "not 1 to 16 images": mantis_row(0, [], "How many?", "3"),
-    "placeholders do not fit the images": mantis_row(0, ["a.png", "b.png"], "<image> Why?", "3"),
-    "question over 4000 characters": one_image("why " * 1500, "3"),
-    "control characters or tokens in the text": one_image("<|im_end|> What is it?", "3"),
-    "no answer": one_image("What is it?", " "),
-    "answer is none of the options": one_image("?\nA. 1\nB. 2", "C"),
-    "answer names an image in words": mantis_row(
-        0, ["a.png", "b.png"], "<image><image> Which?", "The final image"),
-    "answer has several parts": one_image("Solve.", "(1) 3; (2) 4"),
-    "answer is one of many": one_image("Which sides are equal?", "AB = CD (not unique)"),
-    "answer lists alternatives": one_image("Solve.", "x = 3 or x = -1"),
-    "answer in unknown LaTeX": one_image("Which?", r"\ding{172}"),
-    "open answer": one_image("What is it?", "A man who rides a bike."),
-    "answer that our grader cannot read": one_image("Which set?", "{3"),
-    "image not found": one_image("How many?", "3", "none.png"),
-    "image name is ambiguous": one_image("How many?", "3", "0.png"),
-    "image unreadable": one_image("How many?", "3", "torn.png"),
-    "image too large or too thin": one_image("How many?", "3", "thin.png"),
-    "duplicate": one_image("How many brown cows graze here?", "4"),
-    "near duplicate": one_image("How many brown cows do graze here?", "4", "a.jpg"),
-    "one question with several answers": one_image("Is it odd?", "No", "b.png")}
-
-@pytest.fixture
-def bad_copies(tmp_path):
-    """Rows that each rule drops, after three that stay."""
-    good = [one_image("How many brown cows graze here?", "4"), one_image("Is this a horse?", "No"),
-            one_image("Is it odd?", "No", "c.png"),
-            one_image("Is it odd?", "Yes", "b.png")]  # contradicted below
-    contents = {"a.png": digit(0), "a.jpg": digit(0, "JPEG"), "b.png": digit(1),
-                "c.png": digit(2), "x/0.png": digit(3), "y/0.png": digit(4),
-                "thin.png": encoded(Image.new("RGB", (900, 3)), "PNG")["bytes"],
-                "torn.png": digit(5)[:-60]}
-    write_mantis(tmp_path / "copies", "nlvr2", good + list(BAD.values()), contents)
-    return tmp_path / "copies"
-
-CIRCLES = "Statements: ① a ② b ③ c ④ d. Which are right?"
-LABELS = "(1) a (2) b (3) c (4) d. Which are right?"
-GOLDS = [  # answer, question, what is left of it
-    (r"$\number{24}$", "", "24"), (r"\boxed{\text{24}}", "", "24"), ("24 (students)", "", "24"),
-    (r"24\mathrm{~cm}", "", "24 cm"), ("3.4.", CIRCLES, "③④"), ("3.4.", LABELS, "3, 4"),
-    ("1.3.4.", LABELS, "1, 3, 4"), ("3 and 4", "", "3, 4"), (r"{24}", "", "24"),
-    *[(gold, LABELS if gold == "3.4" else CIRCLES, gold) for gold in (
-        "24 cm", "7 (mod 12)", "3.4", "③④", "12, 5", "1,000", "(1, 2)", r"(-\infty, 3]", "1 1/2",
-        r"3\frac{1}{2}", "black and white", "1/2", "OR gate", r"6\sqrt{2}", "y=2x+1")]]
-
-@table("answer, question, gold", GOLDS)
-def test_golds_that_a_natural_answer_meets_are_unwrapped(answer, question, gold):
-    assert curate.unwrap_gold(curate.gold_of(answer, question, 1), question) == gold
-    curate.check_gold(gold)
-    assert perl.is_correct(rf"\boxed{{{gold}}}", gold)
-
-@table("gold, rule", [
-    *[(gold, "has several parts") for gold in (
-        "3.4.", "1.3.4.", "40 60 80", r"5 \quad 6", "x = 1, y = 2", "yes, 5", "(1, 2), (3, 4)")],
-    ("3 或 5", "lists alternatives"), ("dog/puppy", "lists alternatives"),
-    ("答案不唯一", "is one of many"), (r"\SI{24}{cm}", "in unknown LaTeX")])
-def test_golds_that_no_natural_answer_meets_are_dropped(gold, rule):
-    with pytest.raises(curate.Dropped, match=f"answer {rule}"):
-        curate.check_gold(curate.unwrap_gold(gold, "How long is AB?"))
-
-def test_what_a_rule_drops_is_counted_and_shown(bad_copies, tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # ev.main sets it
-    out = run_curate(bad_copies, tmp_path / "out", sources=["mantis:nlvr2"])
-    dropped = Counter(row["rule"] for row in read_rows(out / "dropped.jsonl"))
-    assert dropped == dict.fromkeys(BAD, 1) | {"one question with several answers": 2}
-    assert [s.id[-1] for s in perl.load_samples(out / "train.jsonl")] == ["1", "2", "3"]
-    text = (out / "REPORT.md").read_text()
-    assert all(f"| {rule} | " in text for rule in BAD)
-    assert text.startswith(f"# 3 of {len(BAD) + 4} questions")
-
-def test_an_answer_that_names_an_image_never_stays(tmp_path):
-    rows = [mantis_row(0, ["a.png", "b.png"], f"<image><image> {question}", "The first image")
-            for question in ("How many of the images show a 3?", "Which image shows a 3?")]
-    write_mantis(tmp_path, "nlvr2", rows, {"a.png": digit(0), "b.png": digit(1)})
-    out = run_curate(tmp_path, tmp_path / "out", sources=["mantis:nlvr2"])
-    assert [s.order_rule for s in perl.load_samples(out / "train.jsonl")] == ["never", "index"]
-
-def test_benchmarks_are_kept_out(copies, tmp_path):
-    """By the same pixels, by a JPEG of them, by 13 words; 13 words of a template do not count."""
-    against, sources = tmp_path / "against", shutil.copytree(copies, tmp_path / "copies")
-    write_parquet([{"question": "short", "image": image_of(3)}], against / "test.parquet")
-    (against / "near.jpg").write_bytes(digit(21, "JPEG"))
-    template = "here are there images if image 2 is the reference image which image of the other"
-    write_rows(against / "b.jsonl", {"deep": [{"q": template}]})
-    leaked = "The two cars drive off at noon from towns ninety miles apart; when do they meet?"
-    (against / "c.json").write_text(json.dumps([leaked.upper()]))
-    k12 = [k12_row(k, question, "3", image_of(70 + k))
-           for k, question in enumerate((leaked, "A car drives."))]
-    write_parquet(k12, sources / "MMK12" / "data" / "train-00001.parquet")
-    out = run_curate(sources, tmp_path / "out", "--against", str(against))
-    dropped = {row["id"]: row["rule"] for row in read_rows(out / "dropped.jsonl")}
-    assert dropped == {"mantis-dreamsim-0000002": "picture of a benchmark",
-                       "mantis-iconqa-0000001": "near duplicate of a benchmark's picture",
-                       "mmk12-0000005": "13 words of a benchmark"}
-
-def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, monkeypatch):
-    out, calls, store = tmp_path / "out", [], curate.store_image
-    def dies(*args):
-        calls.append(args)
-        return die() if len(calls) == 30 else store(*args)
-    monkeypatch.setattr(curate, "store_image", dies)
-    with pytest.raises(Killed):
-        run_curate(copies, out)
-    with open(out / ".work" / "mantis-iconqa.jsonl", "a") as file:
-        file.write('{"sample": {"id"')  # a line torn by the kill
-    assert not (out / "train.jsonl").exists()
-    run_curate(copies, out)
-    assert len(calls) < 30 + 18 + 24 + 7
-    for name in ("train.jsonl", "REPORT.md", "ten.jpg", "dropped.jsonl"):
-        assert (out / name).read_bytes() == (curated / name).read_bytes()
-    refuses("begun with other sources", run_curate, copies, out, sources=["mmk12"])
-
-@table("sources, message", [
-    (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
-    (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources have the same name"),
-    (["hiyouga/MMK12"], "row 1: not the columns of MMK12"),
-    (["mantis:iconqa"], "part_1.zip is missing")])
-def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, sources, message):
-    shutil.copytree(copies, tmp_path / "copies")
-    (tmp_path / "copies" / "Mantis-Instruct" / "iconqa" / "part_1.zip").unlink()
-    refuses(message, run_curate, tmp_path / "copies", tmp_path / "out", sources=sources)
-
-def test_the_hub_is_asked_for_train_files(copies, tmp_path, monkeypatch):
-    asked = []
-    def snapshot_download(name, *, allow_patterns, **_):
-        asked.append((name, allow_patterns))
-        return copies / name.split("/")[1]
-    hub = SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    curate.main(["mmk12", "mantis:iconqa", "--out", str(tmp_path / "loaded")])
-    assert asked == [("FanqingM/MMK12", ["*train*.parquet"]),
-                     ("TIGER-Lab/Mantis-Instruct", ["iconqa/train*"])]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with ends("pip install huggingface_hub"):
-        curate.main(["mmk12", "--out", str(tmp_path / "hub")])
-
-def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
-    monkeypatch.setattr(perl, "read_image", lambda file: pytest.fail("decoded"))
-    for size in ((8000, 6000), (900, 8)):
-        with pytest.raises(curate.Dropped, match="too large or too thin"):
-            curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
-
-# ---- curate2: hold-out, limits, reasons, the recipe ------------------------------------
-PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> Here is a statement "
-             "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
-STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
-              "The digit grew over time.")
-RAW_SOURCES = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
-
-def write_mixed(folder, n):
-    """5 n rows in the raw formats of RAW_SOURCES, as data/*/prepare.py of Mantis writes them; every
-    picture is used once, but for the nlvr2 rows 0 and 1, which share one."""
-    rows, contents, digits = {name: [] for name in RAW_SOURCES}, {}, iter(range(len(DIGITS)))
-    def ask(source, n_images, question, answer):
-        paths = []
-        for j in range(n_images):
-            paths.append(f"{source}/{len(rows[source])}/{j}.png")
-            contents[paths[-1]] = digit(next(digits))
-        if source == "mantis:nlvr2" and len(rows[source]) == 1:
-            paths[0] = f"{source}/0/0.png"
-        rows[source].append(mantis_row(len(rows[source]), paths, question, answer))
-    for k in range(n):
-        ask("mantis:nlvr2", 2, PAIR_TRUE.format(STATEMENTS[k % 3]), "AB"[k % 2])
-        ask("mantis:dreamsim", 3, DREAM.format(2, 1, 3), "AB"[k % 2])
-        ask("mantis:iconqa", 4, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B")
-        ask("mantis:imagecode", 5, "<image>" * 5 + "Given a detailed description, retrieve the "
-            "target image among 10 minimally contrastive images\nDescription:\n"
-            f"A digit with {k} strokes.", f"Answer: Image {k % 5 + 1}")
-        image = image_of(next(digits))
-        rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", str(k), image))
-    for source in RAW_SOURCES[:4]:
-        name = source.partition(":")[2]
-        own = {path: contents[path] for path in contents if path.startswith(source)}
-        write_mantis(folder, name, rows[source], own)
-    write_parquet(rows["mmk12"], folder / "MMK12" / "data" / "train-00000-of-00001.parquet")
-    return folder
-
-def recipe():
-    """The commands of the README's recipe, each as script and arguments."""
-    section = (HERE / "README.md").read_text().partition("## Train the 7B")[2]
-    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
-    commands = []
-    for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-            k = next(k for k, word in enumerate(words) if word.endswith(".py"))
-            commands.append((words[k], words[k + 1:]))
-    return commands
-
-def test_the_readmes_recipe_runs(tmp_path, monkeypatch, capsys):
-    """Its own commands, one after the other: the tiny model in the 7B's place, two steps, 200
-    rows in the raw formats, and the held-out questions in the benchmarks' place."""
-    monkeypatch.chdir(tmp_path)
-    write_mixed(tmp_path / "copies", 40)
-    small = ["--steps", "2", "--questions-per-step", "4", "--max-new-tokens", "48",
-             "--eval-orders", "6"]
-    done, stage2 = Counter(), Path("runs/7b/stage2")
-    for script, words in recipe():
-        text = " ".join(words).replace("Qwen2.5-VL-7B", "tiny")
-        text = text.replace("--hold-out 300", "--hold-out 20")
-        text = text.replace("--benchmarks all", "--benchmarks real/heldout.jsonl --orders 6")
-        if "stage2/best" in text and not (stage2 / "best").exists():
-            # It is written when eval_worst improves, which two steps may not do.
-            shutil.copytree(stage2 / "checkpoint-2", stage2 / "best")
-        argv = text.split()
-        if script == "data_samples/curate.py":
-            curate.main([*argv, "--data-dir", "copies"])
-        elif script == "perl.py":
-            perl.main(argv + small)
-        else:
-            ev.main(argv + ["--max-new-tokens", "48"] * ("--model" in argv))
-        done[script] += 1
-    assert done == {"data_samples/curate.py": 1, "perl.py": 4, "eval.py": 4}
-    train, held = read_rows(Path("real/train.jsonl")), read_rows(Path("real/heldout.jsonl"))
-    assert (len(train), len(held)) == (180, 20)
-    out = Path("runs/7b")
-    kept = json.loads((out / "stage0" / "kept.json").read_text())
-    assert len(json.loads((out / "stage0" / "scores.json").read_text())) == 180 > 2 * len(kept) - 2
-    for stage in (1, 2):
-        metrics = read_rows(out / f"stage{stage}" / "metrics.jsonl")
-        assert [row["step"] for row in metrics] == [0, 1, 2] and "eval_worst" in metrics[-1]
-        assert stage == 2 or metrics[1]["kept"] + metrics[2]["kept"] > 0
-    said = capsys.readouterr().out
-    assert "start model: runs/7b/stage1/checkpoint-2" in said
-    assert re.search(r"\| heldout +\| 20 ", said), "the two runs are compared"
-
-def test_held_out_questions_share_no_picture_and_every_source_gives_its_part():
-    def question(k, source, *pictures):
-        return {"id": f"{source}-{k:03d}", "source": source, "images": list(pictures)}
-    apart = [question(k, "apart", f"a{k}") for k in range(60)]
-    pairs = [question(k, "pairs", f"p{k // 2}." + "jp"[k % 2], f"q{k}") for k in range(30)]
-    chain = [question(k, "chain", f"c{k}", f"c{k + 1}") for k in range(30)]
-    samples = apart + pairs + chain
-    held = curate.hold_out(samples, 24)
-    by_source = Counter(name.partition("-")[0] for name in held)
-    # A chain hangs together by its ends, so none of it fits into its part of 6.
-    assert by_source == {"apart": 12, "pairs": 6}
-    pictures = [{Path(path).stem for s in samples if (s["id"] in held) == part
-                 for path in s["images"]} for part in (True, False)]
-    assert not pictures[0] & pictures[1]
-    assert held == curate.hold_out(samples[::-1], 24) != curate.hold_out(samples, 12)
-    assert curate.hold_out(samples, 0) == set()
-
-def test_a_limit_takes_random_rows_until_enough_are_kept(tmp_path):
-    bad = mantis_row(0, ["none.png"], "<image> How many?", "3")
-    good = [one_image(f"How many {word} cows?", "4", f"{k}.png")
-            for k, word in enumerate("red big old wet shy odd sad fat shy2 new".split())]
-    contents = {f"{k}.png": digit(k) for k in range(10)}
-    rows = [row for pair in zip(good, [bad] * 10) for row in pair]
-    write_mantis(tmp_path, "nlvr2", rows, contents)
-    ids = {}
-    for limit in (1, 6, 30):
-        out = run_curate(tmp_path, tmp_path / f"out{limit}", sources=[f"mantis:nlvr2={limit}"])
-        ids[limit] = [s.id for s in perl.load_samples(out / "train.jsonl")]
-        assert len(ids[limit]) == min(limit, 10) and ids[limit] == sorted(ids[limit])
-    assert ids[6] != ids[30][:6] and set(ids[1]) < set(ids[6]) < set(ids[30])
-    log = read_rows(tmp_path / "out1" / ".work" / "mantis-nlvr2.jsonl")
-    assert len(log) < 20, "one question is enough"
-    for text in ("mantis:nlvr2=", "mmk12=0", "mmk12=-3", "mmk12=x"):
-        refuses("the most questions to keep", curate.parse_source, text)
-
-def test_the_report_says_why_images_may_not_move(tmp_path, capsys):
-    write_mixed(tmp_path / "copies", 3)
-    out = run_curate(tmp_path / "copies", tmp_path / "all", sources=RAW_SOURCES)
-    text = (out / "REPORT.md").read_text()
-    assert "11 of 12 with several images can be permuted (index 3, keep 5, letter 3)" in text
-    assert "| words that may mean order, time or place | 1 | 0 | 1 |" in text
-    assert "| one image | 0 | 3 | 3 |" in text
-    assert "place (grew 1, time 1)\n  - `mantis-nlvr2-0000003`, answer `A`" in text
-    assert "WARNING" not in capsys.readouterr().out
-    rows = [mantis_row(k, [f"{k}.png", f"{k + 9}.png"], "<image><image>" + question, "Yes")
-            for k, question in enumerate(["Did it change?", "Is it later?", "Is it the last?"])]
-    write_mantis(tmp_path / "never", "nlvr2", rows, {f"{k}.png": digit(k) for k in range(12)})
-    out = run_curate(tmp_path / "never", tmp_path / "none", sources=["mantis:nlvr2"])
-    text = (out / "REPORT.md").read_text()
-    assert "0 of 3 with several images can be permuted (none)\nWARNING" in text
-    assert text.count("  - `mantis-nlvr2-") == 2, "two examples"
-    assert "WARNING: on the others PeRL is plain GRPO" in capsys.readouterr().out
-
-@table("answer, rule, question, extra, right, moves", [
-    ("2", "index", "<image><image> Which image shows a cat?", {}, [1], [0, 1]),
-    ("2, 1", "sequence", "<image><image> Sort the images.", {}, [1, 0], [0, 1]),
-    ("B", "letter", "<image>\nA. <image>\nB. <image>", {"movable": [1, 2]}, [2], [1, 2]),
-    ("A", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [1], []),
-    ("B", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [2], []),
-    ("B", "keep", "<image><image> Which?\nA. <image_2>\nB. <image_1>", {}, [0], [0, 1]),
-    ("A", "keep", "<image><image> All red?\nA. Yes\nB. No", {}, [], [0, 1]),
-    ("3", "keep", "<image><image> How many?", {}, [], [0, 1]),
-    ("3", "never", "<image>?", {}, [], [])])
-def test_the_picture_frames_the_right_image(tmp_path, answer, rule, question, extra, right, moves):
-    n = question.count("<image>")
-    sample = {"id": "q", "source": "s", "images": [f"{k}.png" for k in range(n)], "answer": answer,
-              "order_rule": rule, "question": question} | extra
-    assert curate_report.right_images(sample) == right
-    assert curate_report.movable_of(sample) == moves
-    for k in range(n):
-        (tmp_path / f"{k}.png").write_bytes(digit(k))
-    record = {"sample": sample, "why": "one image"}
-    curate_report.draw_ten([record], tmp_path)
-    with Image.open(tmp_path / "ten.jpg") as sheet:
-        cells = [sheet.crop((k * curate_report.CELL, 0, (k + 1) * curate_report.CELL, sheet.height))
-                 for k in range(n)]
-    def green(cell):
-        red, green, blue = (np.asarray(band, dtype=int) for band in cell.split())
-        return ((green > red + 60) & (green > blue + 40)).sum()
-    assert [k for k in range(n) if green(cells[k]) > 500] == sorted(right)
-    said = curate_report.what_moves(record)
-    assert said.startswith(rule) and ("2, 3 may move" in said) == bool(extra)
-
-CHOOSE = "Answer the following multiple-choice question:\n"
-SHORT = "Answer the following question:\nIf image 3 is the reference image, "
-SIMILAR = "which image of the other two is more similar to the reference image?"
-OTHERS = ("which image of the other two images <image> <image> is more similar to the reference "
-          "image? ")
-ASSUME = "(Assume reference image is image 1 and the other two are image 2 and image 3)"
-RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally "
-            "contrastive images\nDescription:\nA man waves.")
-THIS_TEXT = ("Given this detailed description:\nA man waves.\n"
-             "Which image provided best matches the description?")
-MANTIS_ROWS = [  # config, question, answer; gold, rule, movable. As data/*/prepare.py words them
-    ("dreamsim", DREAM.format(2, 3, 1), "B", "B", "keep", (0, 1, 2)),
-    ("dreamsim", f"{CHOOSE}If <image> is the reference image, {OTHERS}{ASSUME}\n"
-     "Options:\n(A) Image 2\n(B) Image 3", "A", "A", "keep", (1, 2)),
-    ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
-     "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
-    ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
-     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
-    ("imagecode", "<image>" * 4 + RETRIEVE, "Answer: Image 3", "3", "index", (0, 1, 2, 3)),
-    ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
-    ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
-    ("iconqa", "Which has more?<image>" + OPTIONS, "Answer: A", "A", "letter", (1, 2, 3)),
-    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
-    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
-    ("nlvr2", PAIR_TRUE.format("The right image shows a dog."), "B", "B", "keep", (0, 1))]
-
-def test_rows_of_mantis_in_its_own_wordings(tmp_path):
-    rows, digits = {}, iter(range(200))
-    for config, question, answer, *_ in MANTIS_ROWS:
-        k = len(rows.setdefault(config, []))
-        paths = [f"{k}/{j}.png" for j in range(question.count("<image>"))]
-        rows[config].append(mantis_row(k, paths, question, answer))
-        # Later turns of a conversation refer back to the first, so they are left out.
-        rows[config][-1]["conversation"] += [{"role": "user", "content": "Why?"}]
-    for config in rows:
-        paths = [image["path"] for row in rows[config] for image in row["images"]]
-        write_mantis(tmp_path, config, rows[config], {path: digit(next(digits)) for path in paths})
-    out = run_curate(tmp_path, tmp_path / "out", sources=[f"mantis:{config}" for config in rows])
-    samples = perl.load_samples(out / "train.jsonl")
-    found = [(s.source, s.answer, s.order_rule, s.movable) for s in samples]
-    assert found == [("mantis-" + row[0], *row[3:]) for row in MANTIS_ROWS]
-
-def test_rows_of_k12_with_golds_as_people_write_them(tmp_path):
-    """Golds in the manner of the published rows: which stay, as what, and why others go."""
-    golds = {"$$6$$": "6", r"$2\sin (2x-\frac{\pi }{6})$": r"2\sin (2x-\frac{\pi }{6})", "C": "C",
-             "$40^{\\circ}$": r"40^{\circ}", r"$$\dfrac{35}{4}$$": r"\dfrac{35}{4}",
-             "$$BD=CE$$ (not unique)": "answer is one of many",
-             "(1)3;(2)5": "answer has several parts", "6 or 2": "answer lists alternatives",
-             "$$x \\geqslant 2$$(or $$x > 2$$)": "answer lists alternatives",
-             "It is reasonable because of it": "open answer", "": "no answer"}
-    rows = [k12_row(k, f"As shown in the figure, in $$\\triangle ABC$$, AB = {k}. Find it: ___."
-                    + "\nA. 3\nB. 4\nC. 5\nD. 6" * (gold == "C"), gold, image_of(k))
-            for k, gold in enumerate(golds)]
-    write_parquet(rows, tmp_path / "MMK12" / "data" / "train-00000-of-00003.parquet")
-    out = run_curate(tmp_path, tmp_path / "out", sources=["mmk12"])
-    found = [s.answer for s in perl.load_samples(out / "train.jsonl")]
-    found += [row["rule"] for row in read_rows(out / "dropped.jsonl")]
-    assert found == list(golds.values())
-
-# ---- evalpy: --ask, --chart, misspelt names, empty rows; the page of a fork, its layout -------
-@pytest.fixture
-def cat_files(tmp_path, monkeypatch):
-    """Three images, the second one a cat; `say(answer)` sets what the model says: a text, or
-    "cat" for the number of the cat, wherever it stands."""
-    for name in ("a.png", "cat.png", "c.png"):
-        Image.new("RGB", (56, 56)).save(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-
-    def say(answer):
-        def respond(model, processor, samples, orders, cfg, **kwargs):
-            texts = [str(order.index(1) + 1) if answer == "cat" else answer for order in orders[0]]
-            return [[SimpleNamespace(text=rf"\boxed{{{text}}}" if text else "well", truncated=False)
-                     for text in texts]]
-        monkeypatch.setattr(ev, "sample_groups", respond)
-    return say
-
-WHICH, SLOTS = "Which image shows a cat?", "Which is the cat? A: <image> B: <image> C: <image>"
-@table("question, says, agree, means", [
-    (WHICH, "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
-    (WHICH, "1", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
-    ("Which one is a cat?", "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
-    (WHICH, "7", "6 of 6 orders agree: no answer", {""}),
-    (SLOTS, "A", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
-    (SLOTS.replace("A:", "Reference:").replace("B:", "A:").replace("C:", "B:"), "A",
-     "1 of 2 orders agree: ", {"cat.png", "c.png"}),
-    (WHICH + "\nA. the first image\nB. the second image\nC. the third image", "B",
-     "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
-    ("How many cats are there?", "2", "6 of 6 orders agree: 2", {""}),
-    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""}),
-    (WHICH, "", "6 of 6 orders agree: no answer", {""})])
-def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, agree, means):
-    cat_files(says)
-    ev.main(["--ask", question, "a.png", "cat.png", "c.png", "--all-orders"])
-    out = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
-    assert agree in out and {row[2] for row in rows[2:]} == means
-    assert rows[2][0] == "a.png cat.png c.png", "the given order comes first"
-    assert len({row[0] for row in rows[2:]}) == len(rows) - 2 == int(agree.split()[2])
-
-def test_ask_in_one_order_shows_the_response_and_orders_is_a_limit(cat_files, capsys):
-    cat_files("2")
-    ev.main(["--ask", WHICH, "a.png", "cat.png"])
-    assert r"\boxed{2}" in (out := capsys.readouterr().out) and "| cat.png |" in out
-    ev.main(["--ask", WHICH, "a.png", "cat.png", "c.png", "--all-orders", "--orders", "4"])
-    assert "of 4 orders agree" in capsys.readouterr().out
-
-def test_ask_moves_what_the_question_names(cat_files):
-    text = "Is image 2 sharper than the third picture?"
-    sample = ev.own_question(text, ["a.png", "cat.png", "c.png"]).sample
-    asked = perl.permute(sample, (2, 0, 1)).question
-    assert asked == "<image><image><image>Is <image_3> sharper than <image_1>?"
-
-@table("asked, message", [
-    ((WHICH, "gone.png"), "gone.png is not a file"), (("a.png", "cat.png"), "the question comes first"),
-    ((WHICH, "a.png", "bad.png"), "bad.png cannot identify"),
-    ((WHICH, "a.png", "cut.png"), "cut.png image file is truncated"),
-    (("<image> or what?", "a.png", "c.png"), "has 1 <image> for 2 images"),
-    (("Is image 4 dark?", "a.png"), "mentions image 4 of 1"),
-    (("Is it <|im_end|>?", "a.png"), "field question: contains")])
-def test_ask_names_what_cannot_be_asked_before_a_model_is_loaded(cat_files, asked, message,
-                                                                monkeypatch):
-    monkeypatch.setattr(ev, "start_model", lambda args: pytest.fail("too late"))
-    monkeypatch.setattr(ev.ImageFile, "LOAD_TRUNCATED_IMAGES", False)
-    Path("bad.png").write_text("no image")
-    noise = torch.randint(0, 255, (90, 90, 3), generator=torch.Generator().manual_seed(0))
-    Image.fromarray(noise.byte().numpy()).save("whole.png")
-    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:9000])
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        ev.main(["--ask", *asked])
-
-@table("flags, message", [
-    (("--bencmarks", "digits"), "no such argument: --bencmarks; did you mean --benchmarks?"),
-    (("--qqq",), "no such argument: --qqq\n"),
-    (("--benchmarks", "digits,Blnk"), "; did you mean blink?"),
-    (("--model", "Qwen2.5-VL-7b"), "short name or Hub id; did you mean Qwen2.5-VL-7B?"),
-    (("--model", "runs/tiny-sed0"), "; did you mean runs/tiny-seed0?"),
-    (("--model", "runs/tiny-seed0/stage1/checkpoint-40"), "short name or Hub id")])
-def test_a_misspelt_name_gets_the_nearest_one_and_the_network_is_not_tried(
-        tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(perl, "load_processor", lambda *args: pytest.fail("loads"))
-    monkeypatch.chdir(tmp_path)
-    Path("runs/tiny-seed0").mkdir(parents=True)
-    with pytest.raises(SystemExit) as error:
-        ev.main(list(flags))
-    assert message in f"{error.value}{capsys.readouterr().err}"
-
-def test_a_hub_id_is_looked_up(monkeypatch):
-    monkeypatch.setattr(perl, "load_processor", lambda name, cfg: (_ for _ in ()).throw(KeyError(name)))
-    with pytest.raises(KeyError, match="someone/model"):
-        ev.main(["--model", "someone/model"])
-
-def test_empty_rows_are_omitted():
-    text = ev.table([["", "a", "b"], ["one", "", ""], ["two", "", 0], ["three", "x", ""]])
-    assert [line.split()[1] for line in text.splitlines()[2:]] == ["two", "three"]
-
-def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch, capsys):
-    """Mean next to worst order; a benchmark asked in one order has one bar a model."""
-    from matplotlib.axes import Axes
-    share = lambda value: {"value": value, "interval": [value - .1, value + .1], "n": 7}
-    for model, value in (("A", .4), ("B", .6)):
-        for name, orders in (("blink", {"mean": share(value), "worst": share(value - .2)}), ("remi", {})):
-            folder = tmp_path / model / name
-            folder.mkdir(parents=True)
-            (folder / "results.json").write_text(json.dumps({
-                **share(value + .1), "score": value + .1, "orders": orders, "config": {"orders": 6}}))
-    drawn, spans, ticks, bar, plot = [], [], [], Axes.bar, Axes.plot
-    monkeypatch.setattr(Axes, "bar", lambda axes, x, height, *a, **kw: drawn.append(
-        (x, round(height), bool(kw["hatch"]))) if "label" not in kw else bar(axes, x, height, *a, **kw))
-    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **kw: spans.append(
-        [round(float(bound)) for bound in y]) or plot(axes, x, y, **kw))
-    monkeypatch.setattr(Axes, "set_xticks", lambda axes, at, labels, **kw: ticks.extend(zip(at, labels)))
-    ev.main(["--chart", str(tmp_path / "c.png"), str(tmp_path / "A"), str(tmp_path / "B")])
-    assert [bar[1:] for bar in drawn] == [
-        (40, False), (20, True), (60, False), (40, True), (50, False), (70, False)]
-    assert spans == [[30, 50], [10, 30], [50, 70], [30, 50], [40, 60], [60, 80]]
-    assert [label for _, label in ticks] == ["blink\n7 questions\nup to 6 orders", "remi\n7 questions"]
-    assert [at for at, _ in ticks] == [(drawn[0][0] + drawn[3][0]) / 2, (drawn[4][0] + drawn[5][0]) / 2]
-    assert Image.open(tmp_path / "c.png").width > 500
-    with pytest.raises(SystemExit, match="no .*results.json in .*gone"):
-        ev.main(["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
-
-@pytest.fixture
-def forked(paged, tmp_path):
-    """The page of a fork with a flag and metrics of its own, without one of our settings."""
-    for file in paged.parent.iterdir():
-        shutil.copy(file, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"my_flag": {"a": [1]}}
-    del config["filter_low"], config["beta"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    own = dict(with_gradient=.5, by_permutation=None, my_gap=-.3, my_word="x", my_nan=math.nan)
-    rows = read_rows(tmp_path / "metrics.jsonl")
-    (tmp_path / "metrics.jsonl").unlink()
-    write_rows(tmp_path / "metrics.jsonl", rows[0], rows[1] | own,
-               rows[1] | own | dict(step=2, by_permutation=.25, my_gap=.3))
-    ev.main(["--page", str(tmp_path)])
-    return tmp_path / "page.html"
-
-def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_path):
-    shown = in_browser(forked, tmp_path / "profile", 1280)
-    titles = re.findall("<figcaption[^>]*>(.*?)</figcaption>", shown)
-    assert titles[3] == "Groups that give a gradient" and titles[-1] == "my_gap"
-    assert "my_nan" not in titles and "my_word" not in titles and "NaN" not in shown.split("</script>")[-1]
-    assert not re.search(r'd="[^"]*NaN', shown)
-    of_these = shown[shown.index("Groups that give a gradient"):]
-    assert "equal rewards in every order" in of_these[:of_these.index("</figure>")]
-    first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
-    assert first == tuple(sorted(first)), "the group, the curves, the glossary"
-    dashes = re.findall('stroke-dasharray="([^"]*)"', shown[shown.index("Held-out questions</fig"):])
-    assert len(set(dashes[:6])) == 3, "three lines, and their signs in the legend, all different"
-
-LAYOUT = """<script>
-  const tops = [...document.querySelectorAll("#curves figure")].map(card => card.offsetTop), lone = [];
-  for (const node of document.querySelectorAll("p, dd, figcaption, h2, strong, .scores, pre")) {
-    const words = [], walk = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
-    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\S+/g)) {
-      const range = document.createRange();
-      range.setStart(walk.currentNode, word.index);
-      range.setEnd(walk.currentNode, word.index + word[0].length);
-      words.push(range.getBoundingClientRect().bottom);
-    }
-    const last = words.filter(bottom => Math.abs(bottom - words[words.length - 1]) < 6);
-    if (last.length === 1 && words.length > 1) lone.push(node.textContent);
-  }
-  document.title = JSON.stringify([tops, lone, document.documentElement.scrollWidth]);
-</script>"""
-
-@table("name, beta", [("paged", 0.01), ("paged", 0.0), ("forked", 0.01), ("forked", 0.0)])
-def test_no_card_and_no_word_stands_alone(request, tmp_path, name, beta):
-    page, text = tmp_path / "layout.html", request.getfixturevalue(name).read_text()
-    page.write_text(text.replace('"beta": 0.01', f'"beta": {beta}') + LAYOUT)
-    for width in (1280, 400):
-        shown = in_browser(page, tmp_path / f"profile{width}", width)
-        tops, lone, scroll = json.loads(re.search("<title>(.*?)</title>", shown)[1])
-        assert not lone and scroll <= max(width, 500)
-        assert width < 500 or min(Counter(tops).values()) > 1, "a card alone in its row"
-
-# ---- ablate2: two more forks of data_samples/README.md ---------------------------------
-def judged_rewards():
-    """Of responses of 0, 100 and 300 characters in two groups, which are wrong."""
-    groups = [scored_group([0]), scored_group([0, 0])]
-    for rollout, length in zip(flatten(groups), (0, 100, 300)):
-        rollout.text = "x" * length
-    perl.set_advantages(groups)
-    return flatten((rollout.reward, rollout.advantage) for rollout in flatten(groups))
-
-def tokens_with_gradient():
-    """Which of five tokens of rising entropy have a gradient; by what ten tokens are divided."""
-    hidden = torch.tensor([[9.0, 0], [4, 0], [2, 0], [1, 0], [0.5, 0]], requires_grad=True)
-    logprobs = perl.token_logprobs(lambda rows: rows * 1, hidden, torch.zeros(5).long(),
-                                   torch.zeros(0).long(), 1.0)
-    assert torch.allclose(logprobs, torch.log_softmax(hidden, -1)[:, 0]), "the same values"
-    logprobs.sum().backward()
-    return hidden.grad.any(1).tolist(), perl.loss_denominator(scored_group([0, 0]))
-
-FORKS |= {
-    "judged": (judged_rewards, pytest.approx([0.2, 0, 0.1, 1, 0.05, -1], abs=1e-5)),
-    "high_entropy": (tokens_with_gradient, ([False] * 4 + [True], pytest.approx(0.4)))}
-
-def test_a_judge_is_asked_once_per_batch_and_not_in_evaluation(data, tmp_path, monkeypatch):
-    snippet, = [snippet for snippet in SNIPPETS if "def judged" in snippet]
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    main, asked, names = perl.main, [], {}
-    monkeypatch.setattr(perl, "main", lambda: None)
-    exec(snippet, names)
-    def judge(responses, judge=names["judge"]):
-        asked.append(len(responses))
-        return judge(responses)
-    names["judge"] = judge
-    main(arguments(data, tmp_path, filter="none", steps=2, eval_every=1))
-    assert asked == [3 * 2 * 3] * 2, "questions x orders x rollouts, once in each step"
-
-# ---- memory: the step at true size, gradients on the host, what fits ---------------------
+    assert json_of(run / "config.json")["rollout_batch"] == 6
+    assert json_of(run / "config.json")["optimizer_device"] == "auto"
+    assert perl.parse_config(["--resume", str(run)]).rollout_batch == 6
+
+def test_dry_run_prints_steps_rollouts_tokens_and_checkpoints(model_7b, capsys):
+    for filter_, rounds in (("none", 1), ("online", 4)):
+        cfg = config_of(model_7b, "--dry-run", gpu_gb=80, steps=31, filter=filter_)
+        perl.plan_memory(cfg, ACCELERATOR)
+        text = capsys.readouterr().out
+        assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
+        assert "disk for checkpoints" in text
+
+# ---- Memory and machines: a step of models of true size --------------------------------
 # Published sizes. Windows of the vision tower take the same bytes as full attention.
 ROPE_LARGE = dict(rope_type="default", rope_theta=1e6)
 QWEN2_5 = dict(rope_parameters=ROPE_LARGE | dict(mrope_section=[16, 24, 24]))
 TOWER_2_5 = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
                  fullatt_block_indexes=list(range(32)))
-QWEN3 = dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-             num_hidden_layers=36, rope_parameters=ROPE_LARGE | dict(mrope_section=[24, 20, 20]))
 TRUE_SIZES = {  # model type, language model, vision tower
     "Qwen2.5-VL-3B": (
         "qwen2_5_vl", QWEN2_5 | dict(
@@ -5142,36 +2233,27 @@ TRUE_SIZES = {  # model type, language model, vision tower
             hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, vocab_size=152064,
             num_key_value_heads=4, intermediate_size=18944, tie_word_embeddings=False),
         TOWER_2_5 | dict(out_hidden_size=3584)),
-    "Qwen3-VL-4B": (
-        "qwen3_vl", QWEN3 | dict(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
-        dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16,
-             out_hidden_size=2560, deepstack_visual_indexes=[5, 11, 17])),
     "Qwen3-VL-8B": (
-        "qwen3_vl", QWEN3 | dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False),
+        "qwen3_vl", dict(
+            hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, vocab_size=151936,
+            num_key_value_heads=8, intermediate_size=12288, tie_word_embeddings=False,
+            head_dim=128, rope_parameters=ROPE_LARGE | dict(mrope_section=[24, 20, 20])),
         dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
              out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24]))}
 
-def true_config(name, **changes):
-    """A Config on a GPU, and the config of the model."""
+def model_config(name):
     kind, text, tower = TRUE_SIZES[name]
     ids = {key: value for key, value in json_of(TINY / "config.json").items()
            if key.endswith("token_id")}
-    config = transformers.AutoConfig.for_model(
+    return transformers.AutoConfig.for_model(
         kind, text_config=text, vision_config=tower,
         tie_word_embeddings=text["tie_word_embeddings"], **ids)
-    return perl.Config(model=name, dtype="bf16", **changes), config
 
 aten = torch.ops.aten
+BY_INDEX = aten.index.Tensor, aten.index_put.default, aten.index_put_.default
 
 def tensors_in(values):
-    """The tensors among them, and in lists of them."""
-    tensors = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            tensors.append(value)
-        elif isinstance(value, (list, tuple)):
-            tensors += tensors_in(value)
-    return tensors
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live tensors on the meta device, which have shapes but no numbers.
@@ -5186,7 +2268,7 @@ class LiveBytes(TorchDispatchMode):
         on_meta = [x.is_meta for x in tensors]
         if func is aten._local_scalar_dense.default and any(on_meta):
             return 1.0 if tensors[0].is_floating_point() else 1  # any number does
-        if any(on_meta) and func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        if any(on_meta) and func in BY_INDEX:
             places = []  # a mask of true and false says where, and so how many
             for index in args[1]:
                 is_mask = index is not None and index.dtype == torch.bool
@@ -5314,7 +2396,7 @@ def test_true_size(name, cases, monkeypatch):
     monkeypatch.setattr(perl, "product", product_of_a_gpu)
     live, measured = LiveBytes(), {}
     with live:
-        _, config = true_config(name)
+        config = model_config(name)
         with torch.device("meta"):
             model = perl.FAMILY_MODEL.from_config(config, dtype=torch.bfloat16,
                                                   attn_implementation="shared_prompt").eval()
@@ -5322,7 +2404,7 @@ def test_true_size(name, cases, monkeypatch):
         model.disable_input_require_grads()
         weights = live.live / 1e9
         for what, changes, place in cases:
-            cfg, peaks = true_config(name, **changes)[0], {}
+            cfg, peaks = perl.Config(model=name, dtype="bf16", **changes), {}
             model.model.visual.requires_grad_(not cfg.freeze_vision)
             if cfg.lora_rank:
                 perl.add_lora(model, cfg)
@@ -5345,103 +2427,2259 @@ def test_true_size(name, cases, monkeypatch):
     small = measured.get("48 sequences, gradients there too", 0)
     assert small <= 46, "full fine-tuning of the 7B on a card of 48 GB"
 
-def split_run_of_two_passes(device, **changes):
-    """Weights, state and gradient norms after three updates of two passes each."""
-    cfg = tiny_config(lr=1e-3, optimizer_device=device, **changes)
-    model, norms = perl.load_model("tiny", cfg, CPU), []
-    optimizer = perl.SplitAdamW(model, cfg, ACCELERATOR)
-    for seed in range(6):
-        backward(model, seed)
-        if device == ALL_ON_HOST:
-            assert all(weight.grad is None for weight in trained(model)), "none is left"
-        if seed % 2:
-            norms.append(optimizer.step())
-    return flat_weights(model), optimizer.state_dict(), norms
+# ---- Memory and machines: gradients and weights that are not finite --------------------
+def spoil_gradients(monkeypatch, updates, bad=math.nan, rank=0):
+    """`bad` losses in these updates, from 1, of one process. Returns which changed the weights."""
+    every_second_is_right(monkeypatch)
+    real, real_step, changed = perl.policy_loss, perl.SplitAdamW.step, []
+    def policy_loss(*args, **more):
+        loss, stats = real(*args, **more)
+        if len(changed) + 1 in updates and int(os.environ.get("RANK", 0)) == rank:
+            return loss * bad, dict.fromkeys(stats, bad)
+        return loss, stats
+    def step(self):
+        before = [weight.detach().clone() for weight in self.weights.values()]
+        changed.append(False)
+        norm = real_step(self)
+        changed[-1] = not all(map(torch.equal, before, self.weights.values()))
+        return norm
+    monkeypatch.setattr(perl, "policy_loss", policy_loss)
+    monkeypatch.setattr(perl.SplitAdamW, "step", step)
+    return changed
 
-@table("changes", [{}, dict(dtype="bf16"), dict(freeze_vision=True)])
-@table("max_grad_norm", [0.05, 1e9])
-def test_gradients_summed_in_host_memory_give_the_same_weights(monkeypatch, changes, max_grad_norm):
-    monkeypatch.setattr(perl, "MAX_GRAD_NORM", max_grad_norm)
-    weights, states, norms = split_run_of_two_passes("gpu", **changes)
-    on_host, its_states, its_norms = split_run_of_two_passes(ALL_ON_HOST, **changes)
-    assert norms == its_norms and norms[0] > 0.05 and torch.equal(weights, on_host)
-    for name, state in states.items():
-        assert all(torch.equal(state[key], its_states[name][key]) for key in state)
+ONE_UPDATE = dict(updates_per_step=1, save_every=1, eval_every=0, questions_per_step=2,
+                  max_new_tokens=16)
 
-def test_a_bad_gradient_in_host_memory_is_skipped_and_forgotten():
-    cfg = tiny_config(lr=1e-3, optimizer_device=ALL_ON_HOST)
-    model = perl.load_model("tiny", cfg, CPU)
-    optimizer, before = perl.SplitAdamW(model, cfg, ACCELERATOR), flat_weights(model)
-    backward(model, 0)
-    optimizer.sums["lm_head.weight" if "lm_head.weight" in optimizer.sums else
-                   next(iter(optimizer.sums))].view(-1)[3] = math.nan
-    assert not math.isfinite(optimizer.step()) and torch.equal(before, flat_weights(model))
-    backward(model, 0)
-    assert math.isfinite(optimizer.step()) and not torch.equal(before, flat_weights(model))
+@table("updates, bad", [([2], math.inf), ([1, 2, 4], math.nan), ([2, 3, 4], math.nan)])
+def test_an_update_with_a_gradient_that_is_not_finite_is_skipped_and_counted(
+        data, tmp_path, monkeypatch, capsys, updates, bad):
+    """Three in a row end the run, which goes on from its last good checkpoint."""
+    run, ended = tmp_path / "stage1", updates == [2, 3, 4]
+    with monkeypatch.context() as patch:
+        changed = spoil_gradients(patch, updates, bad)
+        with ends("3 updates in a row .* not finite") if ended else contextlib.nullcontext():
+            perl.main(arguments(data, tmp_path, **ONE_UPDATE))
+    rows = metrics_of(run)
+    assert all(row["kept"] for row in rows), "every step has an update"
+    assert changed == [k not in updates for k in (1, 2, 3, 4)]
+    assert [row["skipped"] for row in rows] == [not each for each in changed][:len(rows)]
+    assert [row["grad_norm"] > 0 for row in rows] == changed[:len(rows)]
+    assert "skipped 1" in capsys.readouterr().out and len(rows) == 4 - ended
+    assert newest(run) == f"checkpoint-{4 - ended}"
+    perl.main(["--resume", str(run)])
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
+    assert weights_of(run / "checkpoint-4").isfinite().all()
 
-def test_host_sums_of_several_processes_are_reduced_where_the_weights_are(monkeypatch):
-    """NCCL takes no tensor of the host. All processes have the same gradients here."""
-    reduced = []
-    def all_reduce(tensor):
-        reduced.append(tensor.device)
-        tensor *= 2
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, owner: None)
-    norms = {}
-    for device in ("gpu", ALL_ON_HOST):
-        cfg = tiny_config(optimizer_device=device)
-        model = perl.load_model("tiny", cfg, CPU)
-        optimizer = perl.SplitAdamW(model, cfg, process(2))
-        backward(model, 0)
-        norms[device] = optimizer.step()
-    alone = split_run(1)[2]
-    assert norms["gpu"] == norms[ALL_ON_HOST] == pytest.approx(2 * alone[0])
-    assert len(reduced) == 2 * len(trained(model))
+@table("flags", [dict(), dict(lora_rank=4)])
+def test_a_weight_that_is_not_finite_reaches_no_checkpoint(data, tmp_path, monkeypatch, flags):
+    def save_checkpoint(*args, model, real=perl.save_checkpoint, **kwargs):
+        if args[1].step == 2:
+            trained(model)[-1].data.view(-1)[0] = math.inf
+        real(*args, model=model, **kwargs)
+    monkeypatch.setattr(perl, "save_checkpoint", save_checkpoint)
+    with ends("step 2: a weight is not finite"):
+        perl.main(arguments(data, tmp_path, **ONE_UPDATE | flags))
+    assert newest(tmp_path / "stage1") == "checkpoint-1"
+    assert weights_of(tmp_path / "stage1" / "checkpoint-1").isfinite().all()
 
-def test_chosen_sizes_are_kept_for_resume(data, tmp_path, monkeypatch):
-    """A size at its default is lowered to what fits; config.json has what was chosen."""
-    def best_fit(cfg, *args, real=perl.best_fit):
-        sized, place, parts, lacks = real(cfg, *args)
-        sized.rollout_batch = 6 if cfg.rollout_batch == 384 else cfg.rollout_batch
-        return sized, place, parts, lacks
-    monkeypatch.setattr(perl, "best_fit", best_fit)
-    perl.main(arguments(data, tmp_path, rollout_batch=384, steps=1, eval_every=0))
-    run = tmp_path / "stage1"
-    assert json_of(run / "config.json")["rollout_batch"] == 6
-    assert json_of(run / "config.json")["optimizer_device"] == "auto"
-    assert perl.parse_config(["--resume", str(run)]).rollout_batch == 6
+@table("share", [True, False])
+def test_text_only_and_two_image_questions_train_and_evaluate_together(
+        data, tmp_path, monkeypatch, share):
+    images = [f"images/{path.name}" for path in sorted((data.parent / "images").iterdir())]
+    rows = []
+    for k in range(20):
+        rows.append(dict(id=f"pair {k}", images=images[k % 4:k % 4 + 2], answer="2",
+                         question="<image><image> Which one is larger?", order_rule="index"))
+        rows.append(dict(id=f"text {k}", images=[], question=f"What is {k} plus 1?",
+                         answer=str(k + 1), order_rule=("keep", "never")[k % 2]))
+    mixed = write_rows(data.with_name("mixed.jsonl"), *rows)
+    trained, sampled = record(monkeypatch, "update"), record(monkeypatch, "sample_groups")
+    every_second_is_right(monkeypatch)
+    perl.main(arguments(mixed, tmp_path, *["--no-share"] * (not share), eval_data=mixed, steps=1,
+                        questions_per_step=40, rollouts_per_order=2, max_new_tokens=12))
+    start, row = metrics_of(tmp_path / "stage1")
+    assert row["kept"] == 40 and row["grad_norm"] > 0 and row["kl"] >= 0
+    assert row.keys() >= {"eval_accuracy", "eval_worst", "eval_bias"} <= start.keys()
+    for group in trained[0][4]:
+        orders = {(0, 1): 2, (1, 0): 2} if group[0].prompt.sample.images else {(): 4}
+        assert Counter(r.order for r in group) == orders
+    for _, _, asked, orders, _ in (sampled[0], sampled[2]):  # the evaluations
+        by_kind = {sample.id[:4]: its_orders for sample, its_orders in zip(asked, orders)}
+        assert by_kind == {"text": [()], "pair": [(0, 1), (1, 0)]} and len(asked) == 40
 
-def test_dry_run_prints_steps_rollouts_tokens_and_checkpoints(model_7b, capsys):
-    cfg = perl.parse_config(["--model", model_7b, "--dry-run", "--gpu-gb", "80"])
-    for filter_, rounds in (("none", 1), ("online", 4)):
-        its = dataclasses.replace(cfg, dtype="bf16", steps=31, filter=filter_)
-        perl.plan_memory(its, ACCELERATOR)
-        text = capsys.readouterr().out
-        assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
-        assert "disk for checkpoints" in text
+# ---- Memory and machines: several processes --------------------------------------------
+# Which of the three groups each process has; "empty": all of them on one process.
+PARTS = dict(even=([0, 1], [2]), empty=([0, 1, 2], []))
 
-def test_qwen3_5_samples_and_trains_without_sharing_only(questions, tmp_path, monkeypatch):
-    """A left-padded row of a batch has the log-probabilities that it has alone (its recurrent
-    layers round more than attention does), and greedy decoding takes the most likely token."""
-    path = random_family("qwen3_5", tmp_path / "qwen3_5")
-    refuses("qwen3_5, which needs --no-share", perl.load_processor, path, tiny_config())
-    cfg = tiny_config(share=False, max_new_tokens=12, gradient_checkpointing=True)
-    model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
-    orders = [perl.all_orders(question, 2) for question in questions]
-    groups = perl.sample_groups(model, processor, questions, orders, cfg, n=2, greedy=True)
-    together = {id(r): row for r, row in
-                perl.frozen_logprobs(model, processor, flatten(groups), cfg)}
-    for rollout in flatten(groups):
-        rollout.advantage = 1.0 if rollout.order[:1] == (0,) else -1.0
-        (_, alone), = perl.frozen_logprobs(model, processor, [rollout], cfg)
-        assert torch.allclose(alone, together[id(rollout)], atol=2e-3)
-    sums, (norm,) = run_update(model, perl.SplitAdamW(model, cfg, ACCELERATOR), groups, cfg)
-    assert sums["tokens"] > 0 and math.isfinite(norm) and norm > 0
-    def is_likeliest(lm_head, hidden, targets, banned_ids, temperature):
-        logits = lm_head(hidden)
-        logits[:, banned_ids] = -torch.inf
-        return (logits.argmax(dim=1) == targets).float()
-    monkeypatch.setattr(perl, "token_logprobs", is_likeliest)
-    model = perl.load_model(path, cfg, CPU)
-    rows = [row for _, row in perl.frozen_logprobs(model, processor, flatten(groups), cfg)]
-    assert torch.cat(rows).mean() > 0.98
+def three_updates(accelerator, data, parts):
+    """Gradient norms, weights and the optimizer's state after updates on parts[process]."""
+    cfg, model = tiny_config(lr=1e-6), load_tiny()
+    optimizer = perl.SplitAdamW(model, cfg, accelerator)
+    questions = [dataclasses.replace(sample, order_rule="keep", movable=None)  # all may move
+                 for sample in perl.load_samples(data)[:3]]
+    groups, norms = written_groups(questions), []
+    own = parts[accelerator.process_index] if accelerator.num_processes > 1 else [0, 1, 2]
+    for _ in range(3):
+        norms += perl.update(model, None, optimizer, PROCESSOR, [groups[k] for k in own],
+                             cfg=cfg)[1]
+    before = flat_weights(model)
+    perl.update(model, None, optimizer, PROCESSOR, [], cfg=cfg)
+    assert torch.equal(before, flat_weights(model)), "no group in any process: no update"
+    return norms, before, optimizer.state_dict()
+
+def two_processes(data, out):
+    accelerator, patch = perl.start_processes(perl.Config()), pytest.MonkeyPatch()
+    rank = accelerator.process_index
+    with patch.context() as bound:
+        bound.setattr(perl, "MAX_GRAD_NORM", 0.01)
+        for case, parts in PARTS.items():
+            torch.save(three_updates(accelerator, data, parts), out / f"{case}-{rank}.pt")
+    # The end of a run takes the processes apart; that of the last one may.
+    with patch.context() as bound:
+        bound.setattr(perl.accelerate.Accelerator, "end_training", lambda self: None)
+        for dtype in ("float32", "bf16"):
+            flags = dict(questions_per_step=4, dtype=dtype, steps=3)
+            flags |= dict(eval_data="") if dtype == "bf16" else {}
+            first = out / f"first-{dtype}"
+            perl.main(arguments(data, out / f"whole-{dtype}", **flags))
+            with pytest.raises(Killed):
+                run_with(bound, "update", 3, die, arguments(data, first, **flags))
+            accelerator.wait_for_everyone()
+            if rank == 0:
+                shutil.copytree(first, out / f"one-{dtype}")
+            accelerator.wait_for_everyone()
+            perl.main(["--resume", str(first)])
+        spoil_gradients(bound, [1, 2, 3], rank=1)
+        with pytest.raises(SystemExit, match="3 updates in a row"):
+            perl.main(arguments(data, out / "three", **ONE_UPDATE))
+    spoil_gradients(patch, [2], rank=1)
+    perl.main(arguments(data, out / "nan", **ONE_UPDATE))
+
+# perl joins the processes before the tests, which make an accelerator of their own, are loaded.
+LAUNCHED = """
+import sys
+sys.path[:0] = {paths!r}
+import perl
+perl.start_processes(perl.Config())
+import {tests} as tests
+tests.two_processes(*map(tests.Path, sys.argv[1:]))
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ALONE = {name: value for name, value in os.environ.items()
+         if not name.startswith("ACCELERATE") and name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+@pytest.fixture(scope="module")
+def launched(data, tmp_path_factory):
+    out, here = tmp_path_factory.mktemp("two"), Path(__file__)
+    script = out / "two.py"
+    script.write_text(LAUNCHED.format(paths=[str(HERE), str(here.parent)], tests=here.stem))
+    ended = subprocess.run([*TORCHRUN, script, data, out], timeout=240, env=ALONE,
+                           capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count(f"done: {out / 'nan'}") == 1 and "2 process(es)" in ended.stdout
+    return out
+
+def test_two_processes_give_the_numbers_of_one(launched, data, monkeypatch):
+    monkeypatch.setattr(perl, "MAX_GRAD_NORM", 0.01)
+    start = flat_weights(load_tiny())
+    for case, parts in PARTS.items():
+        norms, weights, states = three_updates(ACCELERATOR, data, parts)
+        both = [torch.load(launched / f"{case}-{rank}.pt") for rank in (0, 1)]
+        for other_norms, other_weights, _ in both:
+            assert len(norms) == 3 and other_norms == pytest.approx(norms, rel=1e-4)
+            drift = (other_weights - weights).norm() / (weights - start).norm()
+            assert drift < 0.01 and torch.equal(other_weights, both[0][1])
+        parts = [both[0][2], both[1][2]]
+        assert parts[0].keys() | parts[1].keys() == states.keys()
+        sizes = [sum(state["master"].numel() for state in part.values()) for part in parts]
+        assert sum(sizes) == len(start) and max(sizes) < 0.52 * len(start)
+        for name, state in (parts[0] | parts[1]).items():  # the first moment: mean gradient
+            error = (state["exp_avg"] - states[name]["exp_avg"]).norm()
+            assert error <= 1e-4 * states[name]["exp_avg"].norm() + 1e-12
+
+@table("dtype", ["float32", "bf16"])
+def test_runs_of_two_processes_and_their_resume(launched, straight, dtype):
+    """Three steps at a time; and two, then on: on two processes to the last bit, then on one."""
+    whole, first, one = (launched / f"{name}-{dtype}" / "stage1"
+                         for name in ("whole", "first", "one"))
+    *start, _, last = rows = metrics_of(whole)
+    assert [row["kept"] + row["dropped"] for row in rows[-3:]] == [4] * 3
+    if dtype == "float32":  # the other run has no evaluation
+        assert start[0] == metrics_of(straight)[0], "it does not depend on processes"
+        assert last.keys() == metrics_of(straight)[-1].keys()
+    assert_equal_runs(first, whole, step=3)
+    assert {path.name for path in whole.iterdir()} >= {"two.py", "perl.py"}, "a fork is kept"
+    assert newest(one) == "checkpoint-2" and len([*one.glob("*/optimizer-*")]) == 2
+    perl.main(["--resume", str(one)])
+    assert states_of(one / "checkpoint-3").keys() == states_of(whole / "checkpoint-3").keys()
+    assert len([*one.glob("checkpoint-3/optimizer-*")]) == 1
+    assert len([*whole.glob("checkpoint-3/optimizer-*")]) == 2
+
+def test_a_gradient_that_is_not_finite_in_one_of_two_processes(launched):
+    rows = metrics_of(launched / "nan" / "stage1")
+    assert [row["skipped"] for row in rows] == [0, 1, 0, 0] and all(row["kept"] for row in rows)
+    weights = weights_of(launched / "nan" / "stage1" / "checkpoint-4")
+    assert weights.isfinite().all() and not torch.equal(weights, weights_of(TINY))
+    assert [row["skipped"] for row in metrics_of(launched / "three" / "stage1")] == [1, 1]
+
+# ---- Main ------------------------------------------------------------------------------
+def test_a_copy_named_my_perl_beside_the_data_is_a_whole_program(data, tmp_path):
+    samples, script = tmp_path / "house" / "data_samples", tmp_path / "house" / "my_perl.py"
+    shutil.copytree(data.parent, samples)
+    shutil.copytree(TINY, samples / "tiny")
+    shutil.copy(samples / "eval.jsonl", samples / "test.jsonl")
+    text, guard = (HERE / "perl.py").read_text(), 'if __name__ == "__main__":\n'
+    assert text.count(guard) == 1
+    script.write_text(text.replace(guard, f"""
+def tree_attention(*args, own=tree_attention):
+    print("own attention")
+    return own(*args)
+
+{guard}    main([*sys.argv[1:], "--dry-run"])
+    print("dry run ended")
+"""))
+    argv = "--steps 1 --questions-per-step 4 --eval-every 0 --max-new-tokens 32".split()
+    ended = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True,
+                           env=ALONE, cwd=tmp_path, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    dry, trained = ended.stdout.split("dry run ended\n")
+    assert f"{samples / 'train.jsonl'}: 8 questions" in dry and "order (0, 1" in dry
+    assert "own attention" not in dry and "own attention" in trained
+    run = tmp_path / "runs" / "tiny-seed0" / "stage1"
+    assert (run / "my_perl.py").read_bytes() == script.read_bytes()
+    assert newest(run) == "checkpoint-1" and not (run / "perl.py").exists()
+    assert [*run.parent.iterdir()] == [run], "the dry run wrote nothing"
+
+@table("flag, value, message", [
+    ("--model", "/no/such/model", "could not load '/no/such/model"),
+    ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
+    ("--eval-data", "none.jsonl", "none.jsonl"), ("--max-prompt-tokens", 5, "no question is left"),
+    ("--out", TINY / "config.json", "cannot run in .*config.json"),
+    ("--questions-per-step", 3, "--questions-per-step must be a multiple")])
+def test_a_run_that_cannot_start_ends_with_one_sentence(
+        data, tmp_path, monkeypatch, flag, value, message):
+    if flag == "--questions-per-step":
+        monkeypatch.setattr(perl.accelerate.Accelerator, "num_processes", 2)
+    refuses(message, perl.main, arguments(data, tmp_path / "run") + [flag, str(value)])
+    assert not (tmp_path / "run").exists()
+
+# ---- Fuzz: FUZZ=N for N times as many examples, drawn anew each time -------------------
+FUZZ, SEEN = int(os.environ.get("FUZZ", 0)), Counter()
+
+def fuzz(n_examples, **drawn):
+    """Call a test with n_examples draws; the same ones each time, unless FUZZ is set."""
+    options = hypothesis.settings(
+        max_examples=n_examples * max(FUZZ, 1), derandomize=not FUZZ, database=None, deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck))
+    return lambda test: options(given(**drawn)(test))
+
+@pytest.fixture(scope="module")
+def fuzz_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    for k in range(5):
+        noise(28 * (k + 1), 28).save(folder / f"g{k}.png")
+    (folder / "empty.png").touch()
+    return folder
+
+def load_line(folder, row):
+    """The samples of a file of one line, or none if a sentence refuses line 1."""
+    (folder / "fuzz.jsonl").write_bytes(row if isinstance(row, bytes) else json.dumps(row).encode())
+    try:
+        return perl.load_samples(folder / "fuzz.jsonl")
+    except perl.UserError as error:
+        assert re.search(r"fuzz\.jsonl, line 1(, field (?s:.*))?: ", str(error)), error
+        assert len(str(error)) < 2000
+        return []
+
+TEXTS = st.lists(st.text(max_size=4) | st.sampled_from([
+    "Which?", " like ", "\n", "<image_1>", "<image_01>", "<image", "_1>", "<imagE>", "images",
+    "{{x}}", "{% if %}", "<think>", "</think>", "<tool_call>", "<|", "|>", "im_end", "1", "B",
+    "\\boxed{2}", "\U0001f600", '"', "\\", "\u202e", "\x1b", "\u2028",  # harmless; and harmful:
+    "<image_2>", "<image_99>", "image 2", "<image>", "<|im_end|>", "\0", "\ud83d"]),
+    max_size=3).map("".join)
+JUNK = TEXTS | st.sampled_from([None, True, 3, 1.5, 10 ** 400, {}, [], [0, 0], [1, 0], ["\0"],
+                                ["g0.png", "empty.png"], ["g0.png"], ["../g0.png"], ["."]])
+
+@st.composite
+def lines(draw):
+    """A record: about half of them as they should be, the others with something wrong in them."""
+    n = draw(st.sampled_from([0, 1, 2, 2, 3, 3, 3, 4, 5, 6, 26, 27]))
+    images = [f"g{k % 5}.png" for k in draw(st.permutations(range(n)))]
+    movable = draw(st.sampled_from([None, [k for k in range(n) if draw(st.booleans())]]))
+    options = n if movable is None else len(movable)
+    listed = draw(st.permutations(range(1, max(n, 1) + 1)))[:draw(st.integers(1, 4))]
+    rule = draw(st.sampled_from(perl.ORDER_RULES))
+    answer = {"index": str(listed[0]), "letter": perl.LETTERS[listed[0] % 26 % max(options, 1)],
+              "sequence": draw(st.sampled_from([",", " , "])).join(map(str, listed))
+              }.get(rule) or "7" + draw(TEXTS)
+    pieces = draw(st.permutations(["<image>"] * n + [draw(TEXTS), draw(TEXTS)]))
+    row = dict(id="q" + draw(TEXTS), images=images, question="".join(pieces), answer=answer,
+               order_rule=rule, movable=movable)
+    if draw(st.integers(0, 3)) == 0:
+        row[draw(st.sampled_from([*row, "extra"]))] = draw(JUNK)
+    if draw(st.integers(0, 9)) == 0:  # torn
+        return json.dumps(row).encode()[:draw(st.integers(1, 40))]
+    return row
+
+def meaning(images, movable, sample):
+    """What question and answer say with labels for names, read from the README's table alone."""
+    def picture(number):
+        return f"[{images[int(number) - 1]}]"
+    question = re.sub(r"<image_(\d+)>", lambda found: picture(found[1]), sample.question)
+    answer = sample.answer
+    if sample.order_rule in ("index", "sequence"):
+        answer = [picture(number) for number in answer.split(",")]
+    if sample.order_rule == "letter":
+        answer = picture(sorted(movable)["ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(answer)] + 1)
+    if sample.order_rule == "keep":
+        assert not re.search(r"\bimages?[\s_#]*\d", answer, re.IGNORECASE)
+    return question, answer
+
+def control_tokens(sample):
+    ids = perl.encode_prompt(sample, PROCESSOR).ids
+    assert len(ids) == perl.prompt_length(sample, PROCESSOR)
+    controls = {*PROCESSOR.tokenizer.all_special_ids, *PROCESSOR.banned_ids, *PROCESSOR.eos_ids}
+    return Counter(token for token in ids if token in controls)
+
+@fuzz(250, row=lines(), rng=st.randoms(use_true_random=False))
+def test_fuzz_records(fuzz_folder, row, rng):
+    """A record is refused by name, or means the same in every order, without control tokens."""
+    kept = load_line(fuzz_folder, row)
+    SEEN["kept" if kept else "refused"] += 1
+    for asked in kept:
+        n, labels = len(asked.images), [f"picture {k}" for k in range(len(asked.images))]
+        movable = list(range(n)) if row["movable"] is None else row["movable"]
+        free = [] if asked.order_rule == "never" else sorted(movable)
+        bare = dataclasses.replace(asked, question="<image>" * n)
+        before, controls, answers = meaning(labels, movable, asked), control_tokens(bare), {}
+        for order in perl.draw_orders(asked, 4, 1.0, rng):
+            assert all(order[k] == k for k in range(n) if k not in free)
+            permuted = perl.permute(asked, order)
+            assert permuted.images == tuple(asked.images[old] for old in order)
+            assert meaning([labels[old] for old in order], movable, permuted) == before
+            assert control_tokens(permuted) == controls
+            shown = permuted.images, permuted.question  # what the model sees has one answer
+            assert answers.setdefault(shown, permuted.answer) == permuted.answer
+
+def test_fuzz_ran():
+    """Hypothesis may stop early: so the examples are counted. pytest -s shows them."""
+    print(SEEN)
+    assert SEEN.total() >= 200 * max(FUZZ, 1) and 0.1 < SEEN["kept"] / SEEN.total() < 0.9
+
+# ---- The READMEs' forks and reading map ------------------------------------------------
+def snippets_of(name):
+    """The fork snippets of a README: its Python blocks that replace a part of perl.py."""
+    blocks = re.findall(r"(?s)```python\n(.*?)```", (HERE / name).read_text())
+    return [block for block in blocks if "import perl" in block]
+
+SNIPPETS = snippets_of("README.md") + snippets_of("data_samples/README.md")
+SNIPPETS += [Path(ablate.ARMS[name].fork).read_text() for name in ("per-order", "clean")]
+
+def as_loss(ratios, advantages):
+    """policy_loss of two rollouts of two tokens each, whose ratios to the old policy are given."""
+    rollouts = [Rollout(None, (), "", [5, 5], "", False)] * 2
+    loss, _ = perl.policy_loss(
+        torch.tensor(ratios).log(), torch.zeros(2, 2), None, torch.tensor(advantages),
+        torch.ones(2, 2), clip_low=0.2, clip_high=0.2, beta=0.0,
+        denominator=perl.loss_denominator(rollouts))
+    return loss.item()
+
+def reward_of_100_tokens():
+    rollout = Rollout(None, (), "5", [1] * 100, r"<think>x</think>\boxed{5}", False)
+    perl.grade(rollout, tiny_config())
+    return rollout.reward
+
+def advantages_of(*rewards):
+    return perl.group_advantages(torch.tensor([rewards]))[0].tolist()
+
+def in_two_orders(accuracies):
+    """Two rollouts each to a prompt as given, "g", and a permuted one, "p"."""
+    return [dataclasses.replace(rollout, order=(k // 2,), prompt="ggpp"[k])
+            for k, rollout in enumerate(scored_group(accuracies))]
+
+def verdicts_of_two_orders():
+    verdicts = []
+    for accuracies in ([1, 0, 0, 0], [1, 0, 0, 1]):
+        group = in_two_orders(accuracies)
+        verdicts.append(perl.verdict(group, tiny_config(filter="disagree")))
+    return verdicts
+
+def two_orders(field):
+    group = in_two_orders([1, 0, 0, 0])
+    perl.set_advantages([group])
+    return [getattr(r, field) for r in group]
+
+def pairs():
+    sample = Sample("s", tuple("abc"), "?", "1-3", "pair")
+    return [perl.permute(sample, (2, 0, 1)).answer, perl.same_answer("1-3", "1-3"),
+            perl.same_answer("2-4", "1-3"), perl.same_answer("1/2", "0.5")]
+
+def judged_rewards():
+    """Of responses of 0, 100 and 300 characters in two groups, which are wrong."""
+    groups = [scored_group([0]), scored_group([0, 0])]
+    for rollout, length in zip(flatten(groups), (0, 100, 300)):
+        rollout.text = "x" * length
+    perl.set_advantages(groups)
+    return flatten((rollout.reward, rollout.advantage) for rollout in flatten(groups))
+
+def tokens_with_gradient():
+    """Which of five tokens of rising entropy have a gradient; by what ten tokens are divided."""
+    hidden = torch.tensor([[9.0, 0], [4, 0], [2, 0], [1, 0], [0.5, 0]], requires_grad=True)
+    logprobs = perl.token_logprobs(lambda rows: rows * 1, hidden, torch.zeros(5).long(),
+                                   torch.zeros(0).long(), 1.0)
+    assert torch.allclose(logprobs, torch.log_softmax(hidden, -1)[:, 0]), "the same values"
+    logprobs.sum().backward()
+    return hidden.grad.any(1).tolist(), perl.loss_denominator(scored_group([0, 0]))
+
+FORKS = {  # the name in a snippet: what it changes, and what that is afterwards
+    "shorter": (reward_of_100_tokens, pytest.approx(0.95)),
+    "gspo": (lambda: as_loss([[2.0, 0.5], [1.1, 1.1]], [1.0, 2.0]),
+             pytest.approx(-(1.0 + 2.2) / 2)),
+    "centered": (lambda: advantages_of(1.0, 0, 0, 0) + advantages_of(*[0.1] * 3),
+                 [0.75, -0.25, -0.25, -0.25, 0, 0, 0]),
+    "pair": (pairs, ["2-1", True, False, True]),
+    "disagree": (verdicts_of_two_orders, ["kept", "agree"]),
+    "per_order": (lambda: two_orders("advantage"), [1, -1, 0, 0]),
+    "clean": (lambda: two_orders("prompt"), list("gggg")),
+    "judged": (judged_rewards, pytest.approx([0.2, 0, 0.1, 1, 0.05, -1], abs=1e-5)),
+    "high_entropy": (tokens_with_gradient, ([False] * 4 + [True], pytest.approx(0.4)))}
+
+def replaced_by(snippet):
+    """The names of perl that a snippet assigns to, or changes an entry of."""
+    return set(re.findall(r"perl\.(\w+)(?=[^=\n]* \+?= )", snippet))
+
+def test_the_readme_has_forks_of_a_few_lines():
+    assert len(snippets_of("README.md")) >= 3
+    for snippet in SNIPPETS:
+        assert len(snippet.split("\n")) <= 21 and snippet.rstrip().endswith("perl.main()")
+        unknown = replaced_by(snippet) - vars(perl).keys()
+        assert replaced_by(snippet) and not unknown, f"without effect: perl.py has no {unknown}"
+        assert any(name in snippet for name in FORKS), f"FORKS lacks a value to check:\n{snippet}"
+
+@table("number", range(len(SNIPPETS)))
+def test_a_fork_does_what_it_says_and_runs(data, tmp_path, monkeypatch, number):
+    """Its values by hand; then a step from the command line on, which uses what it replaced."""
+    snippet, started = SNIPPETS[number], []
+    values = [FORKS[name] for name in FORKS if name in snippet]
+    for name, value in vars(perl).copy().items():  # put back after the test, tables' entries too
+        if name in replaced_by(snippet) | {"main"} or name.isupper() and isinstance(value, dict):
+            monkeypatch.setattr(perl, name, dict(value) if isinstance(value, dict) else value)
+    main, choices = perl.main, perl.CHOICES["filter"]
+    assert all(value() != after for value, after in values), "each changes something"
+    perl.main = lambda: started.append(number)
+    exec(snippet, {"__name__": "__main__"})
+    assert started == [number] and all(value() == after for value, after in values)
+    replaced = [name for name in replaced_by(snippet) if callable(getattr(perl, name))]
+    used = [record(monkeypatch, name) for name in replaced]
+    new = [choice for choice in perl.CHOICES["filter"] if choice not in choices]
+    main(arguments(data, tmp_path, filter=(new or ["none"])[0], steps=1, eval_every=0, beta=0,
+                   alpha_end=1))
+    assert all(used), replaced
+    row, = metrics_of(tmp_path / "stage1")
+    assert row["dropped"] == sum(row[name] for name in perl.VERDICTS[1:])
+    assert row["kept"] + row["dropped"] >= 3
+
+def test_a_judge_is_asked_once_per_batch_and_not_in_evaluation(data, tmp_path, monkeypatch):
+    snippet, = [snippet for snippet in SNIPPETS if "def judged" in snippet]
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    main, asked, names = perl.main, [], {}
+    monkeypatch.setattr(perl, "main", lambda: None)
+    exec(snippet, names)
+    def judge(responses, judge=names["judge"]):
+        asked.append(len(responses))
+        return judge(responses)
+    names["judge"] = judge
+    main(arguments(data, tmp_path, filter="none", steps=2, eval_every=1))
+    assert asked == [3 * 2 * 3] * 2, "questions x orders x rollouts, once in each step"
+
+def test_the_reading_map():
+    """README's table from the paper to the code: the places name their equations."""
+    readme, code = (HERE / "README.md").read_text(), (HERE / "perl.py").read_text()
+    table = readme.partition("| paper | code |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.strip().split("\n")[1:]]
+    assert len(rows) >= 9
+    fields = {f.name for kind in (Sample, Rollout) for f in dataclasses.fields(kind)}
+    for paper, places in rows:
+        names, said = set(re.findall(r"`([A-Za-z_]+)`", places)) - fields, []
+        assert names and names <= vars(perl).keys(), f"{paper}: not all of {places} is in perl.py"
+        for name in names:
+            if isinstance(getattr(perl, name), type(ends)):
+                banner = code.partition(f"\ndef {name}(")[0].rpartition("# ---- ")[2].split("\n")[0]
+                said.append(f"{getattr(perl, name).__doc__} {banner}")
+        for place in re.findall(r"Eq\. [\d-]+|Algorithm 1|A\.[\d.]*\d", paper):
+            found = [place in text for text in said]
+            assert all(found) if place.startswith("Eq") else any(found), (place, names)
+
+# ---- eval.py: answers in free text -----------------------------------------------------
+OPTION_TEXTS = ["Left image", "Right image", "Both images", "Neither image"]
+LATTER = ["the second image", "the third image"]
+POINTS = ["Point A", "Point B", "Point C", "Point D"]
+
+CHOICES = [
+    (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("option c.", "C"), ("Both images", "C"),
+    ("(C)", "C"), ("c", "C"), ("**C**", "C"), ('"C"', "C"), ("C)", "C"), ("<answer>C", "C"),
+    ("The correct option is (C), since", "C"), ("Answer: C", "C"), ("A C", None), ("E", None),
+    ("The correct answer is:\n\n(C) Both images", "C"), ("C, because both show it", "C"),
+    ("not A but C", "C"), ("The answer is not A but C.", "C"), ("It is not (A) but (C).", "C"),
+    ("option A looks right, but C fits better", "C"), ("(A) looks right. However, (C) fits.", "C"),
+    ("The answer is C because A is not in the picture.", "C"), ("So A is wrong. It is C.", "C"),
+    ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"), (r"\boxed{A} no, \boxed{C}", "C"),
+    ("The answer is A. No, the answer is C.", "C"), (r"\boxed{A, C}", None), (r"\boxed{AC}", None),
+    ("Neither A nor B is right. C is the best option.", "C"), ("The answer is (E).", None),
+    ("A and C", None), ("(A) and (C)", None), ("The answer is A and C.", None), ("(F)", None),
+    (r"\boxed{E}", None), (r"\boxed{92.5}. It is a left image.", None), (r"\boxed{}", None),
+    ("<think>the answer is C", None), (" \n", None), ("Not C.", None), ("C</s>", "C"),
+    ("None of the above.", None), ("I cannot tell.", None), ("B. cats or C. dogs", None),
+    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image", None),
+    ("(C) Both images. (A) shows one only.", "C"), ("C. a cat and a dog", "C"),
+    ("Both show it. (C)\n\nWhy the others are wrong:\n* **(A) Left.** It would be the correct "
+     "answer if it was red.\n* **(B) Right.** No.", "C"),
+    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image\n\n(C) Both images", "C")]
+OF_OPTIONS = [
+    ("The second image", LATTER, "A"), ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
+    ("(B) the second image", LATTER, "B"),  # a letter counts more than words
+    ("Therefore, the second image is closer to the first than the third image.", LATTER, "A"),
+    ("The first image is Cubism.\n\nTherefore, the second image shares its style.", LATTER, "A"),
+    ("Point B, where the child sits, is closer.", POINTS[:2], "B"), ("C is the one.", POINTS, "C"),
+    ("B is closer to the camera than A.", ["A is closer", "B is closer"], "B"),
+    ("Yes, the cat is under the car.", ["yes", "no"], "A"), ("No", ["yes", "no"], "B"),
+    ("There are three people.", ["0", "3", "2", "1"], "B"), (r"\boxed{14}", ["12", "14"], "B"),
+    (r"\boxed{145^\circ}", ["35°", "145°"], "B"), (r"\boxed{\frac12}", ["0.25", "0.5"], "B"),
+    ("A dog is visible. The correct choice would be D.", POINTS, "D"), ("14", ["14", "14"], "A"),
+    ("(B) 5 m", ["(A) 3 m", "(B) 5 m"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
+    ("(A) Point A is the handle.\n(B) Point B is the tip.\n\nThere is no correct answer.", POINTS,
+     None), ("I cannot see a picture.", list("ABCDE"), None), (r"\boxed{N/A}", POINTS, None),
+    ("A unique shape is shown.", POINTS, None), ("In this answer a person is named.", POINTS, None),
+    ("It cannot be determined.", POINTS, None),
+    ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
+    (r"\boxed{\text{None of the choices provided}}", ["1", "None of the choices provided"], "B"),
+    ("Box B has the right curve and fits. Box A, on the other hand, is too small.",
+     ["box A", "box B"], "B"),
+    ("Point A is closer to the camera. Point B is further back.", POINTS[:2], "A"),
+    ("The second image is most similar. The third image has other colours.", LATTER, "A")]
+OF_ANIMALS = [
+    ("选C", "C"), ("答案：D", "D"), ("答案是A。", "A"), ("选项B是正确答案", "B"), ("应选择C。", "C"),
+    ("因此，正确的是（D）。", "D"), (r"\boxed{选B}", "B"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
+    ("选项A错误。选项B错误。选项D正确。", "D"), ("选项A和选项C都正确", None), ("不选A。", None),
+    ("```python\nA = 3\nprint(A)\n```", None), ("A = 2\nB = 5\nprint(A + B)", None),
+    ("def area(B):\n    return 2 * B", None), ("from math import pi\nC = 2 * pi\nprint(C)", None),
+    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C"), ("```\nD\n```", "D"),
+    ("A = 4, so I choose option B.", "B")]
+@table("options, response, letter",
+       [(OPTION_TEXTS, *row) for row in CHOICES] + [(row[1], row[0], row[2]) for row in OF_OPTIONS]
+       + [(["cat", "dog", "cow", "pig"], *row) for row in OF_ANIMALS])
+def test_extract_choice(options, response, letter):
+    assert ev.extract_choice(response, options) == letter
+
+@table("response, answer", [
+    (r"<think>\boxed{1}</think> \boxed{2} \boxed{\frac{1}{3}} \boxed{4", r"\frac{1}{3}"),
+    (r"<answer>2</answer> \boxed{3}", "3"), ("<answer>1</answer> <answer>2", "2"),
+    ("The answer is (B).", "B"), ("The answer is 1. The answer is 3.5.", "3.5"),
+    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),])
+def test_extract_answer(response, answer):
+    assert ev.stated_answer(response) == answer
+
+@table("text, number", [
+    (r"3\frac{1}{4}", 3.25), ("7 2/5", 7.4), (r"-1\frac12", -1.5), ("2½", 2.5), ("y = 9", 9),
+    (r"\frac{-3}{4}", -0.75), (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800),
+    (r"3\pi", 3 * math.pi), (r"\approx 12", 12), ("x ≈ 2.5", 2.5), ("€1,250.50", 1250.5),
+    (r"7\text{ cm}^2", 7), ("15 km/h", 15), ("21 square units", 21), ("4 or 5", None),
+    ("4 to 5", None), ("3 and 4", None), ("4=5", None), ("7:45", None), ("3x", None),
+    (r"2\sqrt{3}", None), ("1/0", None), ("8" * 500, None), ("5" + " b" * 5000 + "!", None)])
+def test_to_number(text, number):
+    signal.alarm(10)
+    assert ev.to_number(text) == (number if number is None else pytest.approx(number))
+
+@table("response, answer", [
+    ("**58**", "58"), ("58 apples", "58 apples"), ("Altogether that makes 58.", "58"),
+    ("There are 58 windows.", "58 windows"), ("20 + 38 = 58", "58"), ("It is 1,058.", "1,058"),
+    ("First I see 20. So the sum is 58.", "58"), ("It is four.", "4"), ("I see 57 or 58.", None),
+    ("It is between 50 and 60.", None), ("The time is 5:58.", None), ("<think>It is 58", None),
+    ("I cannot tell, maybe 58.", None), ("Nobody knows.", None), (r"\boxed{} 58", None),
+    ("```python\nn = 58\nprint(n)\n```", None), ("import math\nn = 58\nprint(n)", None)])
+def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer):
+    assert graded(response, "number 0", "58")["answer"] == answer
+    assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
+    assert graded(response, "number 0", "58", truncated=True)["answer"] is None
+
+# ---- eval.py: adapters -----------------------------------------------------------------
+def place(image):
+    return f"{image}.png"
+
+def listed(*options):
+    return "".join(f"\n({letter}) {option}" for letter, option in zip("ABCDE", options))
+
+def with_images(n, first=1):
+    return {f"image_{k}": k if k < n + first else None for k in range(first, 7)}
+
+# A row of each benchmark, in its layout; a number stands for an image.
+MANTIS = {"id": "man", "question": "Which picture shows the oldest car? <image><image><image>",
+          "images": [1, 2, 3], "answer": "(A)", "question_type": "multi-choice",
+          "options": ["Image 3", "Image 1", "Image 2"], "data_source": "", "category": ""}
+BLINK_TEXT = "Determine which one of the second or the third image has the first image's style."
+BLINK = {"idx": "art", "sub_task": "Art_Style", "choices": LATTER, "answer": "(B)",
+         "prompt": f"{BLINK_TEXT}\nSelect from the following choices.{listed(*LATTER)}"
+         } | with_images(3)
+MMIU_OPTIONS = "A: the first image\nB: the second image\nC: the third image"
+MMIU = {"task": "forensic", "question": "Which of the three images is a real photo?", "output": "C",
+        "input_image_path": [f"./2D-spatial/t/{k}.png" for k in range(3)], "options": MMIU_OPTIONS,
+        "context": "Select from the following choices.\n" + MMIU_OPTIONS}
+REMI = {"task": "Charts", "label": "2",
+        "question": "<image1> <image2> How many of the two images show a bar chart?"
+        } | with_images(2)
+VISTA = {"pid": "1", "decoded_image": 1, "choices": None, "precision": 2.0, "answer": "1.45",
+         "question_type": "free_form", "answer_type": "float", "query": "?",
+         "metadata": {"task": "fqa"}}
+VERSE = {"sample_index": "1", "problem_version": "Text Lite", "question": "?", "image": 1,
+         "question_type": "free-form", "answer": r"Area $=9 \pi \mathrm{cm}^{2}$",
+         "question_for_eval": "?"}
+VISION = {"id": "1", "question": "<image1>?", "options": ["1", "3", "5"], "answer": "B",
+          "subject": "logic", "decoded_image": 1}
+MV_OPTIONS = "\n\n".join(f"<image_{k}>\n{letter}." for k, letter in enumerate("ABCD", 1))
+MV_MATH = {"problem_id": 1, "question": f"Which?\n\n{MV_OPTIONS}\n\n<image_5>\n\n##",
+           "answer": "C", "answer_type": "choice", "input_image": [f"{k}.png" for k in "qabcd"]}
+MUIR = {"idx": "m", "task": "Retrieval", "question": "<image>Which image shows the same bird?",
+        "options": ["<image>", "<image>", "<image>", "None of the choices provided"],
+        "answer": "B", "image_list": [1, 2, 3, 4]}
+MED = {"question_id": "med", "question": "Based on the CT images, what is the likeliest diagnosis?",
+       "options": ["a cyst", "a stone", "a clot"], "correct_answer": "B"} | with_images(3)
+
+def encoded(picture, kind):
+    return {"bytes": bytes_of(picture, kind), "path": None}
+
+PICTURE = encoded(Image.new("RGB", (30, 30)), "PNG")
+
+def with_pictures(row):
+    row = dict(row)
+    for name, value in row.items():
+        if value and name.startswith(("image", "decoded_image")):
+            row[name] = [PICTURE] * len(value) if isinstance(value, list) else PICTURE
+    return row
+
+LAYOUTS = {  # where the rows lie; a right answer, its order rule and task; the row
+    "mantis-eval": ("mantis_eval/test-0.parquet", "A", "keep", "multi-choice", MANTIS),
+    "blink": ("Jigsaw/val-0.parquet", "B", "letter", "Art_Style", BLINK),
+    "mmiu": ("all.parquet", "C", "letter", "forensic", MMIU),
+    "mathvista": ("data/testmini-0.parquet", "1.449", "never", "fqa", VISTA),
+    "mathverse": ("testmini.parquet", r"9\pi", "never", "Text Lite", VERSE),
+    "mathvision": ("data/test-0.parquet", "B", "never", "logic", VISION),
+    "remi": ("test.parquet", "2", "keep", "Charts", REMI),
+    "mv-math": ("data/MV-MATH.json", "C", "letter", "choice", MV_MATH),
+    "muirbench": ("data/test-0.parquet", "B", "letter", "Retrieval", MUIR),
+    "medframeqa": ("data/test-0.parquet", "B", "keep", "", MED)}
+
+@table("name", LAYOUTS)
+def test_every_adapter_reads_what_the_hub_sends_and_a_local_copy(name, tmp_path, monkeypatch):
+    (file, answer, rule, task, row), hub = LAYOUTS[name], ev.BENCHMARKS[name].hub
+    folder, wanted = tmp_path / hub.split("/")[1], {file}
+    (folder / file).parent.mkdir(parents=True)
+    if file.endswith("json"):
+        (folder / file).write_text(json.dumps([row, row]))
+    else:
+        write_parquet([with_pictures(row)] * 2, folder / file)
+    if ev.BENCHMARKS[name].has_paths:
+        wanted |= {"images.zip", "images/deep/q.png"}
+        for path in row.get("input_image_path", []) + row.get("input_image", []):
+            zipped = tmp_path / "zipped" / "images" / path  # in the zip's own inner folder
+            zipped.parent.mkdir(parents=True, exist_ok=True)
+            noise().save(zipped)
+        shutil.make_archive(str(folder / "images"), "zip", tmp_path / "zipped")
+    def download(asked, repo_type, allow_patterns):
+        assert (asked, repo_type) == (hub, "dataset")
+        files = [*wanted, "README.md", "archive/train-0.parquet", "other.json"]
+        assert set(filter_repo_objects(files, allow_patterns=allow_patterns)) == wanted
+        return str(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for data_dir in ("", str(tmp_path)):
+        args = SimpleNamespace(data_dir=data_dir, out=str(tmp_path / "out"), limit=0)
+        questions = ev.load_benchmark(name, args)
+        assert len({q.sample.id for q in questions}) == 2
+    for q in questions:
+        assert (q.sample.order_rule, q.sample.source) == (rule, task)
+        assert all(Path(image).exists() for image in q.sample.images)
+        for text, right in ((answer, True), ("D", False)):
+            row = graded(rf"\boxed{{{text}}}", q.rule, q.sample.answer, q.options)
+            assert row["right"] is right
+    args.data_dir = str(tmp_path / "none")
+    refuses("--data-dir takes the Hub's files", ev.load_benchmark, name, args)
+
+def test_mantis_rows():
+    row = MANTIS | {"question": "Is the first image brighter?", "images": [0, 1], "answer": "(B)",
+                    "options": ["(A) First image", "Second image"]}
+    q = ev.from_mantis(row, 0, place)
+    assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "keep", (0, 1))
+    assert q.sample.question == (  # the question names one image: all names follow
+        "<image><image>Is <image_1> brighter?\n(A) <image_1>\n(B) <image_2>")
+    assert ev.options_in(q, (1, 0)) == ["image 2", "image 1"]
+    q = ev.from_mantis(row | {"question": "Which is <image> brighter?"}, 0, place)
+    assert q.sample.question.startswith("<image>Which is <image> brighter?\n(A) First image\n")
+    q = ev.from_mantis(row | {"question_type": "short-answer", "options": []}, 0, place)
+    assert (q.rule, q.sample.answer, q.options) == ("text", "(B)", ())
+
+@table("task, answer, label, right", [
+    ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
+    ("GeomShape", "103", "100", True), ("GeomShape", "104", "100", False),
+    ("GeomCost", "$97", "100", True), ("EmojiAlgebra", "101", "100", True),
+    ("EmojiAlgebra", "102", "100", False), ("EmojiAlgebra", "-100.5", "-100", True),
+    ("RefCoco", "3", "1, 3", True), ("RefCoco", "2", "1,3", False), ("FuncRead", "f(x)", "f", True),
+    ("IQ", "(b)", "B", True), ("Charts", "45%", "45", True), ("Isomorphism", "Yes", "1", True),
+    ("Collisions", "no", "0", True), ("Clocks", "no", "0", False), ("Clocks", "yes", "1", False),
+    ("Clocks", "yes", "0", False), ("Clocks", "0", "0", True), ("Charts", "no", "0", False),
+    ("CodeEdit", "x += 1", "x+=1", True),])
+def test_remi_rules(task, answer, label, right):
+    assert ev.remi_right(task, answer, label) == right
+
+def test_mv_math_rows():
+    q = ev.from_mv_math(MV_MATH, 0, place)
+    assert q.sample.movable == (1, 2, 3, 4) and q.options == ("",) * 4
+    right = [graded(letter, gold="C", options=q.options)["right"] for letter in "ABCD"]
+    assert right == [False, False, True, False], "option images are no duplicates"
+    lines = "A. A only\nB. B only\nC. none\nD. both"
+    for text in (f"<image_1>\n\n<image_2>\n{lines}", f"?\n{lines}\n\nPage 7 of 67",
+                 f"A: one\nB: two\n\nWhich is right?\n{lines}"):
+        row = MV_MATH | {"question": text, "input_image": ["a", "b"]}
+        q = ev.from_mv_math(row, 0, place)
+        assert q.options == ("A only", "B only", "none", "both")
+    row = MV_MATH | {"answer_type": "multi-step", "answer": "(1) B (3, 5); (2) 7.5."}
+    assert ev.from_mv_math(row, 0, place).rule == "parts"
+
+def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
+    row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
+           "options": list(options), "order_rule": "never", "movable": [0], "response": response,
+           "turn": 0, "turns": 1, "truncated": False, "error": ""} | more
+    row["answer"], row["right"] = ev.grade_row(row)
+    return row
+
+def test_mathvista_rows_and_rules():
+    row = VISTA | {"choices": ["10", "12", "10"], "answer": "12", "question_type": "multi_choice"}
+    q = ev.from_mathvista(row, 0, place)
+    assert (q.rule, q.sample.answer, q.sample.images) == ("choice", "B", ("1.png",))
+    duplicate = {"gold": "A", "options": ["10", "12", "10"]}
+    assert graded("(C)", **duplicate)["right"] and not graded("(B)", **duplicate)["right"]
+    assert ev.from_mathvista(VISTA, 0, place).rule == "number 2"
+    assert ev.from_mathvista(VISTA | {"answer_type": "integer"}, 0, place).rule == "number 0"
+    assert graded(r"\boxed{\$1.449}", "number 2", "1.45")["right"]
+    assert not graded(r"\boxed{1.46}", "number 2", "1.45")["right"]
+    assert graded(r"\boxed{1,400 apples}", "number 0", "1400")["right"]
+    assert graded("The answer is 2007 and 2008.", "list", "[2007, 2008]")["right"]
+    assert graded("none", "list", "[1]")["answer"] is None
+
+def write_parquet(rows, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+@table("gold, options, right, wrong", [
+    ("(C)", "xyz", ["C", "z"], ["A", "B"]), ("False", ["True", "False"], ["B", "False"], ["A"]),
+    (r"090^\circ T", [r"180^\circ T", r"090^\circ T"], ["B"], ["A"]),
+    ("C\nD", "wxyz", ["C, D", "D and C"], ["C", "A, C, D"])])
+def test_mathverse_rows(gold, options, right, wrong):
+    text = "BC is ()\nChoices:" + "".join(f"\n{letter}:{o}" for letter, o in zip("ABCD", options))
+    q = ev.from_mathverse(VERSE | {"question_type": "multi-choice", "question": "", "answer": gold,
+                                   "question_for_eval": text}, 0, place)
+    assert q.options == tuple(options)
+    assert q.sample.question == "<image>Answer the question in the image."
+    for answer in right + wrong:
+        row = graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)
+        assert row["right"] is (answer in right), answer
+
+@table("gold, right, wrong", [
+    (r"Area $=9 \pi \mathrm{cm}^{2}$", [r"9\pi", r"A = 9 \pi \text{ cm}^2"],
+     [r"-9\pi", r"9\pi+1", r"90\pi", r"900\pi \text{ mm}^2", r"9\pi \text{ cm}^3"]),
+    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "5.4", "44", "440 cm", "4.4 cm"]),
+    (r"84 \mathrm{cm}^2", ["84"], ["84 cm"]), ("2191.7 metres", ["2191.7"], ["2.1917"]),
+    ("212°T", ["212", "212°"], ["221"]), ("118掳T", ["118"], ["118.5"]),
+    (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"1225\pi"]),
+    ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("(90,5)", ["(x,y)=(90,5)"], []),
+    ("$x=0$", ["x=0", "0"], ["y=0"]), ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
+    (r"Surface Area $=603.186$ units $^{2}$", ["603.186", "SA = 603.186"],
+     [r"Surface Area $=604.186$ units $^{2}$", r"Surface Area $=-603.186$ units $^{2}$"]),
+    (r"$2 \angle O=\angle C-\angle A$", [r"2\angle O = \angle C-\angle A"],
+     [r"$3 \angle O=\angle C-\angle A$"]),
+    ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"], ["y_2=(x+3)^3=y_1(x+2)"]),
+    ("$1+3+5+7=4^{2}$", ["1+3+5+7=4^2"], ["2+3+5+7=4^2"]),
+    ("domain: [-4, 0) and range: (-3, 1]", ["Domain: [-4, 0), range: (-3, 1]"],
+     ["domain: [4, 0) and range: (-3, 1]"]),
+    (r"\text { local maximum: }(-3,60) \text {, local minimum: }(3, -60)",
+     ["(-3,60) (3, -60)"], ["(-4,60) (3, -60)", "(60, -3) (3, -60)"])])
+def test_left_side_and_unit_are_optional(gold, right, wrong):
+    assert all(ev.same_value(answer, gold) for answer in right)
+    assert not any(ev.same_value(answer, gold) for answer in wrong)
+
+@table("gold, right, wrong", [
+    ("(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5.",
+     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", r"\boxed{0.5}, \boxed{(3,4)}, last \boxed{7.5}"],
+     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", r"\boxed{7.5}"]),
+    ("(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50",
+     [r"\boxed{(1)(1) 3, (2) (1,2) (2) 40 or 50}", r"\boxed{3}, \boxed{(1,2)}, \boxed{40 or 50}",
+      r"\boxed{3, (1,2), 40 or 50}"],
+     [r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}", r"\boxed{3, (1,2)}",
+      r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"])])
+def test_multi_step_is_right_only_if_all_parts_are(gold, right, wrong):
+    assert all(graded(response, "parts", gold)["right"] for response in right)
+    assert not any(graded(response, "parts", gold)["right"] for response in wrong)
+
+# ---- eval.py: order labels -------------------------------------------------------------
+LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
+DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
+
+def label_of(row):
+    n = row["question"].count("<image>")
+    gold = curate.gold_of(row["answer"], row["question"], n)
+    return ev.infer_label(row["question"], gold, n, row.get("style", "any"))
+
+@table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
+def test_order_labels_other_than_never_are_right(part, least):
+    """held-out: written without sight of the rules; attack: to find wrong labels."""
+    found = 0
+    for row in (row for row in LABELLED if row["set"] == part):
+        label = label_of(row)
+        if label.order_rule != "never":
+            mentions = [int(k) for k in perl.MENTION.findall(label.question)]
+            got = (label.order_rule, list(label.movable), label.answer, mentions)
+            assert got == (row["order_rule"], row["movable"], row["gold"], row["mentions"]), row
+            found += 1
+    assert found >= least
+
+TRUE = "<image><image> Is this statement about the pair true or false? "
+
+@table("source, question, answer", [  # order_labels.jsonl has 218 more of them
+    ("any", "<image><image> Which image shows a cat?", "3"),
+    ("any", "<image><image> How many images show a cow?", "image 1"),
+    ("any", "<image><image><image>Which one is quieter, image 1 or 3?", "Image 3 suggests rest"),
+    ("any", TRUE + "The left image shows a cow.", "True"),  # a name where pairs stand side by side
+    ("nlvr2", TRUE + "The right side of the left image shows a cow.", "True"),
+    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
+    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
+    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
+     "(B) the second image and the first image\n(C) the third image", "A")])
+def test_in_doubt_never(source, question, answer):
+    label = ev.infer_label(question, answer, question.count("<image>"), source)
+    assert (label.order_rule, label.movable, label.question) == ("never", None, question)
+
+# ---- eval.py: what three models get on the benchmarks ----------------------------------
+def measured(question, model, monkeypatch):
+    """Mean, worst, bias and flip of a question in all orders of its images, which are named by
+    their numbers. A model is a function of the sample that it sees: images, options, gold."""
+    def ask(_model, _processor, samples, orders, cfg, n, greedy):
+        texts = [[model(perl.permute(sample, order)) for order in some]
+                 for sample, some in zip(samples, orders)]
+        return [[SimpleNamespace(text=text, truncated=False) for text in some] for some in texts]
+    monkeypatch.setattr(ev, "sample_groups", ask)
+    question = question._replace(orders=ev.all_orders(question.sample, 24))
+    rows = ev.answer_batch(None, None, [question], None)
+    for row in rows:
+        row["answer"], row["right"] = ev.grade_row(row)
+    measures = ev.order_measures([rows])
+    return [measures[name]["value"] for name in ("mean", "worst", "bias", "flip")]
+
+def first_option_image(s):
+    """The letter of the option that stands for the first image that may move."""
+    names = ["image 1", "<image_1>", "the first image", "First image"]
+    options = ev.listed_options(s.question)
+    for k, option in enumerate(options):
+        if option in names or option == "<image>" or option == "the second image" == options[0]:
+            return f"({'ABCDE'[k]})"
+    return "I like the picture best."
+
+@table("adapter, row, rule, movable, always_a, first_image", [  # by a count over all orders
+    (ev.from_blink, BLINK, "letter", (1, 2), (1/2, 0, 1, 1), (1/2, 0, 1, 1)),
+    (ev.from_muirbench, MUIR, "letter", (1, 2, 3), (1/3, 0, 1, 1), (1/3, 0, 1, 1)),
+    (ev.from_muirbench, MUIR | {"answer": "D"}, "keep", (1, 2, 3), (0, 0, 0, 1), (0, 0, 0, 1)),
+    (ev.from_medframeqa, MED, "keep", (0, 1, 2), (0, 0, 0, 0), (0, 0, 0, 0)),
+    (ev.from_medframeqa, MED | {"correct_answer": "A"}, "keep", (0, 1, 2), (1, 1, 0, 0), (0,) * 4),
+    (ev.from_mantis, MANTIS, "keep", (0, 1, 2), (1, 1, 0, 0), (1/3, 0, 1, 1)),
+    (ev.from_mmiu, MMIU, "letter", (0, 1, 2), (1/3, 0, 1, 1), (1/3, 0, 1, 1)),
+    (ev.from_remi, REMI, "keep", (0, 1), (0, 0, 0, 0), (0, 0, 0, 0))])
+def test_three_models_get_what_a_hand_count_gives(adapter, row, rule, movable, always_a,
+                                                  first_image, monkeypatch):
+    q = adapter(row, 0, place)
+    assert (q.sample.order_rule, q.sample.movable) == (rule, movable)
+    first = perl.permute(q.sample, tuple(range(len(q.sample.images))))
+    right_image = perl.named_positions(first)
+    def perfect(s):
+        """Finds the right picture wherever it is; other answers are known."""
+        if right_image:
+            return "ABCDE"[s.movable.index(s.images.index(first.images[right_image[0]]))]
+        return s.answer
+    for model, wanted in ((perfect, (1, 1, 0, 0)), (lambda s: "A", always_a),
+                          (first_option_image, first_image)):
+        text = model if q.rule == "choice" else lambda s, m=model: rf"\boxed{{{m(s)}}}"
+        assert measured(q, text, monkeypatch) == pytest.approx(wanted, abs=1e-6), model
+
+@table("adapter, row, reason", [
+    (ev.from_medframeqa, MED | with_images(1), "one image"),
+    (ev.from_medframeqa, MED | {"correct_answer": "E"}, "no gold"),
+    (ev.from_medframeqa, MED | {"question": "What comes next?"}, "words that may mean order"),
+    (ev.from_muirbench, MUIR | {"question": "<image>Is it like image 3?"}, "a name that would not"),
+    (ev.from_blink, BLINK | {"choices": ["left", "right"]}, "options that the text does not list"),
+    (ev.from_mantis, MANTIS | {"options": ["1", "2", "3"]}, "answer unclear")])
+def test_a_never_has_a_reason(adapter, row, reason):
+    q = adapter(row, 0, place)
+    assert q.sample.order_rule == "never" and q.label.startswith("never: " + reason), q.label
+
+def test_the_report_counts_labels_by_benchmark_and_reason(tmp_path, capsys):
+    rows = [with_pictures(MED) | {"question_id": str(k)} for k in range(3)]
+    rows[1]["question"] = "Which finding comes next?"
+    write_parquet(rows, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
+    flags = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
+    ev.main(["--benchmarks", "medframeqa", "--orders", "6", *flags])
+    saved = json_of(tmp_path / "out" / "tiny" / "medframeqa" / "results.json")
+    never = "never: words that may mean order, time or place"
+    assert saved["config"]["labels"] == {"keep": 2, never: 1} and saved["unread"] == 1
+    shown = capsys.readouterr().out
+    assert f"order label keep: 2\n  order label {never}: 1\n" in shown
+    assert re.search(r"no answer read +\| 100\.0", shown) and "3 of 2851" in shown
+    assert saved["orders"]["flip"]["n"] == 2, "what moves is asked in several orders"
+
+def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path):
+    rows = [MMIU | {"output": gold} for gold in ("A", "", None, "B", "C", "A")]
+    write_parquet(rows, tmp_path / "MMIU-Benchmark" / "all.parquet")
+    for limit, golds in ((0, ["A", "B", "C", "A"]), (2, ["A", "C"])):
+        args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=limit)
+        assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == golds
+
+# ---- eval.py: measures -----------------------------------------------------------------
+def test_average_and_intervals():
+    values = {"a": [1, 1, 0, 0], "b": [1]}
+    assert ev.average(values) == 0.6 and ev.average(values, "tasks") == 0.75
+    assert ev.bootstrap({"": [1, 1, 1]}) == [1, 1] and ev.bootstrap(values) == ev.bootstrap(values)
+    # 1.96 * sqrt(.25 / 100) = .098
+    assert ev.bootstrap({"": [0, 1] * 50}) == pytest.approx([0.402, 0.598], abs=0.02)
+    assert ev.bootstrap({"a": [0, 0], "b": [1, 1]}, "tasks") == [0.5, 0.5]  # tasks are not redrawn
+    assert ev.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # by hand
+    assert ev.wilson(0, 18) == pytest.approx((0, 0.1759), abs=1e-4)
+
+def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
+    rows = []
+    for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
+        text = "" if answer is None else rf"\boxed{{{answer}}}"
+        rows.append(graded(text, "text", gold, k=k, order=list(order), order_rule=rule,
+                           orders=n_orders or len(orders),
+                           movable=movable or [*range(len(order))]))
+    return rows
+
+def test_order_measures():
+    swaps = [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)]
+    right = group("2132", "2132", swaps)                # image 2 of the given order, found anywhere
+    wrong = group("1213", "2132", swaps)                # always the same wrong picture
+    first = group("2222", "2132", swaps)                # always says "second": right at first
+    unread = group([None] * 4, "2132", swaps)
+    m = ev.order_measures([right, wrong, first, unread])
+    assert m["bias"]["n"] == 4
+    values = {name: share["value"] for name, share in m.items() if name != "by position"}
+    assert values == {"mean": (1 + 0 + 0.5 + 0) / 4, "worst": 0.25, "best": 0.5, "bias": 0.25,
+                      "same choice": 0.5, "flip": 0.25, "unread": 0.25}
+    def by_position(m):
+        return {place: (share["value"], share["n"]) for place, share in m["by position"].items()}
+    assert by_position(m) == {"1": (0.25, 4), "2": (0.5, 8), "3": (0.25, 4)}
+    unfinished = ev.order_measures([group("21", "21", swaps[:2], n_orders=4)])
+    assert unfinished["mean"]["value"] == 0.5 and unfinished["same choice"]["value"] == 0
+    # Letters with a reference image, which is image 1.
+    m = ev.order_measures([group("AB", "AB", swaps[0::2], "letter", movable=[1, 2])])
+    assert m["same choice"]["value"] == 1 and by_position(m) == {"2": (1, 1), "3": (1, 1)}
+    for answers, flips, unread in (("AAAA", 0, 0), ("AAAB", 1, 0), ("AA?A", 0, 1), ("AB??", 1, 1)):
+        answers = [None if answer == "?" else answer for answer in answers]
+        m = ev.order_measures([group(answers, "AAAA", swaps, "keep")])
+        assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
+    m = ev.order_measures([group("77", "88", swaps[:2], "keep")])
+    assert (m["same choice"]["value"], m["by position"]) == (1, {})
+
+def test_empty_rows_are_omitted():
+    text = ev.table([["", "a", "b"], ["one", "", ""], ["two", "", 0], ["three", "x", ""]])
+    assert [line.split()[1] for line in text.splitlines()[2:]] == ["two", "three"]
+
+# ---- eval.py: runs ---------------------------------------------------------------------
+def run(out, *flags):
+    ev.main(["--out", str(out), "--limit", "12", "--orders", "3", "--batch", "10", *flags])
+    return (out / "tiny" / "digits" / "results.json").read_bytes()
+
+def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys):
+    whole, calls, sample_groups = run(tmp_path / "a"), [], ev.sample_groups
+    assert json.loads(whole)["n"] == 12 and "bias" in capsys.readouterr().out
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample_groups(*args, **kwargs)
+    monkeypatch.setattr(ev, "sample_groups", dies)
+    with pytest.raises(SystemExit, match="run the same command again to continue"):
+        run(tmp_path / "b")
+    samples = tmp_path / "b" / "tiny" / "digits" / "samples.jsonl"
+    samples.write_bytes(samples.read_bytes()[:-30])  # a torn last line: its batch is asked again
+    partial = json.loads(run(tmp_path / "b", "--score-only"))
+    right = sum(task["value"] * task["n"] for task in partial["tasks"].values())
+    assert partial["missing"] > 0 and partial["score"] == pytest.approx(right / 12)
+    done = len(calls)
+    assert run(tmp_path / "b") == whole
+    rest = len(calls) - done
+    assert run(tmp_path / "b") == whole == run(tmp_path / "b", "--score-only")
+    assert run(tmp_path / "c") == whole and len(calls) == done + rest + rest + 1
+    for flag, field in (("--orders", "orders"), ("--max-new-tokens", "max_new_tokens"),
+                        ("--batch", "rollout_batch")):
+        with pytest.raises(SystemExit, match=f"{field} was .* is 7 now"):
+            run(tmp_path / "b", flag, "7")
+
+def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
+    noise(28, 28).save(tmp_path / "a.png")
+    noise(3, 900).save(tmp_path / "thin.png")  # no aspect ratio for the vision tower
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    asked = [Sample(name, (str(tmp_path / f"{name}.png"),), "<image>Which?", "1", "keep")
+             for name in ("a", "thin", "bomb", "junk", "missing")]
+    monkeypatch.setattr(perl, "load_samples", lambda path: asked)
+    ev.main(["--benchmarks", "mine.jsonl", "--out", str(tmp_path), "--max-new-tokens", "4"])
+    r = json_of(tmp_path / "tiny" / "mine" / "results.json")
+    assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (5, 4, 1, 1, 0)
+
+def test_compare_is_paired_and_tells_what_was_read(tmp_path):
+    """A reads 3 of 4 and B all; a fifth question, which A alone answered, is left out."""
+    for name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well", r"\boxed{1}")),
+                        ("B", (r"\boxed{1}",) * 4)):
+        (tmp_path / name / "digits").mkdir(parents=True)
+        rows = [graded(text, "text", "1", id=str(k)) for k, text in enumerate(texts)]
+        write_rows(tmp_path / name / "digits" / "samples.jsonl", *rows)
+    heading, _, line = table_rows(ev.compare(tmp_path / "A", tmp_path / "B"))[-3:]
+    cells = dict(zip(heading, line))
+    assert [cells[name] for name in ("benchmark", "n", "A", "B", "unread A", "unread B")] == [
+        "digits", "4", "50.0", "100.0", "25.0", "0.0"]
+    assert cells["B - A [95 %]"].startswith("50.0 [")
+    assert cells["where both were read"].startswith("33.3")
+
+@table("flags, message", [
+    (("--bencmarks", "digits"), "no such argument: --bencmarks; did you mean --benchmarks?"),
+    (("--qqq",), "no such argument: --qqq\n"),
+    (("--benchmarks", "digits,Blnk"), "; did you mean blink?"),
+    (("--model", "Qwen2.5-VL-7b"), "short name or Hub id; did you mean Qwen2.5-VL-7B?"),
+    (("--model", "runs/tiny-sed0"), "; did you mean runs/tiny-seed0?"),
+    (("--model", "runs/tiny-seed0/stage1/checkpoint-40"), "short name or Hub id")])
+def test_a_misspelt_name_of_eval_gets_the_nearest_one_and_a_hub_id_is_looked_up(
+        tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(perl, "load_processor", die)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/tiny-seed0").mkdir(parents=True)
+    with pytest.raises(SystemExit) as error:
+        ev.main(list(flags))
+    assert message in f"{error.value}{capsys.readouterr().err}"
+    with pytest.raises(Killed):
+        ev.main(["--model", "someone/model"])
+
+# ---- eval.py: --ask --------------------------------------------------------------------
+@pytest.fixture
+def cat_files(tmp_path, monkeypatch):
+    """Three images, the second one a cat; `say(answer)` sets what the model says: a text, or
+    "cat" for the number of the cat, wherever it stands."""
+    for name in ("a.png", "cat.png", "c.png"):
+        Image.new("RGB", (56, 56)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+
+    def say(answer):
+        def respond(model, processor, samples, orders, cfg, **kwargs):
+            texts = [str(order.index(1) + 1) if answer == "cat" else answer for order in orders[0]]
+            return [[SimpleNamespace(text=rf"\boxed{{{text}}}" if text else "well", truncated=False)
+                     for text in texts]]
+        monkeypatch.setattr(ev, "sample_groups", respond)
+    return say
+
+WHICH, SLOTS = "Which image shows a cat?", "Which is the cat? A: <image> B: <image> C: <image>"
+@table("question, says, agree, means", [
+    (WHICH, "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
+    (WHICH, "1", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    ("Which one is a cat?", "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
+    (WHICH, "7", "6 of 6 orders agree: no answer", {""}),
+    (SLOTS, "A", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    (SLOTS.replace("A:", "Reference:").replace("B:", "A:").replace("C:", "B:"), "A",
+     "1 of 2 orders agree: ", {"cat.png", "c.png"}),
+    (WHICH + "\nA. the first image\nB. the second image\nC. the third image", "B",
+     "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    ("How many cats are there?", "2", "6 of 6 orders agree: 2", {""}),
+    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""}),
+    (WHICH, "", "6 of 6 orders agree: no answer", {""})])
+def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, agree, means):
+    cat_files(says)
+    ev.main(["--ask", question, "a.png", "cat.png", "c.png", "--all-orders"])
+    out = capsys.readouterr().out
+    rows = table_rows(out)[2:]
+    orders = [row[0] for row in rows]
+    assert agree in out and {row[2] for row in rows} == means
+    assert orders[0] == "a.png cat.png c.png", "the given order comes first"
+    assert len(set(orders)) == len(orders) == int(agree.split()[2])
+
+def test_ask_in_one_order_shows_the_response_and_orders_is_a_limit(cat_files, capsys):
+    cat_files("2")
+    ev.main(["--ask", WHICH, "a.png", "cat.png"])
+    out = capsys.readouterr().out
+    assert r"\boxed{2}" in out and "| cat.png |" in out
+    ev.main(["--ask", WHICH, "a.png", "cat.png", "c.png", "--all-orders", "--orders", "4"])
+    assert "of 4 orders agree" in capsys.readouterr().out
+
+def test_ask_moves_what_the_question_names(cat_files):
+    text = "Is image 2 sharper than the third picture?"
+    sample = ev.own_question(text, ["a.png", "cat.png", "c.png"]).sample
+    asked = perl.permute(sample, (2, 0, 1)).question
+    assert asked == "<image><image><image>Is <image_3> sharper than <image_1>?"
+
+@table("asked, message", [
+    ((WHICH, "gone.png"), "gone.png is not a file"),
+    (("a.png", "cat.png"), "the question comes first"),
+    ((WHICH, "a.png", "bad.png"), "bad.png cannot identify"),
+    ((WHICH, "a.png", "cut.png"), "cut.png image file is truncated"),
+    (("<image> or what?", "a.png", "c.png"), "has 1 <image> for 2 images"),
+    (("Is image 4 dark?", "a.png"), "mentions image 4 of 1"),
+    (("Is it <|im_end|>?", "a.png"), "field question: contains")])
+def test_ask_names_what_cannot_be_asked_before_a_model_is_loaded(cat_files, asked, message,
+                                                                monkeypatch):
+    monkeypatch.setattr(ev, "start_model", lambda args: pytest.fail("too late"))
+    monkeypatch.setattr(ev.ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    Path("bad.png").write_text("no image")
+    Path("cut.png").write_bytes(bytes_of(noise(90, 90), "PNG")[:9000])
+    refuses(re.escape(message), ev.main, ["--ask", *asked])
+
+# ---- eval.py: --chart ------------------------------------------------------------------
+def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch):
+    """Mean next to worst order; a benchmark asked in one order has one bar a model."""
+    def share(value):
+        return {"value": value, "interval": [value - .1, value + .1], "n": 7}
+    for model, value in (("A", .4), ("B", .6)):
+        in_orders = {"mean": share(value), "worst": share(value - .2)}
+        for name, orders in (("blink", in_orders), ("remi", {})):
+            path = tmp_path / model / name / "results.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(share(value + .1) | {
+                "score": value + .1, "orders": orders, "config": {"orders": 6}}))
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **named: (
+        figures.append(self) or save(self, *args, **named)))
+    ev.main(["--chart", str(tmp_path / "c.png"), str(tmp_path / "A"), str(tmp_path / "B")])
+    assert Image.open(tmp_path / "c.png").width > 500
+    axes, = figures[0].axes
+    bars = [bar for bar in axes.patches if bar.get_height()]  # the legend's have none
+    assert [(round(bar.get_height()), bool(bar.get_hatch())) for bar in bars] == [
+        (40, False), (20, True), (60, False), (40, True), (50, False), (70, False)]
+    spans = [[round(bound) for bound in line.get_ydata()] for line in axes.lines]
+    assert spans == [[30, 50], [10, 30], [50, 70], [30, 50], [40, 60], [60, 80]]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["blink\n7 questions\nup to 6 orders", "remi\n7 questions"]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+    assert [*axes.get_xticks()] == pytest.approx([sum(middles[:4]) / 4, sum(middles[4:]) / 2])
+    refuses("no .*results.json in .*gone", ev.main,
+            ["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
+
+# ---- eval.py: page of a run ------------------------------------------------------------
+def test_the_page_of_a_run(straight, tmp_path):
+    """With a fork's filter, answers that name no single image, and texts that try to break out."""
+    run = shutil.copytree(straight, tmp_path / "run")
+    logged = read_rows(run / "rollouts.jsonl")
+    write_rows(run / "rollouts.jsonl", *logged, *[
+        logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1], order=[0, 1],
+                         response="</script><script><b>bold</b>", images=["gone.png"] * 2)
+        for rule, gold in (("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("pair", "1-2"))])
+    ev.main(["--page", str(run)])
+    text = (run / "page.html").read_text()
+    data = json.loads(re.search(r"const DATA = (.*);", text)[1])
+    assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text), "it needs no other file"
+    assert "<b>bold" not in text and text.count("</script>") == 1
+    assert data["metrics"] == read_rows(run / "metrics.jsonl") and data["images"]["gone.png"] == ""
+    picture = data["images"][logged[0]["images"][0]].partition(",")[2]
+    Image.open(io.BytesIO(base64.b64decode(picture))).verify()
+    first, _, *others = data["groups"]
+    rewards = {row["reward"] for row in logged[:6]}
+    assert (len(first["orders"]), first["verdict"] == "kept") == (2, len(rewards) > 1)
+    assert [group["orders"][0][0]["right_image"] for group in others[:4]] == [-1, -1, 1, -1]
+    held_out = [[row["step"] for row in group["orders"][0]] for group in others[4:]]
+    assert held_out == [[0, 2, 4]] * 3, "a held-out question through the run"
+    refuses("not a run folder", ev.main, ["--page", str(tmp_path)])
+    edit(run / "config.json", filter="disagree")
+    assert '"verdict": "disagree"' in ev.write_page(run).read_text()
+
+@pytest.fixture(scope="module")
+def paged(tmp_path_factory):
+    """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
+    held-out question asked at steps 0 and 1."""
+    run = tmp_path_factory.mktemp("paged") / "run"
+    Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
+    shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
+                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="")
+    hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
+    rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
+                          reward=right, advantage=2 * right - 1)
+            for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
+    rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
+                              reward=1.0, advantage=0.0))
+    write_rows(run / "rollouts.jsonl", *rows)
+    write_rows(run / "held_out.jsonl", *[
+        shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
+                      accuracy=step, reward=step, advantage=0.0) for step in (0, 1)])
+    write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
+               dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
+                    length=9.0, kl=0.0, idle=.1, truncated=0.0))
+    ev.main(["--page", str(run)])
+    return run / "page.html"
+
+def in_browser(page, tmp_path, width, script=""):
+    """The page as Chromium shows it after its script ran, and then this one."""
+    browser, copy = shutil.which("chromium") or pytest.skip("no chromium"), tmp_path / "shown.html"
+    copy.write_text(page.read_text() + f"<script>{script}</script>")
+    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+             f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} "
+             f"--dump-dom --window-size={width},800")
+    shown = subprocess.run([browser, *flags.split(), f"file://{copy}"], capture_output=True,
+                           text=True, timeout=60).stdout
+    return re.sub("(?s)<script>.*?</script>", "", shown)
+
+def test_the_page_in_a_browser(paged, tmp_path):
+    """Its script runs: curves are drawn, the group is shown, and model text is text."""
+    shown = in_browser(paged, tmp_path, 1200)
+    assert shown.count("<figure") == 6 and "<title>PeRL run</title>" in shown
+    assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
+    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
+    assert shown.count('class="right"') == 2, "the right image is framed in both orders"
+
+KEYS = """
+  for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
+    document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  document.title = document.documentElement.scrollWidth + " of " + innerWidth;
+"""
+
+def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
+    """Arrow keys go through the groups, to the held-out question; nothing sticks out."""
+    shown = in_browser(paged, tmp_path, 400, KEYS)
+    assert "Held-out question h" in shown and "step 1: right" in shown
+    width, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
+    assert width <= screen <= 500
+
+@pytest.fixture
+def forked(paged, tmp_path):
+    """The page of a fork with a flag and metrics of its own, without one of our settings."""
+    for file in paged.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    edit(tmp_path / "config.json", my_flag={"a": [1]}, filter_low=None, beta=None)
+    own = dict(with_gradient=.5, by_permutation=None, my_gap=-.3, my_word="x", my_nan=math.nan)
+    start, row = read_rows(tmp_path / "metrics.jsonl")
+    write_rows(tmp_path / "metrics.jsonl", start, row | own,
+               row | own | dict(step=2, by_permutation=.25, my_gap=.3))
+    ev.main(["--page", str(tmp_path)])
+    return tmp_path / "page.html"
+
+def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_path):
+    shown = in_browser(forked, tmp_path, 1280)
+    titles = re.findall("<figcaption[^>]*>(.*?)</figcaption>", shown)
+    assert titles[3] == "Groups that give a gradient" and titles[-1] == "my_gap"
+    assert not {"my_nan", "my_word"} & {*titles} and "NaN" not in shown
+    of_these = shown[shown.index("Groups that give a gradient"):]
+    assert "equal rewards in every order" in of_these[:of_these.index("</figure>")]
+    first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
+    assert first == tuple(sorted(first)), "the group, the curves, the glossary"
+    curves = shown[shown.index("Held-out questions</fig"):]
+    dashes = re.findall('stroke-dasharray="([^"]*)"', curves)
+    assert len(set(dashes[:6])) == 3, "three lines, and their signs in the legend, all different"
+
+LAYOUT = """
+  const cards = [...document.querySelectorAll("#curves figure")], lone = [];
+  for (const node of document.querySelectorAll("p, dd, figcaption, h2, strong, .scores, pre")) {
+    const words = [], walk = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\S+/g)) {
+      const range = document.createRange();
+      range.setStart(walk.currentNode, word.index);
+      range.setEnd(walk.currentNode, word.index + word[0].length);
+      words.push(range.getBoundingClientRect().bottom);
+    }
+    const last = words.filter(bottom => Math.abs(bottom - words[words.length - 1]) < 6);
+    if (last.length === 1 && words.length > 1) lone.push(node.textContent);
+  }
+  const tops = cards.map(card => card.offsetTop), root = document.documentElement;
+  document.title = JSON.stringify([tops, lone, root.scrollWidth]);
+"""
+
+@table("name", ["paged", "forked"])
+@table("beta, width", [(0.01, 1280), (0.0, 1280), (0.01, 400), (0.0, 400)])
+def test_no_card_and_no_word_stands_alone(request, tmp_path, name, beta, width):
+    page, text = tmp_path / "of_beta.html", request.getfixturevalue(name).read_text()
+    page.write_text(text.replace('"beta": 0.01', f'"beta": {beta}'))
+    shown = in_browser(page, tmp_path, width, LAYOUT)
+    tops, lone, scroll = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+    assert not lone and scroll <= max(width, 500)
+    assert width < 500 or min(Counter(tops).values()) > 1, "a card alone in its row"
+
+# ---- eval.py: --flip -------------------------------------------------------------------
+@pytest.fixture
+def flip_data(tmp_path):
+    ids = ("keep1", "keep2", "excluded", "border")
+    med = [with_pictures(MED) | {"question_id": key} for key in ids]
+    med[0]["question"] = "Which image comes first?"  # never, by our rules
+    mantis = [with_pictures(MANTIS) | {"id": key} for key in ids]
+    write_parquet(med, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
+    write_parquet(mantis, tmp_path / "Mantis-Eval" / "mantis_eval" / "test-0.parquet")
+    clone, classes = tmp_path / "facet-probe", ("keep", "keep", "exclude", "borderline")
+    screen, rates = ["dataset,hf_id,classification"], ["model,dataset,k6_flip_rate,n_screened"]
+    for name in ("mantis_eval", "medframeqa"):
+        screen += [f"{name},{key},{label}" for key, label in zip(ids, classes)]
+        rates.append(f"other-7b,{name},0.25,4")
+    for file, lines in ((ev.SCREEN, screen), (ev.RATES, rates)):
+        (clone / file).parent.mkdir(parents=True, exist_ok=True)
+        (clone / file).write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+def flip(folder):
+    ev.main(["--flip", "--data-dir", str(folder), "--out", str(folder / "out"),
+             "--max-new-tokens", "2"])
+
+def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(flip_data, capsys):
+    flip(flip_data)
+    out = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if "|" in line}
+    assert out.count("3 items") == 2 and "25.0 [4.6, 69.9]" in rows["other-7b"]
+    assert "0.0 [0.0, 56.2]" in rows["tiny"], "no answer was read, so none flips; 3 items are few"
+    assert "unread answer in %:  mantis-eval 100.0  medframeqa 100.0" in out
+    for name in ("mantis-eval", "medframeqa"):
+        asked = read_rows(flip_data / "out" / "tiny" / "flip" / name / "samples.jsonl")
+        orders = {(row["id"], row["gold"], *row["order"]) for row in asked}
+        assert len(asked) == len(orders) == 18 and asked[0]["order"] == [0, 1, 2]
+        golds = Counter((row["id"], row["gold"]) for row in asked)
+        assert list(golds.values()) == [6] * 3 and {key for key, _ in golds} == {
+            "keep1", "keep2", "border"}, "the gold stays"
+
+def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
+    with (flip_data / "facet-probe" / ev.SCREEN).open("a") as screen:
+        screen.write("medframeqa,gone,keep\n")
+    refuses("medframeqa has no question gone", flip, flip_data)
+    shutil.rmtree(flip_data / "facet-probe")
+    refuses("clone github.com/yahskapar/facet-probe", flip, flip_data)
+
+# ---- data_samples/curate.py: rows become samples ---------------------------------------
+def digit(k, kind="PNG", mode="RGB"):
+    with Image.open(DIGITS[k]) as image:
+        return encoded(image.convert(mode), kind)["bytes"]
+
+def mantis_row(k, paths, question, answer):
+    images = [{"bytes": None, "path": path} for path in paths]
+    talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": str(k), "images": images, "conversation": talk, "source": "any"}
+
+def write_mantis(folder, config, rows, contents, parts=("train_images.zip",)):
+    """A subset of Mantis-Instruct as on the Hub: parquet, and the images in one or more zips."""
+    folder = folder / "Mantis-Instruct" / config
+    write_parquet(rows, folder / "train-00000-of-00001.parquet")
+    if len(parts) > 1:
+        (folder / "train_images_zips.txt").write_text("\n".join(parts))
+    for k, part in enumerate(parts):
+        with zipfile.ZipFile(folder / part, "w") as archive:
+            for name in sorted(contents)[k::len(parts)]:
+                archive.writestr(name, contents[name])
+
+def image_of(k, **how):
+    return {"bytes": digit(k, **how), "path": None}
+
+def k12_row(k, question, answer, image):
+    return {"id": str(k), "question": question, "answer": answer, "subject": "math",
+            "image": image}
+
+OPTIONS = "\nA. <image>\nB. <image>\nC. <image>"
+DREAM = ("Answer the following multiple-choice question:\nHere are there images: <image> <image> "
+         "<image>. If image {} is the reference image, which image of the other two is more "
+         "similar to the reference image?\nOptions:\n(A) Image {}\n(B) Image {}")
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    root, contents, dream, icon = tmp_path_factory.mktemp("copies"), {}, [], []
+    for k in range(6):
+        for rows, kind, names, question, answer, first in (
+                (dream, "nights", "012", DREAM.format(2, 1, 3), "AB"[k % 2], 3 * k),
+                (icon, "choose_img", ("image", *"012"), f"<image>Which shape is like {k}?{OPTIONS}",
+                 "Answer: B", 20 + 4 * k)):
+            paths = [f"{kind}/{k}/{name}.png" for name in names]
+            rows.append(mantis_row(k, paths, question, answer))
+            contents |= {path: digit(first + j) for j, path in enumerate(paths)}
+    write_mantis(root, "dreamsim", dream, contents)
+    write_mantis(root, "iconqa", icon, contents, ("part_0.zip", "part_1.zip"))
+    k12 = [k12_row(k, f"As shown, AB = {k}. How long is CD?", f"$${k}$$",
+                   image_of(50 + k, mode=mode)) for k, mode in enumerate(("RGB", "RGBA", "L", "P"))]
+    geometry = [{"images": [image_of(60 + k)], "answer": rf"{k}\sqrt{{2}}",
+                 "problem": "<image>Find x."} for k in range(3)]
+    for name, rows in (("MMK12", k12), ("geometry3k", geometry)):
+        write_parquet(rows, root / name / "data" / "train-00000-of-00001.parquet")
+    return root
+
+ALL_SOURCES = ["mantis:dreamsim", "mantis:iconqa", "mmk12", "hiyouga/geometry3k"]
+
+def run_curate(copies, out, *more, sources=ALL_SOURCES):
+    curate.open_zip.cache_clear()
+    curate.main([*sources, "--data-dir", str(copies), "--out", str(out), *more])
+    return out
+
+@pytest.fixture(scope="module")
+def curated(copies, tmp_path_factory):
+    return run_curate(copies, tmp_path_factory.mktemp("curated") / "out")
+
+def test_rows_of_all_layouts_become_samples(curated):
+    samples = {sample.id: sample for sample in perl.load_samples(curated / "train.jsonl")}
+    assert Counter(s.source for s in samples.values()) == {
+        "mantis-dreamsim": 6, "mantis-iconqa": 6, "mmk12": 4, "geometry3k": 3}
+    dream, icon = samples["mantis-dreamsim-0000002"], samples["mantis-iconqa-0000001"]
+    assert (dream.answer, dream.order_rule, dream.movable) == ("B", "keep", (0, 1, 2))
+    assert "<image_2> is the reference" in dream.question and "(A) <image_1>" in dream.question
+    assert (icon.answer, icon.order_rule, icon.movable) == ("B", "letter", (1, 2, 3))
+    k12, geometry = samples["mmk12-0000003"], samples["geometry3k-0000002"]
+    assert (k12.answer, k12.order_rule) == ("2", "never") and k12.question.startswith("<image>As")
+    assert (geometry.answer, geometry.question) == (r"1\sqrt{2}", "<image>Find x.")
+    report = (curated / "REPORT.md").read_text()
+    assert report.startswith("# 19 of 19 questions") and (curated / "ten.jpg").exists()
+    assert "| mantis-iconqa: option image | 0 | 0 | 0 | 6 | 6 |" in report
+    for sample, first in ((dream, 3), (icon, 20), (k12, 52), (geometry, 61)):
+        for k, path in enumerate(sample.images, first):  # the right picture stands at each place
+            with Image.open(path) as image, Image.open(DIGITS[k]) as source:
+                assert image.tobytes() == source.convert("RGB").tobytes()
+
+def one_image(question, answer, path="a.png"):
+    return mantis_row(0, [path], "<image> " + question, answer)
+
+BAD = {
+    "not 1 to 16 images": mantis_row(0, [], "How many?", "3"),
+    "placeholders do not fit the images": mantis_row(0, ["a.png", "b.png"], "<image> Why?", "3"),
+    "question over 4000 characters": one_image("why " * 1500, "3"),
+    "control characters or tokens in the text": one_image("<|im_end|> What is it?", "3"),
+    "no answer": one_image("What is it?", " "),
+    "answer is none of the options": one_image("?\nA. 1\nB. 2", "C"),
+    "answer names an image in words": mantis_row(
+        0, ["a.png", "b.png"], "<image><image> Which?", "The final image"),
+    "answer has several parts": one_image("Solve.", "(1) 3; (2) 4"),
+    "answer is one of many": one_image("Which sides are equal?", "AB = CD (not unique)"),
+    "answer lists alternatives": one_image("Solve.", "x = 3 or x = -1"),
+    "answer in unknown LaTeX": one_image("Which?", r"\ding{172}"),
+    "open answer": one_image("What is it?", "A man who rides a bike."),
+    "answer that our grader cannot read": one_image("Which set?", "{3"),
+    "image not found": one_image("How many?", "3", "none.png"),
+    "image name is ambiguous": one_image("How many?", "3", "0.png"),
+    "image unreadable": one_image("How many?", "3", "torn.png"),
+    "image too large or too thin": one_image("How many?", "3", "thin.png"),
+    "duplicate": one_image("How many brown cows graze here?", "4"),
+    "near duplicate": one_image("How many brown cows do graze here?", "4", "a.jpg"),
+    "one question with several answers": one_image("Is it odd?", "No", "b.png")}
+
+@pytest.fixture
+def bad_copies(tmp_path):
+    """Rows that each rule drops, after three that stay."""
+    good = [one_image("How many brown cows graze here?", "4"), one_image("Is this a horse?", "No"),
+            one_image("Is it odd?", "No", "c.png"),
+            one_image("Is it odd?", "Yes", "b.png")]  # contradicted below
+    contents = {"a.png": digit(0), "a.jpg": digit(0, "JPEG"), "b.png": digit(1),
+                "c.png": digit(2), "x/0.png": digit(3), "y/0.png": digit(4),
+                "thin.png": encoded(Image.new("RGB", (900, 3)), "PNG")["bytes"],
+                "torn.png": digit(5)[:-60]}
+    write_mantis(tmp_path / "copies", "nlvr2", good + list(BAD.values()), contents)
+    return tmp_path / "copies"
+
+CIRCLES = "Statements: ① a ② b ③ c ④ d. Which are right?"
+LABELS = "(1) a (2) b (3) c (4) d. Which are right?"
+
+@table("answer, question, gold", [  # what is left of a gold, or the rule that drops it
+    (r"$\number{24}$", "", "24"), (r"\boxed{\text{24}}", "", "24"), ("24 (students)", "", "24"),
+    (r"24\mathrm{~cm}", "", "24 cm"), ("3.4.", CIRCLES, "③④"), ("3.4.", LABELS, "3, 4"),
+    ("3 and 4", "", "3, 4"), ("3.4", LABELS, "3.4"), (r"$40^{\circ}$", "", r"40^{\circ}"),
+    (r"$$\dfrac{35}{4}$$", "", r"\dfrac{35}{4}"), *[(gold, CIRCLES, gold) for gold in (
+        "7 (mod 12)", "③④", "12, 5", r"(-\infty, 3]", "1 1/2", "black and white", "OR gate",
+        r"2\sin (2x-\frac{\pi }{6})")],
+    ("$$BD=CE$$ (not unique)", "", "answer is one of many"),
+    ("(1)3;(2)5", "", "answer has several parts"), ("6 or 2", "", "answer lists alternatives"),
+    (r"$$x \geqslant 2$$(or $$x > 2$$)", "", "answer lists alternatives"),
+    ("It is reasonable because of it", "", "open answer"), ("", "", "no answer")])
+def test_golds_are_unwrapped_so_that_a_natural_answer_meets_them_or_dropped(answer, question, gold):
+    found = curate.unwrap_gold(curate.gold_of(answer, question, 1), question)
+    if gold.startswith(("answer ", "open ", "no ")):
+        with pytest.raises(curate.Dropped, match=gold):
+            curate.check_gold(found)
+    else:
+        curate.check_gold(found)
+        assert found == gold and perl.is_correct(rf"\boxed{{{gold}}}", gold)
+
+def test_what_a_rule_drops_is_counted_and_shown(bad_copies, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # ev.main sets it
+    out = run_curate(bad_copies, tmp_path / "out", sources=["mantis:nlvr2"])
+    dropped = Counter(row["rule"] for row in read_rows(out / "dropped.jsonl"))
+    assert dropped == dict.fromkeys(BAD, 1) | {"one question with several answers": 2}
+    assert [s.id[-1] for s in perl.load_samples(out / "train.jsonl")] == ["1", "2", "3"]
+    text = (out / "REPORT.md").read_text()
+    assert all(f"| {rule} | " in text for rule in BAD)
+    assert text.startswith(f"# 3 of {len(BAD) + 4} questions")
+
+def test_an_answer_that_names_an_image_never_stays(tmp_path):
+    rows = [mantis_row(0, ["a.png", "b.png"], f"<image><image> {question}", "The first image")
+            for question in ("How many of the images show a 3?", "Which image shows a 3?")]
+    write_mantis(tmp_path, "nlvr2", rows, {"a.png": digit(0), "b.png": digit(1)})
+    out = run_curate(tmp_path, tmp_path / "out", sources=["mantis:nlvr2"])
+    assert [s.order_rule for s in perl.load_samples(out / "train.jsonl")] == ["never", "index"]
+
+@table("sources, message", [
+    (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
+    (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources have the same name"),
+    (["hiyouga/MMK12"], "row 1: not the columns of MMK12"),
+    (["mantis:iconqa"], "part_1.zip is missing")])
+def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, sources, message):
+    shutil.copytree(copies, tmp_path / "copies")
+    (tmp_path / "copies" / "Mantis-Instruct" / "iconqa" / "part_1.zip").unlink()
+    refuses(message, run_curate, tmp_path / "copies", tmp_path / "out", sources=sources)
+
+def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(perl, "read_image", lambda file: pytest.fail("decoded"))
+    for size in ((8000, 6000), (900, 8)):
+        with pytest.raises(curate.Dropped, match="too large or too thin"):
+            curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
+
+PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> Here is a statement "
+             "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
+CHOOSE = "Answer the following multiple-choice question:\n"
+SHORT = "Answer the following question:\nIf image 3 is the reference image, "
+SIMILAR = "which image of the other two is more similar to the reference image?"
+OTHERS = ("which image of the other two images <image> <image> is more similar to the reference "
+          "image? ")
+ASSUME = "(Assume reference image is image 1 and the other two are image 2 and image 3)"
+RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally "
+            "contrastive images\nDescription:\nA man waves.")
+THIS_TEXT = ("Given this detailed description:\nA man waves.\n"
+             "Which image provided best matches the description?")
+MANTIS_ROWS = [  # config, question, answer; gold, rule, movable. As data/*/prepare.py words them
+    ("dreamsim", DREAM.format(2, 3, 1), "B", "B", "keep", (0, 1, 2)),
+    ("dreamsim", f"{CHOOSE}If <image> is the reference image, {OTHERS}{ASSUME}\n"
+     "Options:\n(A) Image 2\n(B) Image 3", "A", "A", "keep", (1, 2)),
+    ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
+     "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
+    ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
+     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
+    ("imagecode", "<image>" * 4 + RETRIEVE, "Answer: Image 3", "3", "index", (0, 1, 2, 3)),
+    ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
+    ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
+    ("iconqa", "Which has more?<image>" + OPTIONS, "Answer: A", "A", "letter", (1, 2, 3)),
+    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
+    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
+    ("nlvr2", PAIR_TRUE.format("The right image shows a dog."), "B", "B", "keep", (0, 1))]
+
+def test_rows_of_mantis_in_its_own_wordings(tmp_path):
+    rows, digits = {}, iter(range(200))
+    for config, question, answer, *_ in MANTIS_ROWS:
+        k = len(rows.setdefault(config, []))
+        paths = [f"{k}/{j}.png" for j in range(question.count("<image>"))]
+        rows[config].append(mantis_row(k, paths, question, answer))
+        # Later turns of a conversation refer back to the first, so they are left out.
+        rows[config][-1]["conversation"] += [{"role": "user", "content": "Why?"}]
+    for config in rows:
+        paths = [image["path"] for row in rows[config] for image in row["images"]]
+        write_mantis(tmp_path, config, rows[config], {path: digit(next(digits)) for path in paths})
+    out = run_curate(tmp_path, tmp_path / "out", sources=[f"mantis:{config}" for config in rows])
+    samples = perl.load_samples(out / "train.jsonl")
+    found = [(s.source, s.answer, s.order_rule, s.movable) for s in samples]
+    assert found == [("mantis-" + row[0], *row[3:]) for row in MANTIS_ROWS]
+
+# ---- data_samples/curate.py: benchmarks, held-out questions and limits -----------------
+def test_benchmarks_are_kept_out(copies, tmp_path):
+    """By the same pixels, by a JPEG of them, by 13 words; 13 words of a template do not count."""
+    against, sources = tmp_path / "against", shutil.copytree(copies, tmp_path / "copies")
+    write_parquet([{"question": "short", "image": image_of(3)}], against / "test.parquet")
+    (against / "near.jpg").write_bytes(digit(21, "JPEG"))
+    template = "here are there images if image 2 is the reference image which image of the other"
+    write_rows(against / "b.jsonl", {"deep": [{"q": template}]})
+    leaked = "The two cars drive off at noon from towns ninety miles apart; when do they meet?"
+    (against / "c.json").write_text(json.dumps([leaked.upper()]))
+    k12 = [k12_row(k, question, "3", image_of(70 + k))
+           for k, question in enumerate((leaked, "A car drives."))]
+    write_parquet(k12, sources / "MMK12" / "data" / "train-00001.parquet")
+    out = run_curate(sources, tmp_path / "out", "--against", str(against))
+    dropped = {row["id"]: row["rule"] for row in read_rows(out / "dropped.jsonl")}
+    assert dropped == {"mantis-dreamsim-0000002": "picture of a benchmark",
+                       "mantis-iconqa-0000001": "near duplicate of a benchmark's picture",
+                       "mmk12-0000005": "13 words of a benchmark"}
+
+def drawing(seed):
+    """A figure of thin lines, as in mathematics; another one for each seed."""
+    rng, picture = random.Random(seed), Image.new("RGB", (320, 240), "white")
+    draw = ImageDraw.Draw(picture)
+    for _ in range(6):
+        points = [rng.randrange(20, 220) for _ in range(4)]
+        draw.line(points, "black", 2)
+        x, y, radius = rng.randrange(60, 260), rng.randrange(60, 180), rng.randrange(10, 55)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black")
+    return picture
+
+def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
+    for seed in range(60):
+        drawing(seed).save(tmp_path / f"{seed}.png")
+    benchmarks, nothing = curate.read_benchmarks([tmp_path]), curate.read_benchmarks([])
+    copy = tmp_path / "copy.jpg"
+    for seed in range(60):
+        for picture, is_known in ((drawing(seed).resize((256, 192)), True),
+                                  (drawing(1000 + seed), False)):
+            picture.save(copy, quality=80)
+            bits = curate.near_hash(perl.read_image(copy))
+            assert benchmarks.shows(bits, copy) == is_known and not nothing.shows(bits, copy)
+
+def test_held_out_questions_share_no_picture_and_every_source_gives_its_part():
+    def question(k, source, *pictures):
+        return {"id": f"{source}-{k:03d}", "source": source, "images": list(pictures)}
+    apart = [question(k, "apart", f"a{k}") for k in range(60)]
+    pairs = [question(k, "pairs", f"p{k // 2}." + "jp"[k % 2], f"q{k}") for k in range(30)]
+    chain = [question(k, "chain", f"c{k}", f"c{k + 1}") for k in range(30)]
+    samples = apart + pairs + chain
+    held = curate.hold_out(samples, 24)
+    by_source = Counter(name.partition("-")[0] for name in held)
+    # A chain hangs together by its ends, so none of it fits into its part of 6.
+    assert by_source == {"apart": 12, "pairs": 6}
+    pictures = [{Path(path).stem for s in samples if (s["id"] in held) == part
+                 for path in s["images"]} for part in (True, False)]
+    assert not pictures[0] & pictures[1]
+    assert held == curate.hold_out(samples[::-1], 24) != curate.hold_out(samples, 12)
+    assert curate.hold_out(samples, 0) == set()
+
+def test_a_limit_takes_random_rows_until_enough_are_kept(tmp_path):
+    bad = mantis_row(0, ["none.png"], "<image> How many?", "3")
+    good = [one_image(f"How many {word} cows?", "4", f"{k}.png")
+            for k, word in enumerate("red big old wet shy odd sad fat shy2 new".split())]
+    contents = {f"{k}.png": digit(k) for k in range(10)}
+    rows = [row for pair in zip(good, [bad] * 10) for row in pair]
+    write_mantis(tmp_path, "nlvr2", rows, contents)
+    ids = {}
+    for limit in (1, 6, 30):
+        out = run_curate(tmp_path, tmp_path / f"out{limit}", sources=[f"mantis:nlvr2={limit}"])
+        ids[limit] = [s.id for s in perl.load_samples(out / "train.jsonl")]
+        assert len(ids[limit]) == min(limit, 10) and ids[limit] == sorted(ids[limit])
+    assert ids[6] != ids[30][:6] and set(ids[1]) < set(ids[6]) < set(ids[30])
+    log = read_rows(tmp_path / "out1" / ".work" / "mantis-nlvr2.jsonl")
+    assert len(log) < 20, "one question is enough"
+    for text in ("mantis:nlvr2=", "mmk12=0", "mmk12=-3", "mmk12=x"):
+        refuses("the most questions to keep", curate.parse_source, text)
+
+# ---- data_samples/curate.py: its report; killed and continued --------------------------
+def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, monkeypatch):
+    out, calls, store = tmp_path / "out", [], curate.store_image
+    def dies(*args):
+        calls.append(args)
+        return die() if len(calls) == 30 else store(*args)
+    monkeypatch.setattr(curate, "store_image", dies)
+    with pytest.raises(Killed):
+        run_curate(copies, out)
+    with open(out / ".work" / "mantis-iconqa.jsonl", "a") as file:
+        file.write('{"sample": {"id"')  # a line torn by the kill
+    assert not (out / "train.jsonl").exists()
+    run_curate(copies, out)
+    assert len(calls) < 30 + 18 + 24 + 7
+    for name in ("train.jsonl", "REPORT.md", "ten.jpg", "dropped.jsonl"):
+        assert (out / name).read_bytes() == (curated / name).read_bytes()
+    refuses("begun with other sources", run_curate, copies, out, sources=["mmk12"])
+
+STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
+              "The digit grew over time.")
+RAW_SOURCES = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
+
+def write_mixed(folder, n):
+    """5 n rows in the raw formats of RAW_SOURCES, as data/*/prepare.py of Mantis writes them; every
+    picture is used once, but for the nlvr2 rows 0 and 1, which share one."""
+    rows, contents, digits = {name: [] for name in RAW_SOURCES}, {}, iter(range(len(DIGITS)))
+    def ask(source, n_images, question, answer):
+        paths = []
+        for j in range(n_images):
+            paths.append(f"{source}/{len(rows[source])}/{j}.png")
+            contents[paths[-1]] = digit(next(digits))
+        if source == "mantis:nlvr2" and len(rows[source]) == 1:
+            paths[0] = f"{source}/0/0.png"
+        rows[source].append(mantis_row(len(rows[source]), paths, question, answer))
+    for k in range(n):
+        ask("mantis:nlvr2", 2, PAIR_TRUE.format(STATEMENTS[k % 3]), "AB"[k % 2])
+        ask("mantis:dreamsim", 3, DREAM.format(2, 1, 3), "AB"[k % 2])
+        ask("mantis:iconqa", 4, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B")
+        ask("mantis:imagecode", 5, "<image>" * 5 + "Given a detailed description, retrieve the "
+            "target image among 10 minimally contrastive images\nDescription:\n"
+            f"A digit with {k} strokes.", f"Answer: Image {k % 5 + 1}")
+        image = image_of(next(digits))
+        rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", str(k), image))
+    for source in RAW_SOURCES[:4]:
+        name = source.partition(":")[2]
+        own = {path: contents[path] for path in contents if path.startswith(source)}
+        write_mantis(folder, name, rows[source], own)
+    write_parquet(rows["mmk12"], folder / "MMK12" / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+def test_the_report_says_why_images_may_not_move(tmp_path, capsys):
+    write_mixed(tmp_path / "copies", 3)
+    out = run_curate(tmp_path / "copies", tmp_path / "all", sources=RAW_SOURCES)
+    text = (out / "REPORT.md").read_text()
+    assert "11 of 12 with several images can be permuted (index 3, keep 5, letter 3)" in text
+    assert "| words that may mean order, time or place | 1 | 0 | 1 |" in text
+    assert "| one image | 0 | 3 | 3 |" in text
+    assert "place (grew 1, time 1)\n  - `mantis-nlvr2-0000003`, answer `A`" in text
+    assert "WARNING" not in capsys.readouterr().out
+    rows = [mantis_row(k, [f"{k}.png", f"{k + 9}.png"], "<image><image>" + question, "Yes")
+            for k, question in enumerate(["Did it change?", "Is it later?", "Is it the last?"])]
+    write_mantis(tmp_path / "never", "nlvr2", rows, {f"{k}.png": digit(k) for k in range(12)})
+    out = run_curate(tmp_path / "never", tmp_path / "none", sources=["mantis:nlvr2"])
+    text = (out / "REPORT.md").read_text()
+    assert "0 of 3 with several images can be permuted (none)\nWARNING" in text
+    assert text.count("  - `mantis-nlvr2-") == 2, "two examples"
+    assert "WARNING: on the others PeRL is plain GRPO" in capsys.readouterr().out
+
+@table("answer, rule, question, extra, right, moves", [
+    ("2", "index", "<image><image> Which image shows a cat?", {}, [1], [0, 1]),
+    ("2, 1", "sequence", "<image><image> Sort the images.", {}, [1, 0], [0, 1]),
+    ("B", "letter", "<image>\nA. <image>\nB. <image>", {"movable": [1, 2]}, [2], [1, 2]),
+    ("A", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [1], []),
+    ("B", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [2], []),
+    ("B", "keep", "<image><image> Which?\nA. <image_2>\nB. <image_1>", {}, [0], [0, 1]),
+    ("A", "keep", "<image><image> All red?\nA. Yes\nB. No", {}, [], [0, 1]),
+    ("3", "keep", "<image><image> How many?", {}, [], [0, 1]),
+    ("3", "never", "<image>?", {}, [], [])])
+def test_the_picture_frames_the_right_image(tmp_path, answer, rule, question, extra, right, moves):
+    n = question.count("<image>")
+    sample = {"id": "q", "source": "s", "images": [f"{k}.png" for k in range(n)], "answer": answer,
+              "order_rule": rule, "question": question} | extra
+    assert curate_report.right_images(sample) == right
+    assert curate_report.movable_of(sample) == moves
+    for k in range(n):
+        (tmp_path / f"{k}.png").write_bytes(digit(k))
+    record = {"sample": sample, "why": "one image"}
+    curate_report.draw_ten([record], tmp_path)
+    with Image.open(tmp_path / "ten.jpg") as sheet:
+        cells = [sheet.crop((k * curate_report.CELL, 0, (k + 1) * curate_report.CELL, sheet.height))
+                 for k in range(n)]
+    def green(cell):
+        red, green, blue = (np.asarray(band, dtype=int) for band in cell.split())
+        return ((green > red + 60) & (green > blue + 40)).sum()
+    assert [k for k in range(n) if green(cells[k]) > 500] == sorted(right)
+    said = curate_report.what_moves(record)
+    assert said.startswith(rule) and ("2, 3 may move" in said) == bool(extra)
+
+# ---- The README's recipe: from raw rows to the last table ------------------------------
+def recipe():
+    """The commands of the README's recipe, each as script and arguments."""
+    section = (HERE / "README.md").read_text().partition("## Train the 7B")[2]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
+    commands = []
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            k = next(k for k, word in enumerate(words) if word.endswith(".py"))
+            commands.append((words[k], words[k + 1:]))
+    return commands
+
+def test_the_readmes_recipe_runs(tmp_path, monkeypatch, capsys):
+    """Its own commands, one after the other: the tiny model in the 7B's place, two steps, 200
+    rows in the raw formats, and the held-out questions in the benchmarks' place."""
+    monkeypatch.chdir(tmp_path)
+    write_mixed(tmp_path / "copies", 40)
+    small = ["--steps", "2", "--questions-per-step", "4", "--max-new-tokens", "48",
+             "--eval-orders", "6"]
+    done, stage2 = Counter(), Path("runs/7b/stage2")
+    for script, words in recipe():
+        text = " ".join(words).replace("Qwen2.5-VL-7B", "tiny")
+        text = text.replace("--hold-out 300", "--hold-out 20")
+        text = text.replace("--benchmarks all", "--benchmarks real/heldout.jsonl --orders 6")
+        if "stage2/best" in text and not (stage2 / "best").exists():
+            # It is written when eval_worst improves, which two steps may not do.
+            shutil.copytree(stage2 / "checkpoint-2", stage2 / "best")
+        argv = text.split()
+        if script == "data_samples/curate.py":
+            curate.main([*argv, "--data-dir", "copies"])
+        elif script == "perl.py":
+            perl.main(argv + small)
+        else:
+            ev.main(argv + ["--max-new-tokens", "48"] * ("--model" in argv))
+        done[script] += 1
+    assert done == {"data_samples/curate.py": 1, "perl.py": 4, "eval.py": 4}
+    train, held = read_rows(Path("real/train.jsonl")), read_rows(Path("real/heldout.jsonl"))
+    assert (len(train), len(held)) == (180, 20)
+    scores, kept = (json_of(Path("runs/7b/stage0") / name) for name in ("scores.json", "kept.json"))
+    assert len(scores) == 180 > 2 * len(kept) - 2
+    for stage in (1, 2):
+        metrics = read_rows(Path(f"runs/7b/stage{stage}/metrics.jsonl"))
+        assert [row["step"] for row in metrics] == [0, 1, 2] and "eval_worst" in metrics[-1]
+        assert stage == 2 or metrics[1]["kept"] + metrics[2]["kept"] > 0
+    said = capsys.readouterr().out
+    assert "start model: runs/7b/stage1/checkpoint-2" in said
+    assert re.search(r"\| heldout +\| 20 ", said), "the two runs are compared"
+
+# ---- data_samples/ablate.py ------------------------------------------------------------
+def test_the_t_interval_and_test():
+    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
+    of its distribution, integrated by trapezoids; a mean of just that size has p = 5 %."""
+    assert stats.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
+    assert stats.interval([5.0]) == (5.0, math.inf)
+    for freedom, quantile in enumerate(stats.T_QUANTILES, 1):
+        constant = math.gamma((freedom + 1) / 2) / (
+            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
+        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
+        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
+        values = [float(k % 2) for k in range(freedom + 1)]
+        _, half = stats.interval(values)
+        shifted = [value - sum(values) / len(values) - half for value in values]
+        assert stats.p_value(shifted) == pytest.approx(0.05, abs=1e-4)
+    assert stats.p_value([2.0, 2.0]) == 0 and stats.p_value([0.0, 0.0]) == 1
+
+@table("p_values, survivors", [
+    ([0.001, 0.02, 0.04], [0, 1, 2]), ([0.04, 0.001, 0.03], [1]), ([0.02, 0.03, 0.04], []),
+    ([0.04], [0]), ([], [])])
+def test_holms_correction(p_values, survivors, monkeypatch):
+    """The smallest of m p-values is compared with 5 % / m, the next with 5 % / (m - 1), .."""
+    monkeypatch.setattr(stats, "p_value", lambda value: value)
+    assert stats.holm(dict(enumerate(p_values))) == survivors
+
+CODE = 'def f(x):\n    """What."""\n    return x + 1\n'
+
+def test_comments_and_docstrings_do_not_change_the_hash_and_code_does(tmp_path):
+    def hash_of(code):
+        (tmp_path / "a.py").write_text(code)
+        return hashes.code_hash(tmp_path / "a.py")
+    same = [CODE.replace("return", "# why\n\n    return  "), CODE.replace("What", "Which"),
+            CODE.replace('    """What."""\n', ""), '"""Module."""\n' + CODE]
+    others = [CODE.replace("+ 1", "+ 2"), CODE + "f(1)\n", CODE.replace('"""What."""', 'y = "W"')]
+    assert {hash_of(code) for code in same} == {hash_of(CODE)}
+    assert hash_of(CODE) not in map(hash_of, others)
+
+def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatch):
+    monkeypatch.setattr(ablate, "base_hash", lambda: "base")
+    def hash_of(**changes):
+        arm = ablate.Arm("title", ("--seed 1",))._replace(**changes)
+        return ablate.heading("name", arm, 0)["hash"]
+    found = [hash_of(), hash_of(stages=("--seed 2",)), hash_of(stages=("--seed 1", "")),
+             hash_of(data="--first-share 0.5"), hash_of(data="--first-share 0.8"),
+             hash_of(more_images=True), hash_of(fork=ablate.ARMS["agree"].fork),
+             hash_of(fork=ablate.ARMS["clean"].fork)]
+    assert hash_of(title="other", rival="") == found[0]
+    monkeypatch.setattr(ablate, "EVALUATION", "--eval-orders 2")
+    found.append(hash_of())
+    monkeypatch.undo()
+    found.append(hash_of())  # another base
+    assert len(set(found)) == len(found)
+
+def write_run(out, *worst_orders):
+    """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
+    step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0, by_permutation=0.5,
+                equal_as_given=0.75)
+    evaluation = dict(eval_accuracy=0.75, eval_bias=0.25)
+    for stage, worst in enumerate(worst_orders, 1):
+        folder = out / f"stage{stage}"
+        for name in ("checkpoint-2", "best"):
+            (folder / name).mkdir(parents=True)
+        write_rows(folder / "metrics.jsonl", evaluation | dict(step=0, eval_worst=0.25),
+                   step | dict(step=1, with_gradient=0.5),
+                   step | evaluation | dict(step=2, with_gradient=0.0, eval_worst=worst))
+
+class AtOnce(Executor):
+    """Runs what is submitted before it returns, and takes back what a fork did to this process.
+    Threads would not do: ast.parse is not safe."""
+    def __init__(self, jobs):
+        self.jobs = jobs
+
+    def submit(self, task, *args):
+        future = Future()
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in ((perl, "main"), (perl, "set_advantages"), (sys, "argv")):
+                patch.setattr(owner, name, getattr(owner, name))
+            patch.setattr(sys, "path", sys.path.copy())
+            try:
+                future.set_result(task(*args))
+            except BaseException as error:
+                future.set_exception(error)
+        return future
+
+@pytest.fixture
+def ablation(tmp_path, monkeypatch):
+    """ablate.py on runs without training: worst order .5, .6 .. by seed, minus .1 for plain GRPO
+    and .2 for another training set; those in `broken` fail. Returns what calls it, the runs
+    started, `broken`, its file."""
+    started, broken, path = [], set(), tmp_path / "ablation.jsonl"
+    def trained(argv=None):
+        argv = argv or sys.argv[1:]
+        seed, out = int(argv[argv.index("--seed") + 1]), Path(argv[argv.index("--out") + 1])
+        name = out.name.split("-seed")[0]
+        started.append((name, seed))
+        if (name, seed) in broken:
+            raise SystemExit("out of memory")
+        skewed = 0.2 * name.endswith("-0.5")
+        write_run(out, 0.5 + seed / 10 - 0.1 * name.startswith("grpo") - skewed)
+    def measured(checkpoint, path, n_orders, max_new_tokens):
+        worst = 0.25
+        if checkpoint != "tiny":
+            worst = read_rows(Path(checkpoint).parent / "metrics.jsonl")[-1]["eval_worst"]
+        return {"all": [0.75, worst, 0.25], "ask": [0.5, worst / 2, 0.25],
+                "places": {"1": 1.0, "2": 0.5}}
+    monkeypatch.setattr(perl, "main", trained)
+    for name, fake in dict(  # all in this process, whose output is the test's
+            redirect_stdout=contextlib.nullcontext, redirect_stderr=contextlib.nullcontext,
+            fresh_processes=AtOnce, base_hash=lambda: "now", measure=measured,
+            made_data=lambda flags, scratch: scratch).items():
+        monkeypatch.setattr(ablate, name, fake)
+    def main(*flags, arms="perl,grpo", seeds="0-2"):
+        started.clear()
+        ablate.main(["--lines", str(path), "--scratch", str(tmp_path / "scratch"), "--jobs", "1",
+                     "--arms", arms, "--seeds", seeds, *flags])
+    return main, started, broken, path
+
+def test_a_finished_run_is_not_run_again_until_its_code_changes(
+        ablation, tmp_path, monkeypatch, capsys):
+    main, started, _, path = ablation
+    main(arms="clean,grpo,perl,start")
+    pairs = [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")]
+    assert started == pairs + [("clean", 0), ("clean", 1), ("clean", 2)], "in pairs, these first"
+    assert not list(tmp_path.glob("scratch/*/*/[bc]*")), "their weights are not kept"
+    main(seeds="2-3")
+    assert sorted(started) == [("grpo", 3), ("perl", 3)]
+    line, = [row for row in read_rows(path) if row["arm"] == "perl" and row["seed"] == 0]
+    assert line.pop("cpu_seconds") > 0
+    assert line == dict(
+        ablate.heading("perl", ablate.ARMS["perl"], 0), flags=["--eval-every 10"], steps=2,
+        curve=[[0, 0.75, 0.25, 0.25], [2, 0.75, 0.5, 0.25]], kept=0.25, with_gradient=0.25,
+        equal_as_given=0.75, by_permutation=0.5, training_seconds=6.0,
+        all=[0.75, 0.5, 0.25], ask=[0.5, 0.25, 0.25], places={"1": 1.0, "2": 0.5},
+        more_all=[0.75, 0.5, 0.25], more_ask=[0.5, 0.25, 0.25], more_places={"1": 1.0, "2": 0.5})
+    monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
+    capsys.readouterr()
+    main(seeds="0")
+    assert started == [("perl", 0), ("grpo", 0)]
+    before, now = capsys.readouterr().out.split("another perl.py or other data: ")[1].split(
+        "\n2 runs of perl.py changed")
+    assert before.startswith("12 runs of perl.py now.") and "| plain GRPO  | 4 " in before
+    assert "| plain GRPO | 1 " in now, "each code has tables of its own"
+
+def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
+        ablation, monkeypatch, capsys):
+    """Code that changes during a run makes it fail too."""
+    main, started, broken, path = ablation
+    broken.add(("perl", 1))
+    main()
+    assert len(started) == 6 and len(read_rows(path)) == 6
+    out = capsys.readouterr().out
+    assert "perl, seed 1: out of memory" in out
+    assert "5 runs of perl.py now. Failed: perl, seed 1 (out of memory)." in out
+    assert re.search(r"PeRL +\| 2 .*\n\| plain GRPO +\| 3 ", out)
+    main("--tables")
+    assert not started and "Failed: perl, seed 1" in capsys.readouterr().out
+    broken.clear()
+    main()
+    assert started == [("perl", 1)]
+    assert "6 runs of perl.py now. Failed: none." in capsys.readouterr().out
+    changes = itertools.count()
+    monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
+    main(arms="perl", seeds="0")
+    assert "code or data changed during the run" in capsys.readouterr().out
+
+def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
+    """perl.py refuses a negative seed: the process starts, ends and says why without training."""
+    ablate.run_all([("clean", ablate.ARMS["clean"], -1)], 1, tmp_path / "a.jsonl",
+                   tmp_path / "scratch")
+    assert "clean, seed -1: --seed -1 must be" in capfd.readouterr().out
+    assert (tmp_path / "scratch" / "clean-seed-1.log").exists()
+    assert "--seed -1" in read_rows(tmp_path / "a.jsonl")[0]["failed"]
+    assert perl.set_advantages.__name__ == "set_advantages", "the fork is not in this process"
+
+def cells_of(text):
+    return {name: cells for name, *cells in table_rows(text)}
+
+def test_tables_by_hand(ablation, tmp_path):
+    """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
+    paired difference is over two seeds and without spread."""
+    main, _, _, path = ablation
+    main(arms="start,perl,grpo,perl-0.5,grpo-0.5,perl-120,grpo-120,grpo-images", seeds="0-1")
+    main(arms="perl", seeds="2")
+    texts = ablate.all_tables("now", ablate.last_lines(read_rows(path))["now"])
+    arms, shares = cells_of(texts["arms"]), cells_of(texts["shares"])
+    assert arms["PeRL"] == ["3", "75.0 ± 0.0", "60.0 ± 24.8", "25.0 ± 0.0", "", "", "25 %",
+                            "25 %", "75 %", "50 %"]
+    assert arms["plain GRPO"][4:6] == ["+0.0 ± 0.0", "**-10.0 ± 0.0**"]
+    assert arms["start model"][:4] == ["1", "75.0", "25.0", "25.0"] and "n_s = 2" not in arms
+    skewed = shares["plain GRPO, right image first: 0.5"]
+    assert skewed[5] == "**-10.0 ± 0.0**", "against PeRL on the same training set"
+    assert cells_of(texts["main"])["plain GRPO, 120 steps"][4] == "**-10.0 ± 0.0**"
+    assert cells_of(texts["more"])["PeRL"][-1] == "100 / 50"
+    assert cells_of(texts["images"])[ablate.ARMS["grpo-images"].title][2] == "22.5 ± 31.8"
+    assert cells_of(texts["longer"])["2"] == [
+        "2", "55.0 ± 63.5", "45.0 ± 63.5", "+10.0 ± 0.0"]
+    assert texts["holm"].startswith("Of 6 paired differences")
+    assert "3 have a 95 % interval without 0, and 3 survive" in texts["holm"]
+    assert "- worst order below PeRL's: plain GRPO; plain GRPO, 120 steps; plain" in texts["holm"]
+    assert "have not been started" in texts["runs"] and texts["runs"].startswith("16 runs")
+
+def test_the_figure_is_small_and_only_drawn_again_for_other_runs(ablation, tmp_path):
+    (main, *_), picture, times = ablation, tmp_path / "ablation.png", []
+    main(arms="start,perl-0.5,grpo-0.5", seeds="0-1")
+    for seeds in ("0-1", "0-1", "2"):
+        main(seeds=seeds)
+        times.append(picture.stat().st_mtime_ns)
+    assert times[0] == times[1] < times[2] and picture.stat().st_size < 200_000
+    with Image.open(picture) as image:
+        assert image.width > 1500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
+
+def test_tables_are_written_between_markers(tmp_path):
+    path = tmp_path / "README.md"
+    marked = "a\n<!-- table: x-1 -->\n{}<!-- /table -->\nb\n<!-- table: y -->\n{}<!-- /table -->"
+    path.write_text(marked.format("old\n", ""))
+    ablate.write_tables(path, {"x-1": "\\1 new\n", "y": "Y\n", "z": "not asked for\n"})
+    assert path.read_text() == marked.format("\\1 new\n", "Y\n")
+    refuses("no table x-1", ablate.write_tables, path, {"y": ""})
+    path.write_text("no marker")
+    ablate.write_tables(path, {})
+    assert path.read_text() == "no marker"
+
+def test_the_readmes_and_the_figure_show_the_runs_of_ablation_jsonl(tmp_path):
+    """Made by `ablate.py --tables`; the figure notes the runs that it shows."""
+    source = HERE / "data_samples"
+    by_code = ablate.last_lines(read_rows(source / "ablation.jsonl"))
+    code = max(reversed(by_code), key=lambda code: len(by_code[code]))
+    texts, marked = ablate.all_tables(code, by_code[code]), ""
+    for readme in (HERE / "README.md", source / "README.md"):
+        copy = Path(shutil.copy(readme, tmp_path / "copy.md"))
+        ablate.write_tables(copy, texts)
+        marked += copy.read_text()
+        assert copy.read_text() == readme.read_text(), f"{readme}: run ablate.py --tables"
+    names = set(re.findall("<!-- table: (.*) -->", marked))
+    assert names >= texts.keys() - {"main", "positions"}
+    shutil.copy(source / "ablation.png", tmp_path / "ablation.png")
+    before = (tmp_path / "ablation.png").stat().st_mtime_ns
+    ablate.draw(ablate.by_arm(by_code[code]), ablate.SHARES, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").stat().st_mtime_ns == before, "run ablate.py --tables"
+
+def test_the_steps_of_several_stages_add_up(tmp_path):
+    write_run(tmp_path, 0.5, 0.75)
+    (tmp_path / "stage0").mkdir()
+    found = ablate.read_run(tmp_path)
+    assert (found["steps"], found["kept"], found["training_seconds"]) == (4, 0.25, 12.0)
+
+FORK = """import perl
+def no_advantages(groups):
+    pass
+perl.{name} = no_advantages
+if __name__ == "__main__":
+    perl.main()
+"""
+
+def test_a_users_fork_is_compared_and_changes_no_other_result(ablation, tmp_path, capsys):
+    """From any folder, with a module beside it and a flag of its own. Its lines are not in the
+    committed file; the same file under other flags is another arm."""
+    main, started, _, path = ablation
+    main(seeds="0-1")
+    committed, folder = path.read_text(), tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "beside.py").write_text("NAME = 'set_advantages'\n")
+    fork, text = folder / "mine.py", FORK.format(name="set_advantages")
+    fork.write_text("import sys, beside\nsys.argv.remove('--own')\n"
+                    + text.replace("if ", "if beside.NAME and "))
+    main("--fork", str(fork), "--flags=--own --beta 0.01", seeds="0-1")
+    assert started == [("mine.py-own-beta-0.01", 0), ("mine.py-own-beta-0.01", 1)]
+    main("--fork", str(fork), "--flags=--own", seeds="1-2")
+    assert sorted(started) == [("grpo", 2), ("mine.py-own", 1), ("mine.py-own", 2), ("perl", 2)]
+    assert path.read_text() == committed
+    cells = cells_of(capsys.readouterr().out.split("forks:\n")[-1])
+    assert cells["mine.py --own"][0] == "2" and cells["mine.py --own --beta 0.01"][0] == "2"
+    assert cells["PeRL"][0] == "3" and cells["mine.py --own"][-1].startswith("+10.0")
+    assert len(read_rows(tmp_path / "scratch/forks.jsonl")) == 6
+
+@table("text, message", [
+    (FORK.format(name="set_advantage"),
+     "sets perl.set_advantage, which perl.py does not have; did you mean set_advantages"),
+    ("import perl\nperl.set_advantages = len\n", "does not call perl.main"),
+    (FORK.format(name="set_advantages"), "no such setting: --bta; did you mean --beta"),
+    ("", "does not call perl.main"), (None, "there is no such file")])
+def test_a_fork_without_effect_is_refused_before_anything_runs(
+        text, message, ablation, tmp_path, capsys):
+    main, started, _, _ = ablation
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main("--fork", str(tmp_path / "mine.py"), "--flags=--bta 1")
+    assert message in f"{end.value} {capsys.readouterr().err}" and not started
+
+def answered(text, order=(0, 1)):
+    """A rollout of the answer `text` to a question of two images, whose first one is right."""
+    asked = perl.permute(sample("index", "1", n=len(order)), order)
+    accuracy = float(text == asked.answer)
+    return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
+                   truncated=False, accuracy=accuracy, reward=accuracy)
+
+def load_fork(name):
+    """Do what the fork of an arm does to perl.py -> its names."""
+    return runpy.run_path(ablate.ARMS[name].fork, run_name="fork")
+
+@table("text, order, given", [
+    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
+    ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
+def test_an_answer_moved_back_to_the_given_order(text, order, given, monkeypatch):
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    assert load_fork("agree")["answer_as_given"](answered(text, order)) == given
+
+def group_of(*texts, orders=((0, 1), (1, 0))):
+    """Answers order by order, as many in each."""
+    n = len(texts) // len(orders)
+    return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
+
+@table("fork, texts, rewards", [  # columns: the first answers of both orders, then the second ones
+    ("agree", "1121", [1.9, 1, 1.9, 0]), ("agree", "2919", [0.9, 0, 0.9, 0]),
+    ("agree-right", "1121", [1.9, 1, 1.9, 0]), ("agree-right", "2112", [0, 1.9, 0, 1.9]),
+    ("agree", "1111", [1, 1, 1, 1]), ("agree-right", "1111", [1, 1, 1, 1])])
+def test_rewards_of_later_papers(fork, texts, rewards, monkeypatch):
+    """Agreement pays whether right or wrong; being right together pays on top; a question in one
+    order only has nothing to agree with."""
+    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
+    orders = [(0, 1), (0, 1) if texts == "1111" else (1, 0)]
+    group = group_of(*texts, orders=orders)
+    load_fork(fork)
+    perl.set_advantages([group])
+    assert [rollout.reward for rollout in group] == pytest.approx(rewards)
+    assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
+
+def test_permuting_follows_a_questions_own_gap(monkeypatch):
+    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
+    groups, asked, rng = [], [], random.Random(0)
+    for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
+        groups.append(group_of("1", "1", "1", "1")[:len(row)])
+        for rollout, accuracy in zip(groups[-1], row):
+            rollout.accuracy = float(accuracy)
+            rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
+    def sample_orders(*args, n_orders, n):
+        asked.append((n_orders, n))
+        return groups
+    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
+    monkeypatch.setattr(perl, "sample_orders", sample_orders)
+    load_fork("adaptive")
+    for stage in (0, 1):
+        perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
+    assert asked == [(2, 2), (1, 4)]
+    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
+        asked_for = dataclasses.replace(sample("keep"), id=name)
+        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
+        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
+
+def test_a_checkpoint_is_measured_over_orders_kinds_and_positions(monkeypatch):
+    """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on.
+    A question whose answer stays counts for `all` only."""
+    letter = sample("letter", "B", movable=(1, 2))
+    option = dataclasses.replace(answered("1"), prompt=perl.Prompt(letter, [1], []), gold="B",
+                                 accuracy=0.0)
+    kept = dataclasses.replace(option, prompt=perl.Prompt(sample(), [1], []), accuracy=1.0)
+    groups = [group_of("1", "1", "1", "2"), [option], [kept]]
+    def sample_groups(model, processor, samples, orders, cfg, *, n, greedy):
+        assert len(samples) == 321 and max(map(len, orders)) == 6 and (n, greedy) == (1, True)
+        assert cfg.max_new_tokens == 64
+        return groups
+    monkeypatch.setattr(perl, "sample_groups", sample_groups)
+    found = ablate.measure("tiny", HERE / "data_samples/test.jsonl", 6, 64)
+    assert found == {"all": [pytest.approx(1.75 / 3, abs=1e-5), 0.33333, 0.33333],
+                     "ask": [0.375, 0.0, 0.5], "places": {"1": 1.0, "2": 0.5, "3": 0.0}}
+
+def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypatch, data):
+    """Two stages of one step each, the second from the first's weights, with a fork of both."""
+    for target in ("main", "set_advantages"):
+        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    measure, measured = ablate.measure, []
+    def measure_few(checkpoint, path, n_orders, max_new_tokens):
+        measured.append(checkpoint)
+        return measure(checkpoint, data.with_name("eval.jsonl"), 2, 16)
+    monkeypatch.setattr(ablate, "measure", measure_few)
+    short = " ".join(arguments(data, "", steps=1, eval_every=1, beta=0)).replace("--out ", "")
+    monkeypatch.setattr(ablate, "EVALUATION", short)
+    arm = ablate.ARMS["agree"]._replace(stages=("--filter none", "--stage 2 --filter none"))
+    line = ablate.run("agree", arm, 100, tmp_path)
+    assert [point[0] for point in line["curve"]] == [0, 1, 0, 1] and line["steps"] == 2
+    assert measured == [str(tmp_path / "agree-seed100/stage2/checkpoint-1")]
+    assert len(line["all"]) == 3 and line["places"] and 0 <= line["with_gradient"] <= 1
+    log = (tmp_path / "agree-seed100.log").read_text()
+    assert log.count("step 1/1") == 2 and "stage1/checkpoint-1" in log
+    assert (tmp_path / "agree-seed100/stage1/agree.py").exists(), "the fork is kept with its run"
+    assert perl.set_advantages.__name__ == "agree"
+
+def test_training_sets_and_more_images_are_made_once(tmp_path, monkeypatch):
+    """In this process; the images are drawn once and copied afterwards."""
+    pytest.importorskip("sklearn")
+    make_samples, pools = pytest.importorskip("make_samples"), {}
+    save_images, commands = make_samples.save_images, []
+    def images_once(folder):
+        pools.update(pools or save_images(tmp_path / "images"))
+        shutil.copytree(tmp_path / "images", folder)
+        return pools
+    def run(command):
+        commands.append(command)
+        monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+        make_samples.main()
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(make_samples, "save_images", images_once)
+    monkeypatch.setattr(subprocess, "run", run)
+    balanced = ablate.made_data("--first-share balanced", tmp_path)
+    assert (balanced / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
+    trained = read_rows(balanced / "train.jsonl")
+    answers = Counter(row["answer"] for row in trained
+                      if row["source"] == "largest" and len(row["images"]) == 4)
+    assert answers == dict.fromkeys("1234", 30)
+    assert ablate.made_data("--first-share balanced", tmp_path) == balanced and len(commands) == 1
+    rows = read_rows(ablate.made_data(ablate.ONLY_IMAGES, tmp_path) / "train.jsonl")
+    assert {row["source"] for row in rows} == {"largest", "smallest", "match"}
+    assert len(rows) == 1110 and 0.93 < sum(row["answer"] in "1A" for row in rows) / 1110 < 0.97
+    more = ablate.made_data(ablate.MORE_IMAGES, tmp_path)
+    rows, counts = read_rows(more / "test.jsonl"), {}
+    assert len(rows) == len(perl.load_samples(more / "test.jsonl")) == 300
+    assert {len(row["images"]) for row in rows} == {6, 7, 8}
+    assert not (more / "train.jsonl").exists()
+    assert not {row["id"] for row in trained} & {row["id"] for row in rows}
+    for row in rows:
+        kind_and_size = row["source"], len(row["images"])
+        counts.setdefault(kind_and_size, Counter())[row["answer"]] += 1
+        assert all(Path(name).name.startswith("test_") for name in row["images"])
+    for kind, n in itertools.product(("largest", "smallest", "match"), (6, 7, 8)):
+        answers = counts[kind, n]
+        assert len(set(answers.values())) == 1 and len(answers) == n - (kind == "match")
+
+# ---- data_samples/ablate.py: --cost ----------------------------------------------------
+def step_flags(images, image_tokens, text_tokens, new_tokens):
+    return ["--cost", f"--images={images}", f"--max-new-tokens={new_tokens}",
+            f"--image-tokens={image_tokens}", f"--text-tokens={text_tokens}"]
+
+def step_config(**changes):
+    return dataclasses.replace(perl.parse_config([]), **dict(
+        beta=0.0, max_new_tokens=5, max_tokens_per_micro_batch=16384) | changes)
+
+@table("changes", [{}, PLAIN, dict(n_permutations=2, rollouts_per_order=2),
+                   dict(max_tokens_per_micro_batch=50)])
+def test_flops_by_arithmetic_are_those_of_a_whole_step(changes):
+    """The parts that --cost prints add up to what torch counts in sampling and an update."""
+    cfg, model, shape = step_config(**changes), load_tiny(), [3, 6, 10]
+    endless = SimpleNamespace(**vars(PROCESSOR) | dict(
+        banned_ids=PROCESSOR.banned_ids + PROCESSOR.eos_ids))
+    rollouts = cost.full_rollouts(cfg, shape, model.config.vision_config, 40, PROCESSOR.image_id)
+    prompts = [r.prompt for r in rollouts[::cfg.rollouts_per_order]]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        perl.generate(model, endless, prompts, cfg.rollouts_per_order, cfg)
+        adamw_updates(model, [[rollouts]], cfg, lr=0.0)
+    flops, _ = cost.count_flops(model.config, cfg, shape)
+    assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+def test_flops_at_the_size_of_the_7b():
+    flops = {}
+    for share in (False, True):
+        cfg = step_config(max_new_tokens=256, share=share)
+        flops[share], minimum = cost.count_flops(cost.QWEN_7B, cfg, [4, 256, 64])
+    total = sum(flops[True].values())
+    assert total <= 0.30 * sum(flops[False].values()) and total <= 1.15 * sum(minimum.values())
+    assert all(0.95 < minimum[part] / flops[True][part] < 1.001 for part in minimum)
+
+def test_the_last_line_of_cost_is_an_object(capsys):
+    ablate.main(step_flags(2, 4, 9, 4) + ["--n-permutations", "2"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names, flop_parts = {"flops_minimum"}, ("vision", "prefill", "decode", "loss")
+    for way in ("shared", "plain"):
+        names |= {f"{kind}_{way}" for kind in ("flops", "seconds", "peak_mb")}
+        names |= {f"seconds_{way}_sample", f"seconds_{way}_update"}
+    for way in ("shared", "plain", "minimum"):
+        names |= {f"flops_{way}_{part}" for part in flop_parts}
+    assert set(row) == names and min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
+    shared = row["flops_shared"]
+    assert 0.9 < row["flops_minimum"] / shared <= 1 < row["flops_plain"] / shared
+
+@table("flags, message", [
+    (step_flags(0, 4, 9, 4), "more text tokens than images"),
+    (step_flags(4, 4, 4, 4), "more text tokens than images"),
+    (step_flags(1, -4, 9, 4), "more text tokens than images"),
+    (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
+    (step_flags(1, 4, 9, 1), "--max-new-tokens"),
+    (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
+    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of start")])
+def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        ablate.main(flags)
+    assert message in f"{end.value} {capsys.readouterr().err}"
