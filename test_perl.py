@@ -2837,6 +2837,7 @@ FORKS = {  # the name in a snippet: what it changes, and what that is afterwards
              pytest.approx(-(1.0 + 2.2) / 2)),
     "centered": (lambda: advantages_of(1.0, 0, 0, 0) + advantages_of(*[0.1] * 3),
                  [0.75, -0.25, -0.25, -0.25, 0, 0, 0]),
+    "only_permuted": (lambda: perl.draw_orders(sample(n=2), 0, 1.0, random.Random(0)), [(1, 0)]),
     "pair": (pairs, ["2-1", True, False, True]),
     "disagree": (verdicts_of_two_orders, ["kept", "agree"]),
     "per_order": (lambda: two_orders("advantage"), [1, -1, 0, 0]),
@@ -3437,13 +3438,21 @@ def test_compare_is_paired_and_tells_what_was_read(tmp_path):
                         ("B", (r"\boxed{1}",) * 4)):
         (tmp_path / name / "digits").mkdir(parents=True)
         rows = [graded(text, "text", "1", id=str(k)) for k, text in enumerate(texts)]
+        # One question was asked in two orders, which B alone gets right in both.
+        rows += [graded(r"\boxed{1}", "text", "1", id="two"),
+                 graded(rf"\boxed{{{2 - (name == 'B')}}}", "text", "1", id="two", k=1)]
         write_rows(tmp_path / name / "digits" / "samples.jsonl", *rows)
-    heading, _, line = table_rows(ev.compare(tmp_path / "A", tmp_path / "B"))[-3:]
+    (tmp_path / "B" / "mine").mkdir()
+    (tmp_path / "B" / "mine" / "config.json").write_text("{}")
+    text = ev.compare(tmp_path / "A", tmp_path / "B")
+    assert text.endswith(f"not compared, since the other lacks it: {tmp_path / 'B' / 'mine'}")
+    heading, _, line = table_rows(text)[-3:]
     cells = dict(zip(heading, line))
-    assert [cells[name] for name in ("benchmark", "n", "A", "B", "unread A", "unread B")] == [
-        "digits", "4", "50.0", "100.0", "25.0", "0.0"]
-    assert cells["B - A [95 %]"].startswith("50.0 [")
-    assert cells["where both were read"].startswith("33.3")
+    assert [cells[name] for name in ("benchmark", "n", "A", "B", "no answer A", "no answer B")] == [
+        "digits", "5", "60.0", "100.0", "20.0", "0.0"]
+    assert cells["B - A [95 %]"].startswith("40.0 [")
+    assert cells["where both were read"].startswith("25.0")
+    assert cells["mean over orders"].startswith("50.0") and cells["worst order"].startswith("100.0")
 
 @table("flags, message", [
     (("--bencmarks", "digits"), "no such argument: --bencmarks; did you mean --benchmarks?"),
@@ -3561,7 +3570,7 @@ def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch):
     assert labels == ["blink\n7 questions\nup to 6 orders", "remi\n7 questions"]
     middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
     assert [*axes.get_xticks()] == pytest.approx([sum(middles[:4]) / 4, sum(middles[4:]) / 2])
-    refuses("no .*results.json in .*gone", ev.main,
+    refuses("no results in .*gone", ev.main,
             ["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
 
 # ---- eval.py: page of a run ------------------------------------------------------------
@@ -4343,11 +4352,11 @@ def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
     """Code that changes during a run makes it fail too."""
     main, started, broken, path = ablation
     broken.add(("perl", 1))
-    main()
+    refuses("^1 runs failed$", main)
     assert len(started) == 6 and len(read_rows(path)) == 6
     out = capsys.readouterr().out
-    assert "perl, seed 1: out of memory" in out
-    assert "5 runs of perl.py now. Failed: perl, seed 1 (out of memory)." in out
+    assert "perl, seed 1: SystemExit: out of memory" in out
+    assert "5 runs of perl.py now. Failed: perl, seed 1 (SystemExit: out of memory)." in out
     assert re.search(r"PeRL +\| 2 .*\n\| plain GRPO +\| 3 ", out)
     main("--tables")
     assert not started and "Failed: perl, seed 1" in capsys.readouterr().out
@@ -4357,7 +4366,7 @@ def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
     assert "6 runs of perl.py now. Failed: none." in capsys.readouterr().out
     changes = itertools.count()
     monkeypatch.setattr(ablate, "base_hash", lambda: f"change {next(changes)}")
-    main(arms="perl", seeds="0")
+    refuses("^1 runs failed$", main, arms="perl", seeds="0")
     assert "code or data changed during the run" in capsys.readouterr().out
 
 def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd):
@@ -4458,16 +4467,17 @@ def test_a_users_fork_is_compared_and_changes_no_other_result(ablation, tmp_path
     folder.mkdir()
     (folder / "beside.py").write_text("NAME = 'set_advantages'\n")
     fork, text = folder / "mine.py", FORK.format(name="set_advantages")
+    dashed = re.sub("[^A-Za-z0-9.]+", "-", str(fork))
     fork.write_text("import sys, beside\nsys.argv.remove('--own')\n"
                     + text.replace("if ", "if beside.NAME and "))
     main("--fork", str(fork), "--flags=--own --beta 0.01", seeds="0-1")
-    assert started == [("mine.py-own-beta-0.01", 0), ("mine.py-own-beta-0.01", 1)]
+    assert started == [(f"{dashed}-own-beta-0.01", 0), (f"{dashed}-own-beta-0.01", 1)]
     main("--fork", str(fork), "--flags=--own", seeds="1-2")
-    assert sorted(started) == [("grpo", 2), ("mine.py-own", 1), ("mine.py-own", 2), ("perl", 2)]
+    assert sorted(started) == [(f"{dashed}-own", 1), (f"{dashed}-own", 2), ("grpo", 2), ("perl", 2)]
     assert path.read_text() == committed
     cells = cells_of(capsys.readouterr().out.split("forks:\n")[-1])
-    assert cells["mine.py --own"][0] == "2" and cells["mine.py --own --beta 0.01"][0] == "2"
-    assert cells["PeRL"][0] == "3" and cells["mine.py --own"][-1].startswith("+10.0")
+    assert cells[f"{fork} --own"][0] == "2" and cells[f"{fork} --own --beta 0.01"][0] == "2"
+    assert cells["PeRL"][0] == "3" and cells[f"{fork} --own"][-1].startswith("+10.0")
     assert len(read_rows(tmp_path / "scratch/forks.jsonl")) == 6
 
 @table("text, message", [

@@ -264,7 +264,7 @@ def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> int:
                 error = future.exception()
                 if error:
                     n_failed += 1
-                    line = heading(name, arm, seed) | {"failed": repr(error)}
+                    line = heading(name, arm, seed) | {"failed": f"{type(error).__name__}: {error}"}
                     said = f"{line['failed']}; see its .log in {scratch}; run it again to retry"
                 else:
                     line = future.result()
