@@ -4190,7 +4190,7 @@ def test_the_readmes_recipe_runs(tmp_path, monkeypatch, capsys):
         else:
             ev.main(argv + ["--max-new-tokens", "48"] * ("--model" in argv))
         done[script] += 1
-    assert done == {"data_samples/curate.py": 1, "perl.py": 4, "eval.py": 4}
+    assert done == {"data_samples/curate.py": 1, "perl.py": 4, "eval.py": 5}
     train, held = read_rows(Path("real/train.jsonl")), read_rows(Path("real/heldout.jsonl"))
     assert (len(train), len(held)) == (180, 20)
     scores, kept = (json_of(Path("runs/7b/stage0") / name) for name in ("scores.json", "kept.json"))
