@@ -851,9 +851,9 @@ def compare(folder_a: Path, folder_b: Path) -> str:
             lines.append([name, sum(map(len, columns[0].values())), *cells])
     perl.check(len(lines) > 1, f"{folder_a} and {folder_b} have no common answers")
     text = f"A = {folder_a}\nB = {folder_b}\n\n{table(lines)}"
-    for path in [*folder_a.glob("*/config.json"), *folder_b.glob("*/config.json")]:
-        if path.parent.name not in [line[0] for line in lines]:
-            text += f"\nnot compared, since the other lacks it: {path.parent}"
+    for path in folder_b.glob("*/config.json"):
+        if not (folder_a / path.parent.name).exists():
+            text += f"\nnot compared, since A lacks it: {path.parent}"
     return text
 
 COLORS = ("#1a66c9", "#d1600a", "#1a7f37", "#8250df", "#b3261e", "#59636e")  # of models
@@ -874,8 +874,8 @@ def chart(file: str, folders: list[str]) -> None:
             label += f"\nup to {result['config']['orders']} orders" if "worst" in orders else ""
             for name in ("mean", "worst")[:len(orders)]:
                 bars[label].append((color, name == "worst", orders[name]))
-    perl.check(bars, f"--chart: no results in {' '.join(folders) or 'any folder: name some'}")
-    perl.check(file.endswith((".png", ".pdf", ".svg")), f"--chart {file}: name a .png file")
+    perl.check(bars and file.endswith(".png"), f"--chart FILE.png EVAL_RUN...: {file} is not a "
+               f".png, or there are no results in {' '.join(folders) or 'no folder'}")
     # The bars of a benchmark stand together, with a gap before the next one.
     for own in bars.values():
         ticks.append(x + (len(own) - 1) / 2)
@@ -894,7 +894,6 @@ def chart(file: str, folders: list[str]) -> None:
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#d0d7de", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0)
     figure.legend(loc="outside upper left", frameon=False, fontsize=9)
     figure.set_size_inches(1.5 + 0.45 * max(x, 6), 4.5)
     figure.savefig(file, dpi=150)
@@ -1262,8 +1261,7 @@ def write_page(run: Path) -> Path:
     metrics = perl.read_lines(folder / "metrics.jsonl")
     perl.check(metrics, f"--page {folder}: no metrics.jsonl of a training run there")
     # A fork may have other settings, or lack some.
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = vars(perl.Config()) | config
+    config = vars(perl.Config()) | json.loads((folder / "config.json").read_text("utf-8"))
     by_group, images = defaultdict(list), {}
     for row in rows:
         # A held-out question is one group: its answers are followed through all steps.
@@ -1328,8 +1326,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown:
         hint = perl.nearest(unknown[0], map(perl.flag_of, vars(args)))
         parser.error(f"no such argument: {unknown[0]}{hint}")
-    perl.check(min(args.limit, args.orders, args.batch, args.max_new_tokens) >= 0,
-               "--limit, --orders, --batch and --max-new-tokens cannot be negative")
     perl.check(not args.ask or len(args.ask) > 1, "--ask needs a question and its images")
     if args.flip:  # fixed questions in six orders
         args.benchmarks, args.limit, args.orders = ",".join(FLIP_SETS), 0, 6
@@ -1342,12 +1338,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 def start_model(args) -> tuple:
-    """The model of --model, its processor and its settings. Exits if there is no such."""
+    """The model of --model, its processor and its settings. Exits if it cannot be found."""
     folder = Path(args.model)
     is_hub_id = args.model.count("/") == 1 and not folder.parent.is_dir()
     names = [*perl.SHORT_NAMES, *map(str, folder.parent.glob("*"))]
     perl.check(args.model in perl.SHORT_NAMES or is_hub_id or folder.is_dir(), f"--model "
-               f"{args.model} is no folder, short name or Hub id{perl.nearest(args.model, names)}")
+               f"{args.model} is not a folder, short name or Hub id{perl.nearest(args.model, names)}")
     perl.check(not (folder / "run_id").exists(), f"--model {folder} is a run; name its "
                f"checkpoint, {perl.newest_checkpoint(folder)}")
     accelerator, cfg = Accelerator(), settings(args)
@@ -1376,8 +1372,7 @@ def ask_and_report(args) -> None:
         results = {folder.name: score(folder) for folder in folders}
         perl.check(results, f"{out} holds no responses; run without --score-only first")
         text = report(results, model_name)
-        if args.flip:
-            text = flip_table(results, model_name, args.data_dir)
+        text = flip_table(results, model_name, args.data_dir) if args.flip else text
         perl.write_atomic(out / "summary.md", text)
         print(text)
 

@@ -1293,6 +1293,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-[0-9]*"), key=step)
 
 def newest_checkpoint(folder: Path) -> Path | None:
+    """The one with the highest step; None if there is none."""
     by_step = checkpoints(folder)
     return by_step[-1] if by_step else None
 
@@ -1828,7 +1829,8 @@ def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
     image_width = tower.spatial_merge_size ** 2 * len(model.model.visual.patch_embed.proj.weight)
     image = 26 * image_width  # numbers in the tower's widest place for one image token
     # Prompts are read before their rows grow. To grow, rows are copied, layer by layer.
-    prompts = max(4 * cfg.max_tokens_per_micro_batch, cfg.max_prompt_tokens * (1 if cfg.share else n))
+    prompts = max(4 * cfg.max_tokens_per_micro_batch,
+                  cfg.max_prompt_tokens * (1 if cfg.share else n))
     rows = cfg.rollout_batch * cfg.max_new_tokens
     sampling = size * (prompts * cached + max(1.05 * rows * cached, prompts * image))
     # For the backward pass, an update keeps what each layer computes, or its input to compute

@@ -3445,7 +3445,7 @@ def test_compare_is_paired_and_tells_what_was_read(tmp_path):
     (tmp_path / "B" / "mine").mkdir()
     (tmp_path / "B" / "mine" / "config.json").write_text("{}")
     text = ev.compare(tmp_path / "A", tmp_path / "B")
-    assert text.endswith(f"not compared, since the other lacks it: {tmp_path / 'B' / 'mine'}")
+    assert text.endswith(f"not compared, since A lacks it: {tmp_path / 'B' / 'mine'}")
     heading, _, line = table_rows(text)[-3:]
     cells = dict(zip(heading, line))
     assert [cells[name] for name in ("benchmark", "n", "A", "B", "no answer A", "no answer B")] == [
