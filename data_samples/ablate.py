@@ -345,7 +345,7 @@ IMAGES = ("start", "perl-images", "grpo-images")
 # run's line, columns.
 TABLES = {
     "main": ((*MAIN, "perl-120", "grpo-120"), "all",
-             (*ALL[:5], ALL[6], *list(SHARES_OF_GROUPS)[1:])),
+             (*ALL[:5], ALL[6], "with a gradient")),
     "positions": (MAIN, "all", ("arm", "by position")),
     "arms": ((), "all", (*ALL, *SHARES_OF_GROUPS)),
     "forks": ((), "all", (*ALL, "worst order minus GRPO's")),
