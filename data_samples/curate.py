@@ -656,8 +656,7 @@ def open_work(args) -> Path:
     settings = {"sources": args.sources, "data_dir": args.data_dir,
                 "code": hashlib.sha1(code).hexdigest()}
     if (path := work / "settings.json").exists() and json.loads(path.read_text()) != settings:
-        raise SystemExit(f"{args.out} was begun with other sources or code; remove it, or use "
-                         "another --out")
+        raise SystemExit(f"{args.out} has other sources or code; remove it or use another --out")
     work.mkdir(parents=True, exist_ok=True)
     perl.write_atomic(path, json.dumps(settings))
     return work
