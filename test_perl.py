@@ -4279,7 +4279,8 @@ class AtOnce(Executor):
     def submit(self, task, *args):
         future = Future()
         with pytest.MonkeyPatch.context() as patch:
-            for owner, name in ((perl, "main"), (perl, "set_advantages"), (sys, "argv")):
+            for owner, name in ((perl, "main"), (perl, "set_advantages"), (perl, "all_orders"),
+                                (sys, "argv")):
                 patch.setattr(owner, name, getattr(owner, name))
             patch.setattr(sys, "path", sys.path.copy())
             try:
@@ -4479,6 +4480,28 @@ def test_a_users_fork_is_compared_and_changes_no_other_result(ablation, tmp_path
     assert cells[f"{fork} --own"][0] == "2" and cells[f"{fork} --own --beta 0.01"][0] == "2"
     assert cells["PeRL"][0] == "3" and cells[f"{fork} --own"][-1].startswith("+10.0")
     assert len(read_rows(tmp_path / "scratch/forks.jsonl")) == 6
+
+def test_what_a_fork_replaces_does_not_measure_it_and_what_was_changed_back_counts(
+        ablation, tmp_path, monkeypatch, capsys):
+    main, started, _, _ = ablation
+    fork, used, real, measure = tmp_path / "mine.py", [], perl.all_orders, ablate.measure
+    def noted(*args, **named):
+        used.append(perl.all_orders)
+        return measure(*args, **named)
+    monkeypatch.setattr(ablate, "measure", noted)
+    fork.write_text(FORK.format(name="all_orders"))
+    main("--fork", str(fork), seeds="0-1")
+    assert set(used) == {real} and len(started) == 6
+    # Another text is another arm of the same name; after a change back, the first one counts.
+    text = fork.read_text()
+    fork.write_text(text.replace("pass", "return 1"))
+    main("--fork", str(fork), seeds="0")
+    assert len(started) == 1
+    capsys.readouterr()
+    fork.write_text(text)
+    main("--fork", str(fork), seeds="0-1")
+    cells = cells_of(capsys.readouterr().out.split("forks:\n")[-1])
+    assert not started and cells[str(fork)][0] == "2", "both seeds of the present text"
 
 @table("text, message", [
     (FORK.format(name="set_advantage"),
