@@ -106,16 +106,21 @@ def base_hash() -> str:
             parts += [path.name, path.read_bytes()]
     return hash_of(*parts)
 
-def heading(name: str, arm: Arm, seed: int) -> dict:
+def heading(name: str, arm: Arm, seed: int, base: str = "") -> dict:
     """By what a run's line is found: `code` is a hash of what all arms share, `hash` of
-    everything that the arm's runs depend on, except the seed."""
-    base = base_hash()
+    everything that the arm's runs depend on, except the seed. base: base_hash(), if known."""
+    base = base or base_hash()
     parts = [base, EVALUATION, arm.stages, arm.data, arm.more_images]
     if arm.data or arm.more_images:
         parts.append(code_hash(MAKER))
     if arm.fork:
         parts.append(code_hash(arm.fork))
     return {"arm": name, "seed": seed, "hash": hash_of(*parts), "code": base[:8]}
+
+def hashes_of(arms: dict[str, Arm]) -> dict[str, str]:
+    """Arm -> the hash of its runs with the present code and data, which are read once."""
+    base = base_hash()
+    return {name: heading(name, arm, 0, base)["hash"] for name, arm in arms.items()}
 
 # ---- One run, in a process of its own --------------------------------------------------
 
@@ -175,8 +180,9 @@ def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
         try:
             if arm.fork:
                 start_fork(arm.fork, commands)
-            for flags in [] if arm.fork else commands:
-                perl.main(flags)
+            else:
+                for flags in commands:
+                    perl.main(flags)
         except BaseException:
             traceback.print_exc()
             raise
@@ -236,7 +242,7 @@ def missing_runs(arms: dict[str, Arm], seeds: list[int], lines: list[dict]) -> l
     for line in lines:
         if "failed" not in line:
             done.add((line["arm"], line["hash"], line["seed"]))
-    hashes = {name: heading(name, arm, 0)["hash"] for name, arm in arms.items()}
+    hashes = hashes_of(arms)
     # Seed by seed, so that an interrupted ablation leaves pairs to compare.
     for seed in seeds:
         for name, arm in arms.items():
@@ -354,11 +360,9 @@ TABLES = {
     "images-all": (IMAGES, "all", ALL),
     "more": (MAIN, "more_all", (*ALL, "by position"))}
 
-def cells_of(runs: dict, name: str, part: str) -> dict[str, str]:
-    """All that tables say of an arm. Bold: Holm's correction leaves this difference."""
+def cells_of(runs: dict, name: str, part: str, survivors: list) -> dict[str, str]:
+    """All that tables say of an arm. survivors: the differences to print in bold."""
     lines, cells = runs[name], {"arm": arm_of(name).title, "seeds": len(runs[name])}
-    # The correction is for the tests that `arms` and `shares` show, on all questions.
-    survivors = holm(differences_from_perl(runs)) if part == "all" else []
     for column, its_name in enumerate(MEASURES):
         cells[its_name] = shown([100 * line[part][column] for line in lines.values()])
         for other, rival in (("PeRL", arm_of(name).rival), ("GRPO", "grpo")):
@@ -378,13 +382,15 @@ def cells_of(runs: dict, name: str, part: str) -> dict[str, str]:
 def arms_table(runs: dict, which: str) -> str:
     names, part, heads = TABLES[which]
     rows = [list(heads)]
+    # Holm's correction is for the tests that `arms` and `shares` show, on all questions.
+    survivors = holm(differences_from_perl(runs)) if part == "all" else []
     for name in names or runs:
         # Without names: PeRL, and the arms to compare with it.
         is_listed = name in names or name in MAIN or arm_of(name).rival == "perl"
         if which == "forks":
             is_listed = name in MAIN or name not in ARMS
         if is_listed and part in next(iter(runs.get(name, {0: {}}).values())):
-            cells = cells_of(runs, name, part)
+            cells = cells_of(runs, name, part, survivors)
             rows.append([cells[head] for head in heads])
     return table(rows) if len(rows) > 1 else NOT_RUN
 
@@ -507,7 +513,7 @@ def main(argv: list[str] | None = None) -> None:
         n_failed = run_all(missing, args.jobs, new_lines, scratch)
     lines = perl.flatten(map(perl.read_lines, files))
     # If an arm was changed and changed back, its present form counts.
-    present = [heading(name, arm, 0)["hash"] for name, arm in arms.items()]
+    present = hashes_of(arms).values()
     show(sorted(lines, key=lambda line: line["hash"] in present), args)
     if n_failed:
         raise SystemExit(f"{n_failed} runs failed")
@@ -538,8 +544,9 @@ def show(lines: list[dict], args) -> None:
     if most and not args.fork:
         draw(by_arm(by_code[most]), SHARES, args.lines.with_suffix(".png"))
         if args.tables and args.lines == LINES:
+            texts = all_tables(most, by_code[most])
             for readme in (HERE.parent / "README.md", HERE / "README.md"):
-                write_tables(readme, all_tables(most, by_code[most]))
+                write_tables(readme, texts)
 
 if __name__ == "__main__":
     try:

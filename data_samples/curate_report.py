@@ -27,17 +27,13 @@ def kept(records: Iterable[dict]) -> list[dict]:
 
 def movable_of(sample: dict) -> list[int]:
     """0-based positions of the images that may move."""
-    if sample["order_rule"] == "never":
-        return []
-    return sample.get("movable", list(range(len(sample["images"]))))
+    return [] if sample["order_rule"] == "never" else list(perl.Sample(**sample).movable)
 
 def right_images(sample: dict) -> list[int]:
     """0-based positions of the images that the answer names, itself or by its option."""
     options, answer = ev.listed_options(sample["question"]), sample["answer"]
-    if sample["order_rule"] in ("index", "sequence"):
-        return [int(number) - 1 for number in answer.split(",")]
-    if sample["order_rule"] == "letter":
-        return [movable_of(sample)[perl.LETTERS.index(answer)]]
+    if sample["order_rule"] in ("index", "sequence", "letter"):
+        return perl.named_positions(perl.Sample(**sample))
     if not is_letter(answer, options):
         return []
     k = perl.LETTERS.index(answer)

@@ -1,9 +1,8 @@
 """The figure of the ablation, for data_samples/ablation.png."""
-import hashlib
-import json
 from pathlib import Path
 
 import torch
+from ablation.hashes import hash_of
 from ablation.stats import interval
 from PIL import Image
 
@@ -38,7 +37,7 @@ def draw(runs: dict, shares: dict[str, float], path: Path) -> None:
     runs and this code already: another version of matplotlib would write other bytes."""
     # The picture notes what it was made from.
     code = Path(__file__).read_text(encoding="utf-8")
-    source = hashlib.sha256(json.dumps([code, runs]).encode()).hexdigest()
+    source = hash_of(code, runs)
     if path.exists():
         with Image.open(path) as picture:
             if picture.info.get("Description") == source:
