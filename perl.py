@@ -42,9 +42,9 @@ import argparse
 import copy
 import dataclasses
 import difflib
-import errno
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -52,7 +52,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -61,7 +60,6 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -96,7 +94,7 @@ def check(is_fine, message: str) -> None:
 # ---- Config: every setting, with the paper's value where it gives one ------------------
 GROUPS = []  # of settings, for --help
 
-def group(title: str) -> None:
+def heading(title: str) -> None:
     """Begin a group of settings."""
     GROUPS.append(title)
 
@@ -106,7 +104,7 @@ def setting(default, prose: str):
 
 @dataclass
 class Config:
-    group("what runs")
+    heading("what runs")
     model: str = setting("tiny", "Hub id, folder, tiny, Qwen2.5-VL-7B, Qwen3-VL-8B, ...")
     data: str = setting(str(SAMPLES / "train.jsonl"), "JSONL file of training questions")
     eval_data: str = setting(str(SAMPLES / "test.jsonl"), "held-out questions; '': none")
@@ -115,30 +113,30 @@ class Config:
     resume: str = setting("", "run folder to continue, with its settings")
     seed: int = setting(0, "seeds data order, permutations and sampling")
     dry_run: bool = setting(False, "check data and settings, plan the memory, stop")
-    group("permutation (Eq. 1)")
+    heading("permutation (Eq. 1)")
     n_permutations: int = setting(1, "n_s: permuted orders per question; 0: plain GRPO")
     rollouts_per_order: int = setting(6, "n; if not given, 12 / (n_s + 1)")
     alpha_start: float = setting(1.0, "probability of permuting a question at first")
     alpha_end: float = setting(0.0, "the same at the last step; linear in between")
     alpha_steps: int = setting(0, "steps until alpha reaches its end; 0: all steps")
-    group("reward")
+    heading("reward")
     accuracy_weight: float = setting(0.9, "reward of a right answer")
     format_weight: float = setting(0.1, "reward of <think>...</think>...\\boxed{...}")
-    group("filter")
+    heading("filter")
     filter: str = setting("offline", "none; offline: stage 0's choice; online: bounds")
     filter_low: float = setting(0.1, "online: lowest mean accuracy of a kept group")
     filter_high: float = setting(0.9, "online: highest mean accuracy of a kept group")
-    group("advantage and loss (Eq. 4-6)")
+    heading("advantage and loss (Eq. 4-6)")
     clip_low: float = setting(0.2, "pi / pi_old is clipped below 1 - this")
     clip_high: float = setting(0.2, "pi / pi_old is clipped above 1 + this")
     beta: float = setting(0.01, "weight of the KL term; 0: no reference model")
-    group("optimization")
+    heading("optimization")
     steps: int = setting(0, "training steps; 0: two passes over the data (paper)")
     questions_per_step: int = setting(128, "questions per step, over all processes")
     updates_per_step: int = setting(4, "optimizer updates per step")
     lr: float = setting(1e-6, "AdamW learning rate, constant; LoRA: 10 times the default")
     freeze_vision: bool = setting(False, "do not train the vision tower")
-    group("prompts and sampling")
+    heading("prompts and sampling")
     instruction: str = setting(
         "First think about the question as an internal monologue inside <think> "
         "</think>, then give the final answer inside \\boxed{}.", "text after every question")
@@ -146,7 +144,7 @@ class Config:
     max_prompt_tokens: int = setting(8192, "longer prompts are dropped and counted")
     max_new_tokens: int = setting(2048, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling, and of the loss's log-probabilities")
-    group("memory and speed: they change rounding and random draws, not the method")
+    heading("memory and speed: they change rounding and random draws, not the method")
     share: bool = setting(True, "compute once what rollouts have in common")
     # If these two keep their default, a GPU with too little memory gets less of both.
     rollout_batch: int = setting(384, "sequences sampled at a time; at least n")
@@ -156,7 +154,7 @@ class Config:
     optimizer_device: str = setting("auto", "of AdamW's state: gpu, host or auto")
     lora_rank: int = setting(0, "train adapters of this rank instead of all weights")
     gpu_gb: float = setting(0, "with --dry-run: plan for a GPU with this memory")
-    group("evaluation, logging, checkpoints; in steps")
+    heading("evaluation, logging, checkpoints; in steps")
     eval_every: int = setting(50, "evaluate every N steps, at start and end; 0: never")
     eval_orders: int = setting(24, "evaluate a question in at most this many orders")
     log_every: int = setting(10, "print a rollout and log its group every N steps")
@@ -237,6 +235,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     check(cfg.filter_low <= cfg.filter_high, "--filter-low is above --filter-high")
     check(not CONTROL.search(cfg.instruction), f"--instruction {CONTROL_PROBLEM}")
     check("<image" not in cfg.instruction, "--instruction must not name images")
+    check(cfg.dry_run or not cfg.gpu_gb, "--gpu-gb is for --dry-run only")
     return cfg
 
 def new_config(typed: dict) -> Config:
@@ -260,7 +259,7 @@ def resumed_config(typed: dict) -> Config:
     try:
         saved = Config(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or of another version: {error}") from None
+        raise UserError(f"{path} is damaged, or of another version or fork: {error}") from None
     for name, value in typed.items():
         before = getattr(saved, name)
         check(name in RESUME_MAY_CHANGE or value == before,
@@ -455,8 +454,8 @@ def all_orders(sample: Sample, cap: int) -> list[Order]:
 # ---- Model, images and prompts ---------------------------------------------------------
 # Another family must offer what the lines marked FAMILY use: a vision tower that encodes each
 # image by itself, 3-D positions from get_rope_index, and Qwen's names for image tokens.
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-UNSHARED_FAMILIES = ("qwen3_5",)  # recurrent layers have no keys and values of a prompt
+SHARED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = (*SHARED_FAMILIES, "qwen3_5")  # recurrent layers keep no keys and values
 FAMILY_MODEL = transformers.AutoModelForImageTextToText
 IMAGE_TOKEN = "<|image_pad|>"  # one for each feature vector of an image
 BANNED_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -498,10 +497,10 @@ def optional_json(name: str, file: str) -> dict:
 def load_processor(name: str, cfg) -> SimpleNamespace:
     """What turns samples into prompts, and response tokens into text."""
     config = load_pretrained(transformers.AutoConfig, name)
-    check(config.model_type in FAMILIES + UNSHARED_FAMILIES,
-          f"{name} is a {config.model_type}, none of {FAMILIES + UNSHARED_FAMILIES}")
-    check(config.model_type in FAMILIES or not cfg.share,
-          f"{name} is a {config.model_type}, which needs --no-share")
+    family = config.model_type
+    check(family in FAMILIES, f"{name} is a {family}, none of {FAMILIES}")
+    check(family in SHARED_FAMILIES or not cfg.share,
+          f"{name} is a {family}, which needs --no-share")
     tokenizer = load_pretrained(transformers.AutoTokenizer, name)
     if IMAGE_TOKEN not in (tokenizer.chat_template or ""):
         # AutoTokenizer found one for text; Qwen keeps the one for images in its own file.
@@ -525,11 +524,13 @@ def load_processor(name: str, cfg) -> SimpleNamespace:
         image_id=image_id, pad_id=tokenizer.pad_token_id, eos_ids=sorted(eos_ids),
         banned_ids=tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
 
+def torch_dtype(cfg) -> torch.dtype:
+    return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+
 def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedModel:
     """The checkpoint's model on a device. Exits if weights and config do not match."""
-    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     model, report = load_pretrained(
-        FAMILY_MODEL, name, dtype=dtype, device_map={"": device}, use_safetensors=True,
+        FAMILY_MODEL, name, dtype=torch_dtype(cfg), device_map={"": device}, use_safetensors=True,
         output_loading_info=True, ignore_mismatched_sizes=True,
         attn_implementation="shared_prompt")
     # The library would use random numbers for them.
@@ -640,7 +641,7 @@ def collate(prompts: list[Prompt], responses: list, model, processor, cfg) -> tu
 
 def flatten(lists) -> list:
     """[[a, b], [c]] -> [a, b, c]"""
-    return list(chain.from_iterable(lists))
+    return list(itertools.chain.from_iterable(lists))
 
 # ---- Rollouts and rewards --------------------------------------------------------------
 @dataclass
@@ -1025,7 +1026,7 @@ def add_gradients(model, processor, rollouts: list[Rollout], denominator, cfg) -
 
 def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> dict:
     """Metrics of one step over all processes. The README says what is healthy."""
-    sums, total, metrics = Counter(loss_sums), Counter(), {}
+    sums, total, of_loss, metrics = Counter(), Counter(), Counter(), {}
     for name, own in groups.items():
         sums[name] += len(own)
         for group in own:
@@ -1037,8 +1038,9 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
         for r in flatten(own):
             sums.update(rollouts=1, accuracy=r.accuracy, format=r.format, reward=r.reward,
                         length=len(r.ids), truncated=r.truncated, idle=r.idle)
-    for of_process in gather_object([sums]):
-        total.update(of_process)
+    for own_sums, own_loss_sums in gather_object([(sums, loss_sums)]):
+        total.update(own_sums)
+        of_loss.update(own_loss_sums)
     for name in VERDICTS:
         metrics[name] = total[name]
     metrics["dropped"] = sum(total[name] for name in VERDICTS[1:])
@@ -1052,7 +1054,7 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     metrics["idle"] = total["idle"] / (total["length"] + total["idle"])
     # Every statistic of policy_loss becomes a metric: its mean over tokens.
     for name in ("kl", "entropy", "clipped", *loss_sums):
-        metrics[name] = total[name] / max(total["tokens"], 1)
+        metrics[name] = of_loss[name] / max(of_loss["tokens"], 1)
     metrics["clip_fraction"] = metrics.pop("clipped")
     metrics.pop("tokens", None)
     return metrics
@@ -1061,17 +1063,14 @@ STEP_LINE = (
     "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} ({others}) | "
     "len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} "
     "clip {clip_fraction:.2f} grad {grad_norm:.2f} skipped {skipped} | gen "
-    "{seconds_sample:.1f}s train {seconds_update:.1f}s | {left} left")
+    "{seconds_sample:.1f}s train {seconds_update:.1f}s | {left:.0f} min left")
 
-def print_step(metrics: dict, cfg, seconds_eval: float, accelerator) -> None:
-    """One dense line, with the keys of metrics.jsonl. seconds_eval: of one evaluation."""
+def print_step(metrics: dict, cfg, accelerator) -> None:
+    """One dense line, with the keys of metrics.jsonl."""
     dropped = [f"{metrics[name]} {name}" for name in VERDICTS[1:] if metrics[name]]
     others = ", ".join(dropped).replace("_", " ") or "all"
-    step, every = metrics["step"], max(cfg.eval_every, 1)
-    evaluations = math.ceil(cfg.steps / every) - (step - 1) // every
-    seconds = (cfg.steps - step) * (metrics["seconds_sample"] + metrics["seconds_update"])
-    minutes = (seconds + evaluations * seconds_eval) / 60
-    left = f"{minutes:.0f} min" if minutes < 60 else f"{minutes / 60:.1f} h"
+    seconds = metrics["seconds_sample"] + metrics["seconds_update"]
+    left = (cfg.steps - metrics["step"]) * seconds / 60
     accelerator.print(STEP_LINE.format(**metrics, steps=cfg.steps, others=others, left=left))
 
 def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
@@ -1089,11 +1088,10 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
         optimizer.load(resumed)
     if is_main and cfg.resume:
         cut_logs(folder, progress.step if resumed else -1)
-    seconds_eval = 0.0
     if held_out and not resumed:
         metrics = evaluate(model, processor, held_out, cfg, accelerator, step=0)
         log_metrics({"step": 0} | metrics, folder, accelerator)
-        progress.best, seconds_eval = metrics["eval_worst"], metrics["seconds_eval"]
+        progress.best = metrics["eval_worst"]
 
     for step in range(progress.step + 1, cfg.steps + 1):
         began = time.time()
@@ -1116,28 +1114,25 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
             "seconds_update": time.time() - sampled_at, "grader_timeouts": MATH_JUDGE.timeouts}
         if accelerator.device.type == "cuda":
             metrics["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        print_step(metrics, cfg, seconds_eval, accelerator)
+        print_step(metrics, cfg, accelerator)
         if is_main and (step - 1) % cfg.log_every == 0:
             first = flatten(groups.values())[0]  # a kept one, if there is any
             log_group(folder / "rollouts.jsonl", step, first, show=True)
         if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics |= evaluate(model, processor, held_out, cfg, accelerator, step=step)
-            seconds_eval = metrics["seconds_eval"]
             if metrics["eval_worst"] > progress.best:
                 progress.best = metrics["eval_worst"]
                 if is_main:
-                    save_weights(folder / "best", model, reference, processor, cfg)
+                    save_weights(folder / "best.tmp", model, reference, processor, cfg)
+                    replace_folder(folder / "best.tmp", folder / "best")
         log_metrics(metrics, folder, accelerator)
-        # A preempted job (SIGTERM) saves first, so that it loses nothing.
-        stop = was_terminated()
-        if stop or step == cfg.steps or step % cfg.save_every == 0:
+        if step == cfg.steps or step % cfg.save_every == 0:
             save_checkpoint(cfg, progress, questions, processor, optimizer, model=model,
                             reference=reference, accelerator=accelerator)
-        if stop:
-            raise SystemExit(f"SIGTERM; continue with --resume {folder}")
-    final = newest_checkpoint(folder)
+    final, of_digits = newest_checkpoint(folder), cfg.eval_data == Config.eval_data
+    on_data = "" if of_digits else f" --benchmarks {cfg.eval_data or 'FILE.jsonl'}"
     accelerator.print(f"done: {final}\nlook: python eval.py --page {folder}\n"
-                      f"measure: python eval.py --model {final}")
+                      f"measure: python eval.py --model {final}{on_data}")
 
 def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     """Stage 0: each question's accuracy (scores.json), and a choice by it (kept.json)."""
@@ -1145,7 +1140,8 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     model = load_model(cfg.model, cfg, accelerator.device)
     scores = json.loads(path.read_text()) if path.exists() else {}  # of a resumed run
     starts = range(0, len(questions), cfg.questions_per_step)
-    for start in tqdm(starts, "score", disable=None):
+    # In a log file too, since this can take hours.
+    for start in tqdm(starts, "score", mininterval=10, disable=not accelerator.is_main_process):
         batch = questions[start:start + cfg.questions_per_step]
         if batch[-1].id in scores:  # batches are saved whole
             continue
@@ -1156,8 +1152,6 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
             scores[name] = mean(row)
         if accelerator.is_main_process:
             write_atomic(path, json.dumps(scores, indent=0))
-        if was_terminated():
-            raise SystemExit(f"SIGTERM; continue with --resume {cfg.folder}")
     values, kept = [scores[question.id] for question in questions], range(len(questions))
     if len(questions) >= len(SCORE_TARGET):  # fewer have no histogram: keep all
         size = round(SCORE_KEEP * len(questions))
@@ -1335,30 +1329,30 @@ def save_checkpoint(cfg, progress, questions, processor, optimizer, *, model, re
     if accelerator.is_main_process:
         save_weights(temporary, model, reference, processor, cfg)
         ids, rng = [question.id for question in questions], progress.rng.getstate()
-        # Given a path, torch.save turns a full disk's OSError into a RuntimeError.
-        with open(temporary / "training_state.pt", "wb") as file:
-            torch.save(vars(progress) | {"questions": ids, "rng": rng}, file)
+        state = vars(progress) | {"questions": ids, "rng": rng}
+        torch.save(state, temporary / "training_state.pt")
     accelerator.wait_for_everyone()
-    with open(temporary / f"optimizer-{accelerator.process_index}.pt", "wb") as file:
-        torch.save(optimizer.state_dict(), file)
+    torch.save(optimizer.state_dict(), temporary / f"optimizer-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     # Older checkpoints go only when the new one is complete.
     if accelerator.is_main_process:
-        os.replace(temporary, final)
+        replace_folder(temporary, final)
         if cfg.keep_checkpoints:
             for other in checkpoints(cfg.folder)[:-cfg.keep_checkpoints]:
                 shutil.rmtree(other)
 
 def save_weights(folder: Path, model, reference, processor, cfg) -> None:
-    """The policy as a Hugging Face folder, in place of an older one. LoRA: merged."""
-    temporary = folder.with_name(folder.name + ".half")
-    shutil.rmtree(temporary, ignore_errors=True)
-    merged = copy.deepcopy(reference).merge_and_unload() if cfg.lora_rank else model
-    merged.save_pretrained(temporary)
-    processor.tokenizer.save_pretrained(temporary)
-    processor.image_processor.save_pretrained(temporary)
+    """The policy as a Hugging Face folder. LoRA: merged."""
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    merged = copy.deepcopy(reference).merge_and_unload() if cfg.lora_rank else model
+    merged.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+
+def replace_folder(complete: Path, final: Path) -> None:
+    """Put a folder in its place, where an older one may be."""
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(complete, final)
 
 # ---- Reading answers: skip it on a first reading ---------------------------------------
 def extract_answer(response: str) -> str | None:
@@ -1710,6 +1704,8 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor,
     return torch.cat(rows).transpose(1, 2)
 
 # ---- Memory and machines: skip it on a first reading -----------------------------------
+PLACES = ("gpu", "host", "host, with the gradients")  # of AdamW's state
+
 class SplitAdamW:
     """AdamW on float32 copies of the weights, on the GPU or in host memory. A tensor has
     one owner among the processes (ZeRO-1). FSDP would gather weights for every token.
@@ -1779,8 +1775,9 @@ class SplitAdamW:
                 weight.copy_(master)
             if not self.skipped and self.world > 1:
                 torch.distributed.broadcast(weight.detach(), self.owners[name])
-            gradients[name].zero_()
             weight.grad = None
+            if self.sums:
+                self.sums[name].zero_()
         return norm
 
     def state_dict(self) -> dict[str, dict]:
@@ -1815,7 +1812,15 @@ def add_lora(model, cfg):
     cast_adapter_dtype(model, "default")  # to float32
     return adapters.eval()
 
-PLACES = ("gpu", "host", "host, with the gradients")  # of AdamW's state
+def model_without_numbers(cfg) -> transformers.PreTrainedModel:
+    """The model to train, from its config.json alone, on the meta device."""
+    config = load_pretrained(transformers.AutoConfig, cfg.model)
+    with torch.device("meta"):
+        model = FAMILY_MODEL.from_config(config, dtype=torch_dtype(cfg))
+        model.model.visual.requires_grad_(not cfg.freeze_vision)                # FAMILY
+        if cfg.lora_rank:
+            add_lora(model, cfg)
+    return model
 
 def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
     """GB that a run needs, by part, from a model without numbers. The constants come from counts
@@ -1836,8 +1841,8 @@ def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
     # For the backward pass, an update keeps what each layer computes, or its input to compute
     # that again. A packed response has its prompt's keys and values; LoRA works in float32.
     tokens = size * max(cfg.max_tokens_per_micro_batch, cfg.max_prompt_tokens + cfg.max_new_tokens)
-    copies = 2 * n * text.num_attention_heads * head_dim if cfg.share else 0
-    layer = (4 * text.intermediate_size + 12 * width + copies) * (1.4 if cfg.lora_rank else 1)
+    of_prompt = 2 * n * text.num_attention_heads * head_dim if cfg.share else 0
+    layer = (4 * text.intermediate_size + 12 * width + of_prompt) * (1.4 if cfg.lora_rank else 1)
     kept, kept_images = text.num_hidden_layers * width, (tower.depth + 12) * image_width
     if not cfg.gradient_checkpointing:
         kept, kept_images = text.num_hidden_layers * layer, tower.depth * image
@@ -1851,73 +1856,51 @@ def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
     always, host = (weights + adamw, 0) if place == "gpu" else (weights, adamw)
     if place == PLACES[2]:
         gradients, host = 4 * largest, host + gradients
-    # An older checkpoint goes after the new one is written. best/ has weights alone.
-    copies = 1 + (cfg.keep_checkpoints or math.ceil(cfg.steps / cfg.save_every))
-    copies = 1 if cfg.resume else copies  # the others are there
     parts = {
         "weights": weights, "AdamW's state": adamw, "prompts, keys and values": sampling,
         "gradients on the GPU": gradients, "activations of an update": activations,
         "GPU while sampling": always + sampling,
         "GPU for the KL reference": always + reference + max(tokens * image, logits),
         "GPU in an update": always + gradients + activations,
-        "host memory": (host + reference) * int(os.environ.get("LOCAL_WORLD_SIZE", world)),
-        "disk for checkpoints": copies * (weights + 12 * trained) + weights}
+        "host memory": (host + reference) * int(os.environ.get("LOCAL_WORLD_SIZE", world))}
     return {name: count / 1e9 for name, count in parts.items()}
 
 def free_memory(cfg, accelerator) -> dict[str, float]:
-    """GB that a run may take, named as in count_memory; on a CPU, the host's are for all."""
+    """GB that a run may take, named as in count_memory: the least of all processes."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    folder = next(filter(Path.exists, [cfg.folder, *cfg.folder.absolute().parents]))
-    gpu, disk = math.inf, shutil.disk_usage(folder).free / 1e9
+    gpu = math.inf
     if accelerator.device.type == "cuda":
         gpu = torch.cuda.mem_get_info()[0] / 1e9
     if cfg.gpu_gb:  # a plan for another machine
-        gpu, host, disk = cfg.gpu_gb, math.inf, math.inf
-    gpu, host, disk = min(gather_object([(0.92 * gpu, host, disk)]))  # CUDA needs 8 % itself
+        gpu, host = cfg.gpu_gb, math.inf
+    gpu = min(gather_object([0.92 * gpu]))  # CUDA and fragmentation take 8 %
     return {"GPU while sampling": gpu, "GPU for the KL reference": gpu, "GPU in an update": gpu,
-            "host memory": host, "disk for checkpoints": disk}
-
-def best_fit(cfg, room: dict, world: int) -> tuple:
-    """Sizes (a Config), a place for AdamW's state, the memory they need, and how much of it is
-    missing: the first choice that fits, else the one that lacks least."""
-    config, least = load_pretrained(transformers.AutoConfig, cfg.model), math.inf
-    with torch.device("meta"):  # shapes without numbers
-        model = FAMILY_MODEL.from_config(
-            config, dtype=torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
-        model.model.visual.requires_grad_(not cfg.freeze_vision)                # FAMILY
-        if cfg.lora_rank:
-            add_lora(model, cfg)
-    on_cpu = room["GPU while sampling"] == math.inf
-    places = {"gpu": PLACES[:1], "host": PLACES[1:]}.get(cfg.optimizer_device, PLACES)
-    for place in places[:1] if on_cpu else places:
-        # Sizes at their default are halved; below a quarter only if nothing else helps.
-        halvings = 0 if on_cpu else 5 if place == places[-1] else 2
-        for shift in range(halvings + 1):
-            sized = dataclasses.replace(cfg)
-            if cfg.rollout_batch == Config.rollout_batch:
-                sized.rollout_batch = max(cfg.rollout_batch >> shift, cfg.rollouts_per_order)
-            if cfg.max_tokens_per_micro_batch == Config.max_tokens_per_micro_batch:
-                sized.max_tokens_per_micro_batch >>= min(shift, 3)
-            parts = count_memory(model, sized, place, world)
-            if on_cpu:
-                parts["host memory"] += max(parts["GPU while sampling"], parts["GPU in an update"])
-            missing = sum(max(parts[name] - room[name], 0) for name in room)
-            if missing < least:
-                least, choice = missing, (sized, place, parts, missing)
-    return choice
-
-# Changes that may make a run fit, the last one only if no other does. Sizes then adapt.
-REMEDIES = (dict(rollout_batch=Config.rollout_batch), dict(optimizer_device="auto"),
-            dict(max_tokens_per_micro_batch=Config.max_tokens_per_micro_batch),
-            dict(gradient_checkpointing=True), dict(beta=0.0), dict(max_prompt_tokens=2048),
-            dict(max_new_tokens=512), dict(lora_rank=64),
-            dict(lora_rank=64, max_prompt_tokens=2048))
+            "host memory": host}
 
 def plan_memory(cfg, accelerator) -> str:
-    """Where AdamW's state goes, one of PLACES. Lowers sizes at their default to what fits a GPU.
-    Exits if a run does not fit on the GPU, the host or the disk."""
+    """Where AdamW's state goes, one of PLACES. On a GPU with too little memory, lowers sizes at
+    their default. Exits if nothing fits."""
     world, room = accelerator.num_processes, free_memory(cfg, accelerator)
-    sized, place, parts, missing = best_fit(cfg, room, world)
+    model, on_cpu = model_without_numbers(cfg), room["GPU while sampling"] == math.inf
+    places = {"gpu": PLACES[:1], "host": PLACES[1:]}.get(cfg.optimizer_device, PLACES)
+    # Large sizes come first: they save more time than the place of AdamW's state. The first
+    # choice that fits is taken, else the one that lacks least is shown.
+    choices, least = itertools.product(range(5), places), math.inf
+    for halvings, place in [(0, places[0])] if on_cpu else choices:
+        sized = dataclasses.replace(cfg)
+        if cfg.rollout_batch == Config.rollout_batch:
+            sized.rollout_batch = max(cfg.rollout_batch >> halvings, cfg.rollouts_per_order)
+        if cfg.max_tokens_per_micro_batch == Config.max_tokens_per_micro_batch:
+            sized.max_tokens_per_micro_batch >>= min(halvings, 3)
+        parts = count_memory(model, sized, place, world)
+        if on_cpu:  # one memory for all
+            parts["host memory"] += max(parts["GPU while sampling"], parts["GPU in an update"])
+        missing = sum(max(parts[name] - room[name], 0) for name in room)
+        if missing < least:
+            least, best = missing, (sized, place, parts)
+        if not missing:
+            break
+    sized, place, parts = best
     if cfg.dry_run:
         rollouts = cfg.steps * cfg.questions_per_step * (cfg.n_permutations + 1)
         rollouts *= cfg.rollouts_per_order * (MAX_ROUNDS if cfg.filter == "online" else 1)
@@ -1927,23 +1910,15 @@ def plan_memory(cfg, accelerator) -> str:
             f"{rollouts:,} rollouts of {cfg.max_new_tokens} tokens; in GB:")
         for name, gb in parts.items():
             accelerator.print(f"{gb:9.2f}  {name}")
-    if missing:
-        lacks, helps = [], []
-        for name in room:
-            if parts[name] > room[name]:
-                lacks.append(f"{parts[name]:.1f} GB ({name}; there are {room[name]:.1f})")
-        for changes in REMEDIES:
-            other, *_, missing = best_fit(dataclasses.replace(cfg, **changes), room, world)
-            if not missing and (len(changes) == 1 or not helps):
-                flags = ""
-                for name in changes:
-                    flags += f" {flag_of(name)} {getattr(other, name)}"
-                helps.append(flags.strip().removesuffix(" True"))
-        raise UserError(f"{cfg.model} needs {', '.join(lacks)}; what makes it fit: "
-                        f"{' or '.join(helps) or 'a smaller model'}")
+    for name in room:
+        check(parts[name] <= room[name],
+              f"{cfg.model} needs {parts[name]:.1f} GB ({name}; there are {room[name]:.1f}) at "
+              f"--rollout-batch {sized.rollout_batch} --max-tokens-per-micro-batch "
+              f"{sized.max_tokens_per_micro_batch}; less: --lora-rank 64, --max-prompt-tokens "
+              "2048, --max-new-tokens 512, and in host memory --beta 0")
     cfg.rollout_batch = sized.rollout_batch
     cfg.max_tokens_per_micro_batch = sized.max_tokens_per_micro_batch
-    where = "host" if room["GPU while sampling"] == math.inf else place
+    where = "host" if on_cpu else place
     accelerator.print(f"memory: {cfg.rollout_batch} sequences at a time, micro-batches of "
                       f"{cfg.max_tokens_per_micro_batch} tokens, AdamW's state on the {where}")
     return place
@@ -1972,23 +1947,14 @@ def fit_machine(cfg, device: torch.device, n_processes: int = 1) -> None:
         # Before any model is loaded: the reference on the host needs the policy's type.
         cfg.dtype = "bf16" if on_gpu or cfg.gpu_gb else "float32"
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-TERMINATED = []  # the signals received
-
-def note_sigterm(number: int, _frame) -> None:
-    TERMINATED.append(number)
-
-def was_terminated() -> bool:
-    """Whether any process got SIGTERM: all then end the step, save and exit."""
-    return any(gather_object([bool(TERMINATED)]))
-
 # ---- Main ------------------------------------------------------------------------------
 def print_start(cfg, accelerator) -> None:
     """Versions, device, run folder, settings that are not defaults, batch arithmetic."""
     changed = []
     for name, value in vars(cfg).items():
         if value != getattr(Config, name):
-            changed.append(f"{flag_of(name)} {value}")
+            changed.append(f"{flag_of(name)} {value}" if type(value) is not bool else
+                           flag_of(name if value else f"no_{name}"))
     orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
     accelerator.print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate "
@@ -2003,8 +1969,9 @@ def print_permutable(questions: list[Sample], accelerator) -> None:
     for question in questions:
         n_several += len(question.images) > 1
         rules[question.order_rule] += count_orders(question) > 1
+    by_rule = ", ".join(f"{count} {rule}" for rule, count in (+rules).items()) or "none"
     accelerator.print(f"{rules.total()} of {n_several} questions with several images can be "
-                      f"permuted {dict(+rules)}")
+                      f"permuted; by order_rule: {by_rule}")
     if rules.total() <= n_several / 10:
         accelerator.print("WARNING: hardly any can, so this is plain GRPO; see `order_rule`")
 
@@ -2029,10 +1996,14 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.data == Config.data and cfg.model != "tiny":
         accelerator.print("NOTE: these are the sample digits; --data names your questions")
     held_out = []
-    if not cfg.eval_data:
+    if not cfg.eval_data and cfg.stage > 0:
         accelerator.print("NOTE: no evaluation; --eval-data names held-out questions")
     if cfg.eval_data and cfg.eval_every and (cfg.stage > 0 or cfg.dry_run):
         held_out = load_questions(cfg.eval_data, processor, cfg, accelerator)
+    stage_1 = cfg.folder.parent / "stage1"
+    if cfg.stage == 2 and not cfg.resume and not cfg.dry_run:
+        check(newest_checkpoint(stage_1), f"--stage 2 goes on from stage 1, but {stage_1} has "
+              "no checkpoint; --out names the folder of both")
     if cfg.stage > 0:
         questions = kept_questions(cfg, questions)
         cfg.steps = cfg.steps or math.ceil(EPOCHS * len(questions) / cfg.questions_per_step)
@@ -2052,21 +2023,14 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.init_trackers("perl", vars(cfg), init_kwargs={
         "wandb": {"id": run_id, "resume": "allow"},
         "trackio": {"name": run_id, "resume": "allow"}})
-    signal.signal(signal.SIGTERM, note_sigterm)
     try:
         if cfg.stage == 0:
             score(cfg, processor, questions, accelerator)
         else:
             train(cfg, processor, questions, held_out, accelerator)
         accelerator.end_training()  # closes the tracker
-    except (KeyboardInterrupt, OSError, RuntimeError, SafetensorError) as error:
-        # A full disk, no memory left or Ctrl-C end in a sentence. All else is a bug, perhaps
-        # of a fork, and keeps its traceback. torch.save replaces the disk's error by its own.
-        cause = error.__context__ or error
-        expected = (KeyboardInterrupt, torch.OutOfMemoryError, SafetensorError)
-        if not isinstance(error, expected) and getattr(cause, "errno", 0) not in DISK_ERRORS:
-            raise
-        raise SystemExit(f"{cause!r}; continue with --resume {cfg.folder}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; continue with --resume {cfg.folder}") from None
     finally:
         os.close(lock)
 

@@ -234,7 +234,7 @@ def read_run(out: Path) -> dict:
 
 # Fresh processes, one for each task, so that no task sees what another did to its process.
 fresh_processes = functools.partial(
-    ProcessPoolExecutor, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    ProcessPoolExecutor, mp_context=get_context("forkserver"), max_tasks_per_child=1)
 
 def missing_runs(arms: dict[str, Arm], seeds: list[int], lines: list[dict]) -> list[tuple]:
     """(name, arm, seed) of the runs that no line has, in the order to run them."""
