@@ -2917,55 +2917,35 @@ LATTER = ["the second image", "the third image"]
 POINTS = ["Point A", "Point B", "Point C", "Point D"]
 
 CHOICES = [
-    (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("option c.", "C"), ("Both images", "C"),
-    ("(C)", "C"), ("c", "C"), ("**C**", "C"), ('"C"', "C"), ("C)", "C"), ("<answer>C", "C"),
-    ("The correct option is (C), since", "C"), ("Answer: C", "C"), ("A C", None), ("E", None),
-    ("The correct answer is:\n\n(C) Both images", "C"), ("C, because both show it", "C"),
-    ("not A but C", "C"), ("The answer is not A but C.", "C"), ("It is not (A) but (C).", "C"),
-    ("option A looks right, but C fits better", "C"), ("(A) looks right. However, (C) fits.", "C"),
-    ("The answer is C because A is not in the picture.", "C"), ("So A is wrong. It is C.", "C"),
-    ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"), (r"\boxed{A} no, \boxed{C}", "C"),
-    ("The answer is A. No, the answer is C.", "C"), (r"\boxed{A, C}", None), (r"\boxed{AC}", None),
-    ("Neither A nor B is right. C is the best option.", "C"), ("The answer is (E).", None),
-    ("A and C", None), ("(A) and (C)", None), ("The answer is A and C.", None), ("(F)", None),
-    (r"\boxed{E}", None), (r"\boxed{92.5}. It is a left image.", None), (r"\boxed{}", None),
-    ("<think>the answer is C", None), (" \n", None), ("Not C.", None), ("C</s>", "C"),
-    ("None of the above.", None), ("I cannot tell.", None), ("B. cats or C. dogs", None),
+    (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("Both images", "C"), ("**C**", "C"),
+    ("c", "C"), ("<answer>C", "C"), ("E", None), (" \n", None), (r"\boxed{A, C}", None),
+    ("A and C", None), ("Not C.", None), ("I cannot tell.", None), ("B. cats or C. dogs", None),
+    ("<think>the answer is C", None), ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"),
+    ("The answer is A. No, the answer is C.", "C"), ("(A) looks right. However, (C) fits.", "C"),
+    ("option A looks right, but C fits better", "C"), ("(C) Both images. (A) shows one only.", "C"),
+    ("The answer is C because A is not in the picture.", "C"),
     ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image", None),
-    ("(C) Both images. (A) shows one only.", "C"), ("C. a cat and a dog", "C"),
     ("Both show it. (C)\n\nWhy the others are wrong:\n* **(A) Left.** It would be the correct "
-     "answer if it was red.\n* **(B) Right.** No.", "C"),
-    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image\n\n(C) Both images", "C")]
+     "answer if it was red.\n* **(B) Right.** No.", "C")]
 OF_OPTIONS = [
-    ("The second image", LATTER, "A"), ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
+    ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
     ("(B) the second image", LATTER, "B"),  # a letter counts more than words
     ("Therefore, the second image is closer to the first than the third image.", LATTER, "A"),
-    ("The first image is Cubism.\n\nTherefore, the second image shares its style.", LATTER, "A"),
-    ("Point B, where the child sits, is closer.", POINTS[:2], "B"), ("C is the one.", POINTS, "C"),
-    ("B is closer to the camera than A.", ["A is closer", "B is closer"], "B"),
-    ("Yes, the cat is under the car.", ["yes", "no"], "A"), ("No", ["yes", "no"], "B"),
-    ("There are three people.", ["0", "3", "2", "1"], "B"), (r"\boxed{14}", ["12", "14"], "B"),
-    (r"\boxed{145^\circ}", ["35°", "145°"], "B"), (r"\boxed{\frac12}", ["0.25", "0.5"], "B"),
-    ("A dog is visible. The correct choice would be D.", POINTS, "D"), ("14", ["14", "14"], "A"),
-    ("(B) 5 m", ["(A) 3 m", "(B) 5 m"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
-    ("(A) Point A is the handle.\n(B) Point B is the tip.\n\nThere is no correct answer.", POINTS,
-     None), ("I cannot see a picture.", list("ABCDE"), None), (r"\boxed{N/A}", POINTS, None),
-    ("A unique shape is shown.", POINTS, None), ("In this answer a person is named.", POINTS, None),
-    ("It cannot be determined.", POINTS, None),
-    ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
-    (r"\boxed{\text{None of the choices provided}}", ["1", "None of the choices provided"], "B"),
-    ("Box B has the right curve and fits. Box A, on the other hand, is too small.",
-     ["box A", "box B"], "B"),
+    ("The second image is most similar. The third image has other colours.", LATTER, "A"),
     ("Point A is closer to the camera. Point B is further back.", POINTS[:2], "A"),
-    ("The second image is most similar. The third image has other colours.", LATTER, "A")]
+    ("Yes, the cat is under the car.", ["yes", "no"], "A"), (r"\boxed{14}", ["12", "14"], "B"),
+    ("There are three people.", ["0", "3", "2", "1"], "B"), ("14", ["14", "14"], "A"),
+    (r"\boxed{\frac12}", ["0.25", "0.5"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
+    ("A unique shape is shown.", POINTS, None), ("In this answer a person is named.", POINTS, None),
+    ("I cannot see a picture.", list("ABCDE"), None),
+    ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
+    ("Box B has the right curve and fits. Box A, on the other hand, is too small.",
+     ["box A", "box B"], "B")]
 OF_ANIMALS = [
-    ("选C", "C"), ("答案：D", "D"), ("答案是A。", "A"), ("选项B是正确答案", "B"), ("应选择C。", "C"),
-    ("因此，正确的是（D）。", "D"), (r"\boxed{选B}", "B"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
-    ("选项A错误。选项B错误。选项D正确。", "D"), ("选项A和选项C都正确", None), ("不选A。", None),
-    ("```python\nA = 3\nprint(A)\n```", None), ("A = 2\nB = 5\nprint(A + B)", None),
-    ("def area(B):\n    return 2 * B", None), ("from math import pi\nC = 2 * pi\nprint(C)", None),
-    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C"), ("```\nD\n```", "D"),
-    ("A = 4, so I choose option B.", "B")]
+    ("选C", "C"), ("答案是A。", "A"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
+    ("选项A和选项C都正确", None), ("A = 4, so I choose option B.", "B"),
+    ("A = 2\nB = 5\nprint(A + B)", None), ("def area(B):\n    return 2 * B", None),
+    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C")]
 @table("options, response, letter",
        [(OPTION_TEXTS, *row) for row in CHOICES] + [(row[1], row[0], row[2]) for row in OF_OPTIONS]
        + [(["cat", "dog", "cow", "pig"], *row) for row in OF_ANIMALS])
@@ -2976,42 +2956,46 @@ def test_extract_choice(options, response, letter):
     (r"<think>\boxed{1}</think> \boxed{2} \boxed{\frac{1}{3}} \boxed{4", r"\frac{1}{3}"),
     (r"<answer>2</answer> \boxed{3}", "3"), ("<answer>1</answer> <answer>2", "2"),
     ("The answer is (B).", "B"), ("The answer is 1. The answer is 3.5.", "3.5"),
-    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),])
-def test_extract_answer(response, answer):
+    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None)])
+def test_stated_answer(response, answer):
     assert ev.stated_answer(response) == answer
 
 @table("text, number", [
     (r"3\frac{1}{4}", 3.25), ("7 2/5", 7.4), (r"-1\frac12", -1.5), ("2½", 2.5), ("y = 9", 9),
-    (r"\frac{-3}{4}", -0.75), (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800),
-    (r"3\pi", 3 * math.pi), (r"\approx 12", 12), ("x ≈ 2.5", 2.5), ("€1,250.50", 1250.5),
-    (r"7\text{ cm}^2", 7), ("15 km/h", 15), ("21 square units", 21), ("4 or 5", None),
-    ("4 to 5", None), ("3 and 4", None), ("4=5", None), ("7:45", None), ("3x", None),
+    (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800), (r"3\pi", 3 * math.pi),
+    (r"\approx 12", 12), ("€1,250.50", 1250.5), (r"7\text{ cm}^2", 7), ("15 km/h", 15),
+    ("4 or 5", None), ("4 to 5", None), ("4=5", None), ("7:45", None), ("3x", None),
     (r"2\sqrt{3}", None), ("1/0", None), ("8" * 500, None), ("5" + " b" * 5000 + "!", None)])
 def test_to_number(text, number):
     signal.alarm(10)
     assert ev.to_number(text) == (number if number is None else pytest.approx(number))
 
 @table("response, answer", [
-    ("**58**", "58"), ("58 apples", "58 apples"), ("Altogether that makes 58.", "58"),
-    ("There are 58 windows.", "58 windows"), ("20 + 38 = 58", "58"), ("It is 1,058.", "1,058"),
+    ("**58**", "58"), ("There are 58 windows.", "58 windows"), ("It is 1,058.", "1,058"),
     ("First I see 20. So the sum is 58.", "58"), ("It is four.", "4"), ("I see 57 or 58.", None),
-    ("It is between 50 and 60.", None), ("The time is 5:58.", None), ("<think>It is 58", None),
-    ("I cannot tell, maybe 58.", None), ("Nobody knows.", None), (r"\boxed{} 58", None),
-    ("```python\nn = 58\nprint(n)\n```", None), ("import math\nn = 58\nprint(n)", None)])
+    ("The time is 5:58.", None), ("<think>It is 58", None), ("I cannot tell, maybe 58.", None),
+    (r"\boxed{} 58", None), ("```python\nn = 58\nprint(n)\n```", None)])
 def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer):
     assert graded(response, "number 0", "58")["answer"] == answer
     assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
     assert graded(response, "number 0", "58", truncated=True)["answer"] is None
 
 # ---- eval.py: adapters -----------------------------------------------------------------
+def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
+    row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
+           "options": list(options), "order_rule": "never", "movable": [0], "response": response,
+           "truncated": False, "error": ""} | more
+    row["answer"], row["right"] = ev.grade_row(row)
+    return row
+
 def place(image):
     return f"{image}.png"
 
 def listed(*options):
     return "".join(f"\n({letter}) {option}" for letter, option in zip("ABCDE", options))
 
-def with_images(n, first=1):
-    return {f"image_{k}": k if k < n + first else None for k in range(first, 7)}
+def with_images(n):
+    return {f"image_{k}": k if k <= n else None for k in range(1, 7)}
 
 # A row of each benchmark, in its layout; a number stands for an image.
 MANTIS = {"id": "man", "question": "Which picture shows the oldest car? <image><image><image>",
@@ -3056,6 +3040,10 @@ def with_pictures(row):
         if value and name.startswith(("image", "decoded_image")):
             row[name] = [PICTURE] * len(value) if isinstance(value, list) else PICTURE
     return row
+
+def write_parquet(rows, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 LAYOUTS = {  # where the rows lie; a right answer, its order rule and task; the row
     "mantis-eval": ("mantis_eval/test-0.parquet", "A", "keep", "multi-choice", MANTIS),
@@ -3104,18 +3092,66 @@ def test_every_adapter_reads_what_the_hub_sends_and_a_local_copy(name, tmp_path,
     args.data_dir = str(tmp_path / "none")
     refuses("--data-dir takes the Hub's files", ev.load_benchmark, name, args)
 
-def test_mantis_rows():
+def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path):
+    rows = [MMIU | {"output": gold} for gold in ("A", "", None, "B", "C", "A")]
+    write_parquet(rows, tmp_path / "MMIU-Benchmark" / "all.parquet")
+    for limit, golds in ((0, ["A", "B", "C", "A"]), (2, ["A", "C"])):
+        args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=limit)
+        assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == golds
+
+def test_names_in_a_question_of_mantis_follow_their_images():
     row = MANTIS | {"question": "Is the first image brighter?", "images": [0, 1], "answer": "(B)",
                     "options": ["(A) First image", "Second image"]}
     q = ev.from_mantis(row, 0, place)
     assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "keep", (0, 1))
-    assert q.sample.question == (  # the question names one image: all names follow
-        "<image><image>Is <image_1> brighter?\n(A) <image_1>\n(B) <image_2>")
+    assert q.sample.question == "<image><image>Is <image_1> brighter?\n(A) <image_1>\n(B) <image_2>"
     assert ev.options_in(q, (1, 0)) == ["image 2", "image 1"]
-    q = ev.from_mantis(row | {"question": "Which is <image> brighter?"}, 0, place)
-    assert q.sample.question.startswith("<image>Which is <image> brighter?\n(A) First image\n")
-    q = ev.from_mantis(row | {"question_type": "short-answer", "options": []}, 0, place)
-    assert (q.rule, q.sample.answer, q.options) == ("text", "(B)", ())
+
+MV_LINES, MV_TEXTS = "A. A only\nB. B only\nC. none\nD. both", ("A only", "B only", "none", "both")
+MV_PARTS = "(1) B (3, 5); (2) 7.5."
+
+@table("adapter, row, changes, rule, gold, options", [
+    (ev.from_mantis, MANTIS, dict(question_type="short-answer", options=[]), "text", "(A)", ()),
+    (ev.from_mv_math, MV_MATH, {}, "choice", "C", ("",) * 4),  # its options are images
+    (ev.from_mv_math, MV_MATH, dict(question=f"?\n{MV_LINES}\n\nPage 7 of 67"), "choice", "C",
+     MV_TEXTS),
+    (ev.from_mv_math, MV_MATH, dict(question=f"A: one\nB: two\n\nWhich is right?\n{MV_LINES}"),
+     "choice", "C", MV_TEXTS),
+    (ev.from_mv_math, MV_MATH, dict(answer_type="multi-step", answer=MV_PARTS), "parts", MV_PARTS,
+     ()),
+    (ev.from_mathvista, VISTA,
+     dict(choices=["10", "12", "10"], answer="12", question_type="multi_choice"), "choice", "B",
+     ("10", "12", "10")),
+    (ev.from_mathvista, VISTA, {}, "number 2", "1.45", ()),
+    (ev.from_mathvista, VISTA, dict(answer_type="integer"), "number 0", "1.45", ()),
+    (ev.from_mathverse, VERSE, dict(question_type="multi-choice", answer="False",
+                                    question_for_eval="()\nChoices:\nA:True\nB:False"),
+     "choice", "B", ("True", "False")),  # a gold is an option's text, a letter, or two letters
+    (ev.from_mathverse, VERSE, dict(question_type="multi-choice", answer="C\nD",
+                                    question_for_eval="?\nA:w\nB:x\nC:y\nD:z"),
+     "text", "C\nD", tuple("wxyz"))])
+def test_rows_of_all_kinds(adapter, row, changes, rule, gold, options):
+    q = adapter(row | changes, 0, place)
+    assert (q.rule, q.sample.answer, q.options) == (rule, gold, options)
+
+@table("rule, gold, options, right, wrong", [
+    ("choice", "A", ("10", "12", "10"), ["A", "(C)"], ["(B)"]),  # both letters of one text
+    ("choice", "C", ("",) * 4, ["C"], ["A", "B", "D"]),
+    ("choice", "B", (r"180^\circ T", r"090^\circ T"), [r"\boxed{090^\circ T}"], [r"\boxed{A}"]),
+    ("text", "C\nD", "wxyz", [r"\boxed{C, D}", r"\boxed{D and C}"],
+     [r"\boxed{C}", r"\boxed{A, C, D}"]),
+    ("number 2", "1.45", (), [r"\boxed{\$1.449}"], [r"\boxed{1.46}"]),
+    ("number 0", "1400", (), [r"\boxed{1,400 apples}"], [r"\boxed{1,401 apples}"]),
+    ("list", "[2007, 2008]", (), ["The answer is 2007 and 2008."], ["none"]),
+    ("parts", "(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5.", (),
+     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", r"\boxed{0.5}, \boxed{(3,4)}, last \boxed{7.5}"],
+     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", r"\boxed{7.5}"]),
+    ("parts", "(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50", (), [r"\boxed{3, (1,2), 40 or 50}"],
+     [r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}",
+      r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"])])
+def test_each_rule_grades(rule, gold, options, right, wrong):
+    assert all(graded(response, rule, gold, options)["right"] for response in right)
+    assert not any(graded(response, rule, gold, options)["right"] for response in wrong)
 
 @table("task, answer, label, right", [
     ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
@@ -3124,116 +3160,40 @@ def test_mantis_rows():
     ("EmojiAlgebra", "102", "100", False), ("EmojiAlgebra", "-100.5", "-100", True),
     ("RefCoco", "3", "1, 3", True), ("RefCoco", "2", "1,3", False), ("FuncRead", "f(x)", "f", True),
     ("IQ", "(b)", "B", True), ("Charts", "45%", "45", True), ("Isomorphism", "Yes", "1", True),
-    ("Collisions", "no", "0", True), ("Clocks", "no", "0", False), ("Clocks", "yes", "1", False),
-    ("Clocks", "yes", "0", False), ("Clocks", "0", "0", True), ("Charts", "no", "0", False),
-    ("CodeEdit", "x += 1", "x+=1", True),])
+    ("Collisions", "no", "0", True), ("CodeEdit", "x += 1", "x+=1", True),
+    ("Clocks", "no", "0", False)])
 def test_remi_rules(task, answer, label, right):
     assert ev.remi_right(task, answer, label) == right
-
-def test_mv_math_rows():
-    q = ev.from_mv_math(MV_MATH, 0, place)
-    assert q.sample.movable == (1, 2, 3, 4) and q.options == ("",) * 4
-    right = [graded(letter, gold="C", options=q.options)["right"] for letter in "ABCD"]
-    assert right == [False, False, True, False], "option images are no duplicates"
-    lines = "A. A only\nB. B only\nC. none\nD. both"
-    for text in (f"<image_1>\n\n<image_2>\n{lines}", f"?\n{lines}\n\nPage 7 of 67",
-                 f"A: one\nB: two\n\nWhich is right?\n{lines}"):
-        row = MV_MATH | {"question": text, "input_image": ["a", "b"]}
-        q = ev.from_mv_math(row, 0, place)
-        assert q.options == ("A only", "B only", "none", "both")
-    row = MV_MATH | {"answer_type": "multi-step", "answer": "(1) B (3, 5); (2) 7.5."}
-    assert ev.from_mv_math(row, 0, place).rule == "parts"
-
-def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
-    row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
-           "options": list(options), "order_rule": "never", "movable": [0], "response": response,
-           "turn": 0, "turns": 1, "truncated": False, "error": ""} | more
-    row["answer"], row["right"] = ev.grade_row(row)
-    return row
-
-def test_mathvista_rows_and_rules():
-    row = VISTA | {"choices": ["10", "12", "10"], "answer": "12", "question_type": "multi_choice"}
-    q = ev.from_mathvista(row, 0, place)
-    assert (q.rule, q.sample.answer, q.sample.images) == ("choice", "B", ("1.png",))
-    duplicate = {"gold": "A", "options": ["10", "12", "10"]}
-    assert graded("(C)", **duplicate)["right"] and not graded("(B)", **duplicate)["right"]
-    assert ev.from_mathvista(VISTA, 0, place).rule == "number 2"
-    assert ev.from_mathvista(VISTA | {"answer_type": "integer"}, 0, place).rule == "number 0"
-    assert graded(r"\boxed{\$1.449}", "number 2", "1.45")["right"]
-    assert not graded(r"\boxed{1.46}", "number 2", "1.45")["right"]
-    assert graded(r"\boxed{1,400 apples}", "number 0", "1400")["right"]
-    assert graded("The answer is 2007 and 2008.", "list", "[2007, 2008]")["right"]
-    assert graded("none", "list", "[1]")["answer"] is None
-
-def write_parquet(rows, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-@table("gold, options, right, wrong", [
-    ("(C)", "xyz", ["C", "z"], ["A", "B"]), ("False", ["True", "False"], ["B", "False"], ["A"]),
-    (r"090^\circ T", [r"180^\circ T", r"090^\circ T"], ["B"], ["A"]),
-    ("C\nD", "wxyz", ["C, D", "D and C"], ["C", "A, C, D"])])
-def test_mathverse_rows(gold, options, right, wrong):
-    text = "BC is ()\nChoices:" + "".join(f"\n{letter}:{o}" for letter, o in zip("ABCD", options))
-    q = ev.from_mathverse(VERSE | {"question_type": "multi-choice", "question": "", "answer": gold,
-                                   "question_for_eval": text}, 0, place)
-    assert q.options == tuple(options)
-    assert q.sample.question == "<image>Answer the question in the image."
-    for answer in right + wrong:
-        row = graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)
-        assert row["right"] is (answer in right), answer
 
 @table("gold, right, wrong", [
     (r"Area $=9 \pi \mathrm{cm}^{2}$", [r"9\pi", r"A = 9 \pi \text{ cm}^2"],
      [r"-9\pi", r"9\pi+1", r"90\pi", r"900\pi \text{ mm}^2", r"9\pi \text{ cm}^3"]),
-    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "5.4", "44", "440 cm", "4.4 cm"]),
-    (r"84 \mathrm{cm}^2", ["84"], ["84 cm"]), ("2191.7 metres", ["2191.7"], ["2.1917"]),
-    ("212°T", ["212", "212°"], ["221"]), ("118掳T", ["118"], ["118.5"]),
-    (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"1225\pi"]),
-    ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("(90,5)", ["(x,y)=(90,5)"], []),
-    ("$x=0$", ["x=0", "0"], ["y=0"]), ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
-    (r"Surface Area $=603.186$ units $^{2}$", ["603.186", "SA = 603.186"],
-     [r"Surface Area $=604.186$ units $^{2}$", r"Surface Area $=-603.186$ units $^{2}$"]),
+    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "44", "440 cm", "4.4 cm"]),
+    (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"\frac{1225}{2}"]),
+    ("118掳T", ["118", "118°"], ["118.5"]), ("$5=s$", ["5", "s=5"], ["4"]),
+    ("(90,5)", ["(x,y)=(90,5)"], ["(5,90)"]), ("$x=0$", ["x=0", "0"], ["y=0"]),
+    ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
+    ("Surface Area $=603.186$ units $^{2}$", ["603.186", "SA = 603.186"], ["604.186"]),
     (r"$2 \angle O=\angle C-\angle A$", [r"2\angle O = \angle C-\angle A"],
      [r"$3 \angle O=\angle C-\angle A$"]),
-    ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"], ["y_2=(x+3)^3=y_1(x+2)"]),
-    ("$1+3+5+7=4^{2}$", ["1+3+5+7=4^2"], ["2+3+5+7=4^2"]),
-    ("domain: [-4, 0) and range: (-3, 1]", ["Domain: [-4, 0), range: (-3, 1]"],
-     ["domain: [4, 0) and range: (-3, 1]"]),
     (r"\text { local maximum: }(-3,60) \text {, local minimum: }(3, -60)",
-     ["(-3,60) (3, -60)"], ["(-4,60) (3, -60)", "(60, -3) (3, -60)"])])
+     ["(-3,60) (3, -60)"], ["(60, -3) (3, -60)"])])
 def test_left_side_and_unit_are_optional(gold, right, wrong):
     assert all(ev.same_value(answer, gold) for answer in right)
     assert not any(ev.same_value(answer, gold) for answer in wrong)
 
-@table("gold, right, wrong", [
-    ("(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5.",
-     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", r"\boxed{0.5}, \boxed{(3,4)}, last \boxed{7.5}"],
-     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", r"\boxed{7.5}"]),
-    ("(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50",
-     [r"\boxed{(1)(1) 3, (2) (1,2) (2) 40 or 50}", r"\boxed{3}, \boxed{(1,2)}, \boxed{40 or 50}",
-      r"\boxed{3, (1,2), 40 or 50}"],
-     [r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}", r"\boxed{3, (1,2)}",
-      r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"])])
-def test_multi_step_is_right_only_if_all_parts_are(gold, right, wrong):
-    assert all(graded(response, "parts", gold)["right"] for response in right)
-    assert not any(graded(response, "parts", gold)["right"] for response in wrong)
-
 # ---- eval.py: order labels -------------------------------------------------------------
 LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
 DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
-
-def label_of(row):
-    n = row["question"].count("<image>")
-    gold = curate.gold_of(row["answer"], row["question"], n)
-    return ev.infer_label(row["question"], gold, n, row.get("style", "any"))
 
 @table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
 def test_order_labels_other_than_never_are_right(part, least):
     """held-out: written without sight of the rules; attack: to find wrong labels."""
     found = 0
     for row in (row for row in LABELLED if row["set"] == part):
-        label = label_of(row)
+        question, n = row["question"], row["question"].count("<image>")
+        gold = curate.gold_of(row["answer"], question, n)
+        label = ev.infer_label(question, gold, n, row.get("style", "any"))
         if label.order_rule != "never":
             mentions = [int(k) for k in perl.MENTION.findall(label.question)]
             got = (label.order_rule, list(label.movable), label.answer, mentions)
@@ -3241,21 +3201,17 @@ def test_order_labels_other_than_never_are_right(part, least):
             found += 1
     assert found >= least
 
-TRUE = "<image><image> Is this statement about the pair true or false? "
-
-@table("source, question, answer", [  # order_labels.jsonl has 218 more of them
-    ("any", "<image><image> Which image shows a cat?", "3"),
-    ("any", "<image><image> How many images show a cow?", "image 1"),
-    ("any", "<image><image><image>Which one is quieter, image 1 or 3?", "Image 3 suggests rest"),
-    ("any", TRUE + "The left image shows a cow.", "True"),  # a name where pairs stand side by side
-    ("nlvr2", TRUE + "The right side of the left image shows a cow.", "True"),
-    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
-    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
-    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
-     "(B) the second image and the first image\n(C) the third image", "A")])
-def test_in_doubt_never(source, question, answer):
-    label = ev.infer_label(question, answer, question.count("<image>"), source)
-    assert (label.order_rule, label.movable, label.question) == ("never", None, question)
+@table("source, question, answer, reason", [
+    ("any", "<image><image> Which image shows a cat?", "3", "answer unclear"),
+    ("any", "<image><image> How many images show a cow?", "image 1", "the answer names an image"),
+    ("any", "<image><image>\nA. 1\nB. 2", "E", "no gold"), ("any", "<image>?", "1", "one image"),
+    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A",
+     "words that may mean order, time or place")])
+def test_a_never_has_a_reason(source, question, answer, reason):
+    """order_labels.jsonl has 218 more of them, without reasons."""
+    n = question.count("<image>")
+    assert ev.label_or_reason(question, answer, n, source) == reason
+    assert ev.infer_label(question, answer, n, source) == (question, answer, "never", None)
 
 # ---- eval.py: what three models get on the benchmarks ----------------------------------
 def measured(question, model, monkeypatch):
@@ -3307,38 +3263,6 @@ def test_three_models_get_what_a_hand_count_gives(adapter, row, rule, movable, a
         text = model if q.rule == "choice" else lambda s, m=model: rf"\boxed{{{m(s)}}}"
         assert measured(q, text, monkeypatch) == pytest.approx(wanted, abs=1e-6), model
 
-@table("adapter, row, reason", [
-    (ev.from_medframeqa, MED | with_images(1), "one image"),
-    (ev.from_medframeqa, MED | {"correct_answer": "E"}, "no gold"),
-    (ev.from_medframeqa, MED | {"question": "What comes next?"}, "words that may mean order"),
-    (ev.from_muirbench, MUIR | {"question": "<image>Is it like image 3?"}, "a name that would not"),
-    (ev.from_blink, BLINK | {"choices": ["left", "right"]}, "options that the text does not list"),
-    (ev.from_mantis, MANTIS | {"options": ["1", "2", "3"]}, "answer unclear")])
-def test_a_never_has_a_reason(adapter, row, reason):
-    q = adapter(row, 0, place)
-    assert q.sample.order_rule == "never" and q.label.startswith("never: " + reason), q.label
-
-def test_the_report_counts_labels_by_benchmark_and_reason(tmp_path, capsys):
-    rows = [with_pictures(MED) | {"question_id": str(k)} for k in range(3)]
-    rows[1]["question"] = "Which finding comes next?"
-    write_parquet(rows, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
-    flags = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
-    ev.main(["--benchmarks", "medframeqa", "--orders", "6", *flags])
-    saved = json_of(tmp_path / "out" / "tiny" / "medframeqa" / "results.json")
-    never = "never: words that may mean order, time or place"
-    assert saved["config"]["labels"] == {"keep": 2, never: 1} and saved["unread"] == 1
-    shown = capsys.readouterr().out
-    assert f"order label keep: 2\n  order label {never}: 1\n" in shown
-    assert re.search(r"no answer read +\| 100\.0", shown) and "3 of 2851" in shown
-    assert saved["orders"]["flip"]["n"] == 2, "what moves is asked in several orders"
-
-def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path):
-    rows = [MMIU | {"output": gold} for gold in ("A", "", None, "B", "C", "A")]
-    write_parquet(rows, tmp_path / "MMIU-Benchmark" / "all.parquet")
-    for limit, golds in ((0, ["A", "B", "C", "A"]), (2, ["A", "C"])):
-        args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=limit)
-        assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == golds
-
 # ---- eval.py: measures -----------------------------------------------------------------
 def test_average_and_intervals():
     values = {"a": [1, 1, 0, 0], "b": [1]}
@@ -3353,7 +3277,7 @@ def test_average_and_intervals():
 def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
     rows = []
     for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
-        text = "" if answer is None else rf"\boxed{{{answer}}}"
+        text = "" if answer == "?" else rf"\boxed{{{answer}}}"
         rows.append(graded(text, "text", gold, k=k, order=list(order), order_rule=rule,
                            orders=n_orders or len(orders),
                            movable=movable or [*range(len(order))]))
@@ -3364,7 +3288,7 @@ def test_order_measures():
     right = group("2132", "2132", swaps)                # image 2 of the given order, found anywhere
     wrong = group("1213", "2132", swaps)                # always the same wrong picture
     first = group("2222", "2132", swaps)                # always says "second": right at first
-    unread = group([None] * 4, "2132", swaps)
+    unread = group("????", "2132", swaps)
     m = ev.order_measures([right, wrong, first, unread])
     assert m["bias"]["n"] == 4
     values = {name: share["value"] for name, share in m.items() if name != "by position"}
@@ -3379,15 +3303,9 @@ def test_order_measures():
     m = ev.order_measures([group("AB", "AB", swaps[0::2], "letter", movable=[1, 2])])
     assert m["same choice"]["value"] == 1 and by_position(m) == {"2": (1, 1), "3": (1, 1)}
     for answers, flips, unread in (("AAAA", 0, 0), ("AAAB", 1, 0), ("AA?A", 0, 1), ("AB??", 1, 1)):
-        answers = [None if answer == "?" else answer for answer in answers]
         m = ev.order_measures([group(answers, "AAAA", swaps, "keep")])
         assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
-    m = ev.order_measures([group("77", "88", swaps[:2], "keep")])
-    assert (m["same choice"]["value"], m["by position"]) == (1, {})
-
-def test_empty_rows_are_omitted():
-    text = ev.table([["", "a", "b"], ["one", "", ""], ["two", "", 0], ["three", "x", ""]])
-    assert [line.split()[1] for line in text.splitlines()[2:]] == ["two", "three"]
+        assert m["by position"] == {} and m["same choice"]["value"] == (answers == "AAAA")
 
 # ---- eval.py: runs ---------------------------------------------------------------------
 def run(out, *flags):
@@ -3417,8 +3335,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
     assert run(tmp_path / "c") == whole and len(calls) == done + rest + rest + 1
     for flag, field in (("--orders", "orders"), ("--max-new-tokens", "max_new_tokens"),
                         ("--batch", "rollout_batch")):
-        with pytest.raises(SystemExit, match=f"has answers with {field} .*, not 7; remove it"):
-            run(tmp_path / "b", flag, "7")
+        refuses(f"has answers with {field} .*, not 7; remove it", run, tmp_path / "b", flag, "7")
 
 def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
     noise(28, 28).save(tmp_path / "a.png")
@@ -3431,22 +3348,19 @@ def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
     ev.main(["--benchmarks", "mine.jsonl", "--out", str(tmp_path), "--max-new-tokens", "4"])
     r = json_of(tmp_path / "tiny" / "mine" / "results.json")
     assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (5, 4, 1, 1, 0)
+    assert r["unread"] == 1 and r["config"]["labels"] == {"keep": 5}
 
 def test_compare_is_paired_and_tells_what_was_read(tmp_path):
     """A reads 3 of 4 and B all; a fifth question, which A alone answered, is left out."""
     for name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well", r"\boxed{1}")),
                         ("B", (r"\boxed{1}",) * 4)):
-        (tmp_path / name / "digits").mkdir(parents=True)
         rows = [graded(text, "text", "1", id=str(k)) for k, text in enumerate(texts)]
         # One question was asked in two orders, which B alone gets right in both.
         rows += [graded(r"\boxed{1}", "text", "1", id="two"),
                  graded(rf"\boxed{{{2 - (name == 'B')}}}", "text", "1", id="two", k=1)]
+        (tmp_path / name / "digits").mkdir(parents=True)
         write_rows(tmp_path / name / "digits" / "samples.jsonl", *rows)
-    (tmp_path / "B" / "mine").mkdir()
-    (tmp_path / "B" / "mine" / "config.json").write_text("{}")
-    text = ev.compare(tmp_path / "A", tmp_path / "B")
-    assert text.endswith(f"not compared, since A lacks it: {tmp_path / 'B' / 'mine'}")
-    heading, _, line = table_rows(text)[-3:]
+    heading, _, line = table_rows(ev.compare(tmp_path / "A", tmp_path / "B"))[-3:]
     cells = dict(zip(heading, line))
     assert [cells[name] for name in ("benchmark", "n", "A", "B", "no answer A", "no answer B")] == [
         "digits", "5", "60.0", "100.0", "20.0", "0.0"]
@@ -3454,57 +3368,30 @@ def test_compare_is_paired_and_tells_what_was_read(tmp_path):
     assert cells["where both were read"].startswith("25.0")
     assert cells["mean over orders"].startswith("50.0") and cells["worst order"].startswith("100.0")
 
-@table("flags, message", [
-    (("--bencmarks", "digits"), "no such argument: --bencmarks; did you mean --benchmarks?"),
-    (("--qqq",), "no such argument: --qqq\n"),
-    (("--benchmarks", "digits,Blnk"), "; did you mean blink?"),
-    (("--model", "Qwen2.5-VL-7b"), "short name or Hub id; did you mean Qwen2.5-VL-7B?"),
-    (("--model", "runs/tiny-sed0"), "; did you mean runs/tiny-seed0?"),
-    (("--model", "runs/tiny-seed0/stage1/checkpoint-40"), "short name or Hub id")])
-def test_a_misspelt_name_of_eval_gets_the_nearest_one_and_a_hub_id_is_looked_up(
-        tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(perl, "load_processor", die)
-    monkeypatch.chdir(tmp_path)
-    Path("runs/tiny-seed0").mkdir(parents=True)
-    with pytest.raises(SystemExit) as error:
-        ev.main(list(flags))
-    assert message in f"{error.value}{capsys.readouterr().err}"
-    with pytest.raises(Killed):
-        ev.main(["--model", "someone/model"])
-
 # ---- eval.py: --ask --------------------------------------------------------------------
-@pytest.fixture
-def cat_files(tmp_path, monkeypatch):
-    """Three images, the second one a cat; `say(answer)` sets what the model says: a text, or
-    "cat" for the number of the cat, wherever it stands."""
-    for name in ("a.png", "cat.png", "c.png"):
-        Image.new("RGB", (56, 56)).save(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-
-    def say(answer):
-        def respond(model, processor, samples, orders, cfg, **kwargs):
-            texts = [str(order.index(1) + 1) if answer == "cat" else answer for order in orders[0]]
-            return [[SimpleNamespace(text=rf"\boxed{{{text}}}" if text else "well", truncated=False)
-                     for text in texts]]
-        monkeypatch.setattr(ev, "sample_groups", respond)
-    return say
-
 WHICH, SLOTS = "Which image shows a cat?", "Which is the cat? A: <image> B: <image> C: <image>"
+ALL_THREE = {"a.png", "cat.png", "c.png"}
 @table("question, says, agree, means", [
     (WHICH, "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
-    (WHICH, "1", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
-    ("Which one is a cat?", "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
+    (WHICH, "1", "2 of 6 orders agree: ", ALL_THREE),
     (WHICH, "7", "6 of 6 orders agree: no answer", {""}),
-    (SLOTS, "A", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    (SLOTS, "A", "2 of 6 orders agree: ", ALL_THREE),
     (SLOTS.replace("A:", "Reference:").replace("B:", "A:").replace("C:", "B:"), "A",
      "1 of 2 orders agree: ", {"cat.png", "c.png"}),
     (WHICH + "\nA. the first image\nB. the second image\nC. the third image", "B",
-     "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+     "2 of 6 orders agree: ", ALL_THREE),
     ("How many cats are there?", "2", "6 of 6 orders agree: 2", {""}),
-    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""}),
-    (WHICH, "", "6 of 6 orders agree: no answer", {""})])
-def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, agree, means):
-    cat_files(says)
+    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""})])
+def test_ask_names_the_file_in_every_order(tmp_path, monkeypatch, capsys, question, says, agree,
+                                           means):
+    """says "cat": the number of the cat, wherever it stands."""
+    def respond(model, processor, samples, orders, cfg, **kwargs):
+        texts = [str(order.index(1) + 1) if says == "cat" else says for order in orders[0]]
+        return [[SimpleNamespace(text=rf"\boxed{{{text}}}", truncated=False) for text in texts]]
+    monkeypatch.setattr(ev, "sample_groups", respond)
+    monkeypatch.chdir(tmp_path)
+    for name in ALL_THREE:
+        Image.new("RGB", (56, 56)).save(name)
     ev.main(["--ask", question, "a.png", "cat.png", "c.png", "--all-orders"])
     out = capsys.readouterr().out
     rows = table_rows(out)[2:]
@@ -3512,208 +3399,88 @@ def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, ag
     assert agree in out and {row[2] for row in rows} == means
     assert orders[0] == "a.png cat.png c.png", "the given order comes first"
     assert len(set(orders)) == len(orders) == int(agree.split()[2])
+    ev.main(["--ask", question, "a.png", "cat.png", "c.png"])
+    assert f"\n\\boxed{{{says.replace('cat', '2')}}}\n" in capsys.readouterr().out, "one order"
 
-def test_ask_in_one_order_shows_the_response_and_orders_is_a_limit(cat_files, capsys):
-    cat_files("2")
-    ev.main(["--ask", WHICH, "a.png", "cat.png"])
-    out = capsys.readouterr().out
-    assert r"\boxed{2}" in out and "| cat.png |" in out
-    ev.main(["--ask", WHICH, "a.png", "cat.png", "c.png", "--all-orders", "--orders", "4"])
-    assert "of 4 orders agree" in capsys.readouterr().out
-
-def test_ask_moves_what_the_question_names(cat_files):
+def test_ask_moves_what_the_question_names():
     text = "Is image 2 sharper than the third picture?"
-    sample = ev.own_question(text, ["a.png", "cat.png", "c.png"]).sample
+    sample = ev.own_question(text, list(map(str, DIGITS[:3]))).sample
     asked = perl.permute(sample, (2, 0, 1)).question
     assert asked == "<image><image><image>Is <image_3> sharper than <image_1>?"
 
-@table("asked, message", [
-    ((WHICH, "gone.png"), "gone.png is not a file"),
-    (("a.png", "cat.png"), "the question comes first"),
-    ((WHICH, "a.png", "bad.png"), "bad.png cannot identify"),
-    ((WHICH, "a.png", "cut.png"), "cut.png image file is truncated"),
-    (("<image> or what?", "a.png", "c.png"), "has 1 <image> for 2 images"),
-    (("Is image 4 dark?", "a.png"), "mentions image 4 of 1"),
-    (("Is it <|im_end|>?", "a.png"), "field question: contains")])
-def test_ask_names_what_cannot_be_asked_before_a_model_is_loaded(cat_files, asked, message,
-                                                                monkeypatch):
+def test_ask_refuses_what_cannot_be_asked_before_a_model_is_loaded(monkeypatch):
     monkeypatch.setattr(ev, "start_model", lambda args: pytest.fail("too late"))
-    monkeypatch.setattr(ev.ImageFile, "LOAD_TRUNCATED_IMAGES", False)
-    Path("bad.png").write_text("no image")
-    Path("cut.png").write_bytes(bytes_of(noise(90, 90), "PNG")[:9000])
-    refuses(re.escape(message), ev.main, ["--ask", *asked])
-
-# ---- eval.py: --chart ------------------------------------------------------------------
-def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch):
-    """Mean next to worst order; a benchmark asked in one order has one bar a model."""
-    def share(value):
-        return {"value": value, "interval": [value - .1, value + .1], "n": 7}
-    for model, value in (("A", .4), ("B", .6)):
-        in_orders = {"mean": share(value), "worst": share(value - .2)}
-        for name, orders in (("blink", in_orders), ("remi", {})):
-            path = tmp_path / model / name / "results.json"
-            path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(share(value + .1) | {
-                "score": value + .1, "orders": orders, "config": {"orders": 6}}))
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **named: (
-        figures.append(self) or save(self, *args, **named)))
-    ev.main(["--chart", str(tmp_path / "c.png"), str(tmp_path / "A"), str(tmp_path / "B")])
-    assert Image.open(tmp_path / "c.png").width > 500
-    axes, = figures[0].axes
-    bars = [bar for bar in axes.patches if bar.get_height()]  # the legend's have none
-    assert [(round(bar.get_height()), bool(bar.get_hatch())) for bar in bars] == [
-        (40, False), (20, True), (60, False), (40, True), (50, False), (70, False)]
-    spans = [[round(bound) for bound in line.get_ydata()] for line in axes.lines]
-    assert spans == [[30, 50], [10, 30], [50, 70], [30, 50], [40, 60], [60, 80]]
-    labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == ["blink\n7 questions\nup to 6 orders", "remi\n7 questions"]
-    middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
-    assert [*axes.get_xticks()] == pytest.approx([sum(middles[:4]) / 4, sum(middles[4:]) / 2])
-    refuses("no results in .*gone", ev.main,
-            ["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
+    refuses("gone.png is not a file", ev.main, ["--ask", WHICH, "gone.png"])
+    refuses("mentions image 4 of 1", ev.main, ["--ask", "Is image 4 dark?", str(DIGITS[0])])
 
 # ---- eval.py: page of a run ------------------------------------------------------------
-def test_the_page_of_a_run(straight, tmp_path):
-    """With a fork's filter, answers that name no single image, and texts that try to break out."""
-    run = shutil.copytree(straight, tmp_path / "run")
+HOSTILE = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
+
+@pytest.fixture(scope="module")
+def paged(straight, tmp_path_factory):
+    """The folder of a run and its page. Added to it: first a group that is right in one of two
+    orders, whose texts try to break out, and last answers that name no single image."""
+    run = shutil.copytree(straight, tmp_path_factory.mktemp("paged") / "run")
     logged = read_rows(run / "rollouts.jsonl")
-    write_rows(run / "rollouts.jsonl", *logged, *[
-        logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1], order=[0, 1],
-                         response="</script><script><b>bold</b>", images=["gone.png"] * 2)
-        for rule, gold in (("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("pair", "1-2"))])
+    added = logged[0] | dict(images=["gone.png"] * 2, response=HOSTILE, movable=[0, 1])
+    first = [added | dict(id="q", order_rule="index", answer="1", order=order, gold=gold,
+                          accuracy=right, reward=right)
+             for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
+    golds = {"sequence": "2,1", "keep": "2", "letter": "B", "pair": "1-2"}
+    last = [added | dict(step=2, id=rule, order_rule=rule, order=[0, 1], gold=gold)
+            for rule, gold in golds.items()]
+    write_rows(run / "rollouts.jsonl", *first, *logged, *last)
     ev.main(["--page", str(run)])
-    text = (run / "page.html").read_text()
+    return run
+
+def test_the_page_of_a_run(paged, straight, tmp_path):
+    text = (paged / "page.html").read_text()
     data = json.loads(re.search(r"const DATA = (.*);", text)[1])
     assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text), "it needs no other file"
     assert "<b>bold" not in text and text.count("</script>") == 1
-    assert data["metrics"] == read_rows(run / "metrics.jsonl") and data["images"]["gone.png"] == ""
-    picture = data["images"][logged[0]["images"][0]].partition(",")[2]
+    assert data["metrics"] == read_rows(paged / "metrics.jsonl")
+    logged, images = read_rows(straight / "rollouts.jsonl"), data["images"]
+    picture = images[logged[0]["images"][0]].partition(",")[2]
     Image.open(io.BytesIO(base64.b64decode(picture))).verify()
-    first, _, *others = data["groups"]
+    assert images["gone.png"] == ""
+    hostile, first, _, *others = data["groups"]
+    assert [rows[0]["right_image"] for rows in hostile["orders"]] == [0, 1]
     rewards = {row["reward"] for row in logged[:6]}
     assert (len(first["orders"]), first["verdict"] == "kept") == (2, len(rewards) > 1)
     assert [group["orders"][0][0]["right_image"] for group in others[:4]] == [-1, -1, 1, -1]
     held_out = [[row["step"] for row in group["orders"][0]] for group in others[4:]]
     assert held_out == [[0, 2, 4]] * 3, "a held-out question through the run"
     refuses("not a run folder", ev.main, ["--page", str(tmp_path)])
-    edit(run / "config.json", filter="disagree")
-    assert '"verdict": "disagree"' in ev.write_page(run).read_text()
+    forked = shutil.copytree(paged, tmp_path / "forked")
+    edit(forked / "config.json", filter="disagree", beta=None)  # of a fork, which has no beta
+    assert '"verdict": "disagree"' in ev.write_page(forked).read_text()
 
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory):
-    """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
-    held-out question asked at steps 0 and 1."""
-    run = tmp_path_factory.mktemp("paged") / "run"
-    Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
-    shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="")
-    hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
-    rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
-                          reward=right, advantage=2 * right - 1)
-            for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
-    rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
-                              reward=1.0, advantage=0.0))
-    write_rows(run / "rollouts.jsonl", *rows)
-    write_rows(run / "held_out.jsonl", *[
-        shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
-                      accuracy=step, reward=step, advantage=0.0) for step in (0, 1)])
-    write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
-               dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
-                    length=9.0, kl=0.0, idle=.1, truncated=0.0))
-    ev.main(["--page", str(run)])
-    return run / "page.html"
-
-def in_browser(page, tmp_path, width, script=""):
+def in_browser(page, tmp_path, script=""):
     """The page as Chromium shows it after its script ran, and then this one."""
     browser, copy = shutil.which("chromium") or pytest.skip("no chromium"), tmp_path / "shown.html"
     copy.write_text(page.read_text() + f"<script>{script}</script>")
     flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
              f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} "
-             f"--dump-dom --window-size={width},800")
+             "--dump-dom --window-size=1200,800")
     shown = subprocess.run([browser, *flags.split(), f"file://{copy}"], capture_output=True,
                            text=True, timeout=60).stdout
     return re.sub("(?s)<script>.*?</script>", "", shown)
 
 def test_the_page_in_a_browser(paged, tmp_path):
-    """Its script runs: curves are drawn, the group is shown, and model text is text."""
-    shown = in_browser(paged, tmp_path, 1200)
-    assert shown.count("<figure") == 6 and "<title>PeRL run</title>" in shown
+    """Its script runs: curves are drawn, the group with the largest gap is shown, model text is
+    text, and arrow keys lead to the held-out questions."""
+    shown = in_browser(paged / "page.html", tmp_path)
+    assert shown.count("<figure") == 7 and "<title>PeRL run</title>" in shown
     assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
-    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
+    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: letter" in shown
     assert shown.count('class="right"') == 2, "the right image is framed in both orders"
-
-KEYS = """
-  for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
-    document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-  document.title = document.documentElement.scrollWidth + " of " + innerWidth;
-"""
-
-def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
-    """Arrow keys go through the groups, to the held-out question; nothing sticks out."""
-    shown = in_browser(paged, tmp_path, 400, KEYS)
-    assert "Held-out question h" in shown and "step 1: right" in shown
-    width, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
-    assert width <= screen <= 500
-
-@pytest.fixture
-def forked(paged, tmp_path):
-    """The page of a fork with a flag and metrics of its own, without one of our settings."""
-    for file in paged.parent.iterdir():
-        shutil.copy(file, tmp_path)
-    edit(tmp_path / "config.json", my_flag={"a": [1]}, filter_low=None, beta=None)
-    own = dict(with_gradient=.5, by_permutation=None, my_gap=-.3, my_word="x", my_nan=math.nan)
-    start, row = read_rows(tmp_path / "metrics.jsonl")
-    write_rows(tmp_path / "metrics.jsonl", start, row | own,
-               row | own | dict(step=2, by_permutation=.25, my_gap=.3))
-    ev.main(["--page", str(tmp_path)])
-    return tmp_path / "page.html"
-
-def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_path):
-    shown = in_browser(forked, tmp_path, 1280)
-    titles = re.findall("<figcaption[^>]*>(.*?)</figcaption>", shown)
-    assert titles[3] == "Groups that give a gradient" and titles[-1] == "my_gap"
-    assert not {"my_nan", "my_word"} & {*titles} and "NaN" not in shown
-    of_these = shown[shown.index("Groups that give a gradient"):]
-    assert "equal rewards in every order" in of_these[:of_these.index("</figure>")]
-    first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
-    assert first == tuple(sorted(first)), "the group, the curves, the glossary"
-    curves = shown[shown.index("Held-out questions</fig"):]
-    dashes = re.findall('stroke-dasharray="([^"]*)"', curves)
-    assert len(set(dashes[:6])) == 3, "three lines, and their signs in the legend, all different"
-
-LAYOUT = """
-  const cards = [...document.querySelectorAll("#curves figure")], lone = [];
-  for (const node of document.querySelectorAll("p, dd, figcaption, h2, strong, .scores, pre")) {
-    const words = [], walk = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
-    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\S+/g)) {
-      const range = document.createRange();
-      range.setStart(walk.currentNode, word.index);
-      range.setEnd(walk.currentNode, word.index + word[0].length);
-      words.push(range.getBoundingClientRect().bottom);
-    }
-    const last = words.filter(bottom => Math.abs(bottom - words[words.length - 1]) < 6);
-    if (last.length === 1 && words.length > 1) lone.push(node.textContent);
-  }
-  const tops = cards.map(card => card.offsetTop), root = document.documentElement;
-  document.title = JSON.stringify([tops, lone, root.scrollWidth]);
-"""
-
-@table("name", ["paged", "forked"])
-@table("beta, width", [(0.01, 1280), (0.0, 1280), (0.01, 400), (0.0, 400)])
-def test_no_card_and_no_word_stands_alone(request, tmp_path, name, beta, width):
-    page, text = tmp_path / "of_beta.html", request.getfixturevalue(name).read_text()
-    page.write_text(text.replace('"beta": 0.01', f'"beta": {beta}'))
-    shown = in_browser(page, tmp_path, width, LAYOUT)
-    tops, lone, scroll = json.loads(re.search("<title>(.*?)</title>", shown)[1])
-    assert not lone and scroll <= max(width, 500)
-    assert width < 500 or min(Counter(tops).values()) > 1, "a card alone in its row"
+    key = "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}));"
+    shown = in_browser(paged / "page.html", tmp_path, f"for (let k = 0; k < 99; k++) {key}")
+    assert re.search("Held-out question .*, at every evaluation; orders: 2", shown)
+    assert re.search("step 4: (right|wrong)", shown)
 
 # ---- eval.py: --flip -------------------------------------------------------------------
-@pytest.fixture
-def flip_data(tmp_path):
+def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(tmp_path, capsys):
     ids = ("keep1", "keep2", "excluded", "border")
     med = [with_pictures(MED) | {"question_id": key} for key in ids]
     med[0]["question"] = "Which image comes first?"  # never, by our rules
@@ -3728,33 +3495,18 @@ def flip_data(tmp_path):
     for file, lines in ((ev.SCREEN, screen), (ev.RATES, rates)):
         (clone / file).parent.mkdir(parents=True, exist_ok=True)
         (clone / file).write_text("\n".join(lines) + "\n")
-    return tmp_path
-
-def flip(folder):
-    ev.main(["--flip", "--data-dir", str(folder), "--out", str(folder / "out"),
+    ev.main(["--flip", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out"),
              "--max-new-tokens", "2"])
-
-def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(flip_data, capsys):
-    flip(flip_data)
     out = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if "|" in line}
     assert out.count("3 items") == 2 and "25.0 [4.6, 69.9]" in rows["other-7b"]
     assert "0.0 [0.0, 56.2]" in rows["tiny"], "no answer was read, so none flips; 3 items are few"
     assert "unread answer in %:  mantis-eval 100.0  medframeqa 100.0" in out
     for name in ("mantis-eval", "medframeqa"):
-        asked = read_rows(flip_data / "out" / "tiny" / "flip" / name / "samples.jsonl")
-        orders = {(row["id"], row["gold"], *row["order"]) for row in asked}
-        assert len(asked) == len(orders) == 18 and asked[0]["order"] == [0, 1, 2]
+        asked = read_rows(tmp_path / "out" / "tiny" / "flip" / name / "samples.jsonl")
+        assert len({(row["id"], *row["order"]) for row in asked}) == len(asked) == 18
         golds = Counter((row["id"], row["gold"]) for row in asked)
-        assert list(golds.values()) == [6] * 3 and {key for key, _ in golds} == {
-            "keep1", "keep2", "border"}, "the gold stays"
-
-def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
-    with (flip_data / "facet-probe" / ev.SCREEN).open("a") as screen:
-        screen.write("medframeqa,gone,keep\n")
-    refuses("medframeqa has no question gone", flip, flip_data)
-    shutil.rmtree(flip_data / "facet-probe")
-    refuses("clone github.com/yahskapar/facet-probe", flip, flip_data)
+        assert list(golds.values()) == [6, 6, 6], "the gold stays"
 
 # ---- data_samples/curate.py: rows become samples ---------------------------------------
 def digit(k, kind="PNG", mode="RGB"):
