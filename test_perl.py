@@ -2876,55 +2876,35 @@ LATTER = ["the second image", "the third image"]
 POINTS = ["Point A", "Point B", "Point C", "Point D"]
 
 CHOICES = [
-    (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("option c.", "C"), ("Both images", "C"),
-    ("(C)", "C"), ("c", "C"), ("**C**", "C"), ('"C"', "C"), ("C)", "C"), ("<answer>C", "C"),
-    ("The correct option is (C), since", "C"), ("Answer: C", "C"), ("A C", None), ("E", None),
-    ("The correct answer is:\n\n(C) Both images", "C"), ("C, because both show it", "C"),
-    ("not A but C", "C"), ("The answer is not A but C.", "C"), ("It is not (A) but (C).", "C"),
-    ("option A looks right, but C fits better", "C"), ("(A) looks right. However, (C) fits.", "C"),
-    ("The answer is C because A is not in the picture.", "C"), ("So A is wrong. It is C.", "C"),
-    ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"), (r"\boxed{A} no, \boxed{C}", "C"),
-    ("The answer is A. No, the answer is C.", "C"), (r"\boxed{A, C}", None), (r"\boxed{AC}", None),
-    ("Neither A nor B is right. C is the best option.", "C"), ("The answer is (E).", None),
-    ("A and C", None), ("(A) and (C)", None), ("The answer is A and C.", None), ("(F)", None),
-    (r"\boxed{E}", None), (r"\boxed{92.5}. It is a left image.", None), (r"\boxed{}", None),
-    ("<think>the answer is C", None), (" \n", None), ("Not C.", None), ("C</s>", "C"),
-    ("None of the above.", None), ("I cannot tell.", None), ("B. cats or C. dogs", None),
+    (r"\boxed{\text{(C)}}", "C"), ("C. Both images", "C"), ("Both images", "C"), ("**C**", "C"),
+    ("c", "C"), ("<answer>C", "C"), ("E", None), (" \n", None), (r"\boxed{A, C}", None),
+    ("A and C", None), ("Not C.", None), ("I cannot tell.", None), ("B. cats or C. dogs", None),
+    ("<think>the answer is C", None), ("<think>A or B?</think>\n\\boxed{C. Both images}", "C"),
+    ("The answer is A. No, the answer is C.", "C"), ("(A) looks right. However, (C) fits.", "C"),
+    ("option A looks right, but C fits better", "C"), ("(C) Both images. (A) shows one only.", "C"),
+    ("The answer is C because A is not in the picture.", "C"),
     ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image", None),
-    ("(C) Both images. (A) shows one only.", "C"), ("C. a cat and a dog", "C"),
     ("Both show it. (C)\n\nWhy the others are wrong:\n* **(A) Left.** It would be the correct "
-     "answer if it was red.\n* **(B) Right.** No.", "C"),
-    ("(A) Left image\n(B) Right image\n(C) Both images\n(D) Neither image\n\n(C) Both images", "C")]
+     "answer if it was red.\n* **(B) Right.** No.", "C")]
 OF_OPTIONS = [
-    ("The second image", LATTER, "A"), ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
+    ("Image 3", LATTER, "B"), ("the 2nd picture", LATTER, "A"),
     ("(B) the second image", LATTER, "B"),  # a letter counts more than words
     ("Therefore, the second image is closer to the first than the third image.", LATTER, "A"),
-    ("The first image is Cubism.\n\nTherefore, the second image shares its style.", LATTER, "A"),
-    ("Point B, where the child sits, is closer.", POINTS[:2], "B"), ("C is the one.", POINTS, "C"),
-    ("B is closer to the camera than A.", ["A is closer", "B is closer"], "B"),
-    ("Yes, the cat is under the car.", ["yes", "no"], "A"), ("No", ["yes", "no"], "B"),
-    ("There are three people.", ["0", "3", "2", "1"], "B"), (r"\boxed{14}", ["12", "14"], "B"),
-    (r"\boxed{145^\circ}", ["35°", "145°"], "B"), (r"\boxed{\frac12}", ["0.25", "0.5"], "B"),
-    ("A dog is visible. The correct choice would be D.", POINTS, "D"), ("14", ["14", "14"], "A"),
-    ("(B) 5 m", ["(A) 3 m", "(B) 5 m"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
-    ("(A) Point A is the handle.\n(B) Point B is the tip.\n\nThere is no correct answer.", POINTS,
-     None), ("I cannot see a picture.", list("ABCDE"), None), (r"\boxed{N/A}", POINTS, None),
-    ("A unique shape is shown.", POINTS, None), ("In this answer a person is named.", POINTS, None),
-    ("It cannot be determined.", POINTS, None),
-    ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
-    (r"\boxed{\text{None of the choices provided}}", ["1", "None of the choices provided"], "B"),
-    ("Box B has the right curve and fits. Box A, on the other hand, is too small.",
-     ["box A", "box B"], "B"),
+    ("The second image is most similar. The third image has other colours.", LATTER, "A"),
     ("Point A is closer to the camera. Point B is further back.", POINTS[:2], "A"),
-    ("The second image is most similar. The third image has other colours.", LATTER, "A")]
+    ("Yes, the cat is under the car.", ["yes", "no"], "A"), (r"\boxed{14}", ["12", "14"], "B"),
+    ("There are three people.", ["0", "3", "2", "1"], "B"), ("14", ["14", "14"], "A"),
+    (r"\boxed{\frac12}", ["0.25", "0.5"], "B"), ("5 m", ["(A) 3 m", "(B) 5 m"], "B"),
+    ("A unique shape is shown.", POINTS, None), ("In this answer a person is named.", POINTS, None),
+    ("I cannot see a picture.", list("ABCDE"), None),
+    ("It cannot be determined.", ["yes", "no", "cannot be determined"], "C"),
+    ("Box B has the right curve and fits. Box A, on the other hand, is too small.",
+     ["box A", "box B"], "B")]
 OF_ANIMALS = [
-    ("选C", "C"), ("答案：D", "D"), ("答案是A。", "A"), ("选项B是正确答案", "B"), ("应选择C。", "C"),
-    ("因此，正确的是（D）。", "D"), (r"\boxed{选B}", "B"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
-    ("选项A错误。选项B错误。选项D正确。", "D"), ("选项A和选项C都正确", None), ("不选A。", None),
-    ("```python\nA = 3\nprint(A)\n```", None), ("A = 2\nB = 5\nprint(A + B)", None),
-    ("def area(B):\n    return 2 * B", None), ("from math import pi\nC = 2 * pi\nprint(C)", None),
-    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C"), ("```\nD\n```", "D"),
-    ("A = 4, so I choose option B.", "B")]
+    ("选C", "C"), ("答案是A。", "A"), ("不选A，选B。", "B"), ("A不正确，C正确", "C"),
+    ("选项A和选项C都正确", None), ("A = 4, so I choose option B.", "B"),
+    ("A = 2\nB = 5\nprint(A + B)", None), ("def area(B):\n    return 2 * B", None),
+    ("```python\nB = 1\nprint(B)\n```\nSo the answer is C.", "C")]
 @table("options, response, letter",
        [(OPTION_TEXTS, *row) for row in CHOICES] + [(row[1], row[0], row[2]) for row in OF_OPTIONS]
        + [(["cat", "dog", "cow", "pig"], *row) for row in OF_ANIMALS])
@@ -2935,42 +2915,46 @@ def test_extract_choice(options, response, letter):
     (r"<think>\boxed{1}</think> \boxed{2} \boxed{\frac{1}{3}} \boxed{4", r"\frac{1}{3}"),
     (r"<answer>2</answer> \boxed{3}", "3"), ("<answer>1</answer> <answer>2", "2"),
     ("The answer is (B).", "B"), ("The answer is 1. The answer is 3.5.", "3.5"),
-    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None),])
-def test_extract_answer(response, answer):
+    (r"<think>\boxed{2}", None), ("no idea", None), (r"\boxed{}", None)])
+def test_stated_answer(response, answer):
     assert ev.stated_answer(response) == answer
 
 @table("text, number", [
     (r"3\frac{1}{4}", 3.25), ("7 2/5", 7.4), (r"-1\frac12", -1.5), ("2½", 2.5), ("y = 9", 9),
-    (r"\frac{-3}{4}", -0.75), (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800),
-    (r"3\pi", 3 * math.pi), (r"\approx 12", 12), ("x ≈ 2.5", 2.5), ("€1,250.50", 1250.5),
-    (r"7\text{ cm}^2", 7), ("15 km/h", 15), ("21 square units", 21), ("4 or 5", None),
-    ("4 to 5", None), ("3 and 4", None), ("4=5", None), ("7:45", None), ("3x", None),
+    (r"6\times 10^2", 600), (r"4.5 \cdot 10^{-3}", 0.0045), ("8e2", 800), (r"3\pi", 3 * math.pi),
+    (r"\approx 12", 12), ("€1,250.50", 1250.5), (r"7\text{ cm}^2", 7), ("15 km/h", 15),
+    ("4 or 5", None), ("4 to 5", None), ("4=5", None), ("7:45", None), ("3x", None),
     (r"2\sqrt{3}", None), ("1/0", None), ("8" * 500, None), ("5" + " b" * 5000 + "!", None)])
 def test_to_number(text, number):
     signal.alarm(10)
     assert ev.to_number(text) == (number if number is None else pytest.approx(number))
 
 @table("response, answer", [
-    ("**58**", "58"), ("58 apples", "58 apples"), ("Altogether that makes 58.", "58"),
-    ("There are 58 windows.", "58 windows"), ("20 + 38 = 58", "58"), ("It is 1,058.", "1,058"),
+    ("**58**", "58"), ("There are 58 windows.", "58 windows"), ("It is 1,058.", "1,058"),
     ("First I see 20. So the sum is 58.", "58"), ("It is four.", "4"), ("I see 57 or 58.", None),
-    ("It is between 50 and 60.", None), ("The time is 5:58.", None), ("<think>It is 58", None),
-    ("I cannot tell, maybe 58.", None), ("Nobody knows.", None), (r"\boxed{} 58", None),
-    ("```python\nn = 58\nprint(n)\n```", None), ("import math\nn = 58\nprint(n)", None)])
+    ("The time is 5:58.", None), ("<think>It is 58", None), ("I cannot tell, maybe 58.", None),
+    (r"\boxed{} 58", None), ("```python\nn = 58\nprint(n)\n```", None)])
 def test_a_number_without_a_box_is_read_from_the_last_sentence(response, answer):
     assert graded(response, "number 0", "58")["answer"] == answer
     assert graded(response, "value", "(5, 8)")["answer"] is None, "only where a number is asked for"
     assert graded(response, "number 0", "58", truncated=True)["answer"] is None
 
 # ---- eval.py: adapters -----------------------------------------------------------------
+def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
+    row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
+           "options": list(options), "order_rule": "never", "movable": [0], "response": response,
+           "truncated": False, "error": ""} | more
+    row["answer"], row["right"] = ev.grade_row(row)
+    return row
+
 def place(image):
     return f"{image}.png"
 
 def listed(*options):
     return "".join(f"\n({letter}) {option}" for letter, option in zip("ABCDE", options))
 
-def with_images(n, first=1):
-    return {f"image_{k}": k if k < n + first else None for k in range(first, 7)}
+def with_images(n):
+    return {f"image_{k}": k if k <= n else None for k in range(1, 7)}
 
 # A row of each benchmark, in its layout; a number stands for an image.
 MANTIS = {"id": "man", "question": "Which picture shows the oldest car? <image><image><image>",
@@ -3015,6 +2999,10 @@ def with_pictures(row):
         if value and name.startswith(("image", "decoded_image")):
             row[name] = [PICTURE] * len(value) if isinstance(value, list) else PICTURE
     return row
+
+def write_parquet(rows, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 LAYOUTS = {  # where the rows lie; a right answer, its order rule and task; the row
     "mantis-eval": ("mantis_eval/test-0.parquet", "A", "keep", "multi-choice", MANTIS),
@@ -3063,18 +3051,66 @@ def test_every_adapter_reads_what_the_hub_sends_and_a_local_copy(name, tmp_path,
     args.data_dir = str(tmp_path / "none")
     refuses("--data-dir takes the Hub's files", ev.load_benchmark, name, args)
 
-def test_mantis_rows():
+def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path):
+    rows = [MMIU | {"output": gold} for gold in ("A", "", None, "B", "C", "A")]
+    write_parquet(rows, tmp_path / "MMIU-Benchmark" / "all.parquet")
+    for limit, golds in ((0, ["A", "B", "C", "A"]), (2, ["A", "C"])):
+        args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=limit)
+        assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == golds
+
+def test_names_in_a_question_of_mantis_follow_their_images():
     row = MANTIS | {"question": "Is the first image brighter?", "images": [0, 1], "answer": "(B)",
                     "options": ["(A) First image", "Second image"]}
     q = ev.from_mantis(row, 0, place)
     assert (q.sample.answer, q.sample.order_rule, q.sample.movable) == ("B", "keep", (0, 1))
-    assert q.sample.question == (  # the question names one image: all names follow
-        "<image><image>Is <image_1> brighter?\n(A) <image_1>\n(B) <image_2>")
+    assert q.sample.question == "<image><image>Is <image_1> brighter?\n(A) <image_1>\n(B) <image_2>"
     assert ev.options_in(q, (1, 0)) == ["image 2", "image 1"]
-    q = ev.from_mantis(row | {"question": "Which is <image> brighter?"}, 0, place)
-    assert q.sample.question.startswith("<image>Which is <image> brighter?\n(A) First image\n")
-    q = ev.from_mantis(row | {"question_type": "short-answer", "options": []}, 0, place)
-    assert (q.rule, q.sample.answer, q.options) == ("text", "(B)", ())
+
+MV_LINES, MV_TEXTS = "A. A only\nB. B only\nC. none\nD. both", ("A only", "B only", "none", "both")
+MV_PARTS = "(1) B (3, 5); (2) 7.5."
+
+@table("adapter, row, changes, rule, gold, options", [
+    (ev.from_mantis, MANTIS, dict(question_type="short-answer", options=[]), "text", "(A)", ()),
+    (ev.from_mv_math, MV_MATH, {}, "choice", "C", ("",) * 4),  # its options are images
+    (ev.from_mv_math, MV_MATH, dict(question=f"?\n{MV_LINES}\n\nPage 7 of 67"), "choice", "C",
+     MV_TEXTS),
+    (ev.from_mv_math, MV_MATH, dict(question=f"A: one\nB: two\n\nWhich is right?\n{MV_LINES}"),
+     "choice", "C", MV_TEXTS),
+    (ev.from_mv_math, MV_MATH, dict(answer_type="multi-step", answer=MV_PARTS), "parts", MV_PARTS,
+     ()),
+    (ev.from_mathvista, VISTA,
+     dict(choices=["10", "12", "10"], answer="12", question_type="multi_choice"), "choice", "B",
+     ("10", "12", "10")),
+    (ev.from_mathvista, VISTA, {}, "number 2", "1.45", ()),
+    (ev.from_mathvista, VISTA, dict(answer_type="integer"), "number 0", "1.45", ()),
+    (ev.from_mathverse, VERSE, dict(question_type="multi-choice", answer="False",
+                                    question_for_eval="()\nChoices:\nA:True\nB:False"),
+     "choice", "B", ("True", "False")),  # a gold is an option's text, a letter, or two letters
+    (ev.from_mathverse, VERSE, dict(question_type="multi-choice", answer="C\nD",
+                                    question_for_eval="?\nA:w\nB:x\nC:y\nD:z"),
+     "text", "C\nD", tuple("wxyz"))])
+def test_rows_of_all_kinds(adapter, row, changes, rule, gold, options):
+    q = adapter(row | changes, 0, place)
+    assert (q.rule, q.sample.answer, q.options) == (rule, gold, options)
+
+@table("rule, gold, options, right, wrong", [
+    ("choice", "A", ("10", "12", "10"), ["A", "(C)"], ["(B)"]),  # both letters of one text
+    ("choice", "C", ("",) * 4, ["C"], ["A", "B", "D"]),
+    ("choice", "B", (r"180^\circ T", r"090^\circ T"), [r"\boxed{090^\circ T}"], [r"\boxed{A}"]),
+    ("text", "C\nD", "wxyz", [r"\boxed{C, D}", r"\boxed{D and C}"],
+     [r"\boxed{C}", r"\boxed{A, C, D}"]),
+    ("number 2", "1.45", (), [r"\boxed{\$1.449}"], [r"\boxed{1.46}"]),
+    ("number 0", "1400", (), [r"\boxed{1,400 apples}"], [r"\boxed{1,401 apples}"]),
+    ("list", "[2007, 2008]", (), ["The answer is 2007 and 2008."], ["none"]),
+    ("parts", "(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5.", (),
+     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", r"\boxed{0.5}, \boxed{(3,4)}, last \boxed{7.5}"],
+     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", r"\boxed{7.5}"]),
+    ("parts", "(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50", (), [r"\boxed{3, (1,2), 40 or 50}"],
+     [r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}",
+      r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"])])
+def test_each_rule_grades(rule, gold, options, right, wrong):
+    assert all(graded(response, rule, gold, options)["right"] for response in right)
+    assert not any(graded(response, rule, gold, options)["right"] for response in wrong)
 
 @table("task, answer, label, right", [
     ("Clocks", "45", "35", True), ("Clocks", "46", "35", False), ("Clocks", "ten", "10", False),
@@ -3083,116 +3119,40 @@ def test_mantis_rows():
     ("EmojiAlgebra", "102", "100", False), ("EmojiAlgebra", "-100.5", "-100", True),
     ("RefCoco", "3", "1, 3", True), ("RefCoco", "2", "1,3", False), ("FuncRead", "f(x)", "f", True),
     ("IQ", "(b)", "B", True), ("Charts", "45%", "45", True), ("Isomorphism", "Yes", "1", True),
-    ("Collisions", "no", "0", True), ("Clocks", "no", "0", False), ("Clocks", "yes", "1", False),
-    ("Clocks", "yes", "0", False), ("Clocks", "0", "0", True), ("Charts", "no", "0", False),
-    ("CodeEdit", "x += 1", "x+=1", True),])
+    ("Collisions", "no", "0", True), ("CodeEdit", "x += 1", "x+=1", True),
+    ("Clocks", "no", "0", False)])
 def test_remi_rules(task, answer, label, right):
     assert ev.remi_right(task, answer, label) == right
-
-def test_mv_math_rows():
-    q = ev.from_mv_math(MV_MATH, 0, place)
-    assert q.sample.movable == (1, 2, 3, 4) and q.options == ("",) * 4
-    right = [graded(letter, gold="C", options=q.options)["right"] for letter in "ABCD"]
-    assert right == [False, False, True, False], "option images are no duplicates"
-    lines = "A. A only\nB. B only\nC. none\nD. both"
-    for text in (f"<image_1>\n\n<image_2>\n{lines}", f"?\n{lines}\n\nPage 7 of 67",
-                 f"A: one\nB: two\n\nWhich is right?\n{lines}"):
-        row = MV_MATH | {"question": text, "input_image": ["a", "b"]}
-        q = ev.from_mv_math(row, 0, place)
-        assert q.options == ("A only", "B only", "none", "both")
-    row = MV_MATH | {"answer_type": "multi-step", "answer": "(1) B (3, 5); (2) 7.5."}
-    assert ev.from_mv_math(row, 0, place).rule == "parts"
-
-def graded(response, rule="choice", gold="B", options=("x", "y"), **more):
-    row = {"id": "q", "k": 0, "order": [0], "orders": 1, "task": "", "rule": rule, "gold": gold,
-           "options": list(options), "order_rule": "never", "movable": [0], "response": response,
-           "turn": 0, "turns": 1, "truncated": False, "error": ""} | more
-    row["answer"], row["right"] = ev.grade_row(row)
-    return row
-
-def test_mathvista_rows_and_rules():
-    row = VISTA | {"choices": ["10", "12", "10"], "answer": "12", "question_type": "multi_choice"}
-    q = ev.from_mathvista(row, 0, place)
-    assert (q.rule, q.sample.answer, q.sample.images) == ("choice", "B", ("1.png",))
-    duplicate = {"gold": "A", "options": ["10", "12", "10"]}
-    assert graded("(C)", **duplicate)["right"] and not graded("(B)", **duplicate)["right"]
-    assert ev.from_mathvista(VISTA, 0, place).rule == "number 2"
-    assert ev.from_mathvista(VISTA | {"answer_type": "integer"}, 0, place).rule == "number 0"
-    assert graded(r"\boxed{\$1.449}", "number 2", "1.45")["right"]
-    assert not graded(r"\boxed{1.46}", "number 2", "1.45")["right"]
-    assert graded(r"\boxed{1,400 apples}", "number 0", "1400")["right"]
-    assert graded("The answer is 2007 and 2008.", "list", "[2007, 2008]")["right"]
-    assert graded("none", "list", "[1]")["answer"] is None
-
-def write_parquet(rows, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-@table("gold, options, right, wrong", [
-    ("(C)", "xyz", ["C", "z"], ["A", "B"]), ("False", ["True", "False"], ["B", "False"], ["A"]),
-    (r"090^\circ T", [r"180^\circ T", r"090^\circ T"], ["B"], ["A"]),
-    ("C\nD", "wxyz", ["C, D", "D and C"], ["C", "A, C, D"])])
-def test_mathverse_rows(gold, options, right, wrong):
-    text = "BC is ()\nChoices:" + "".join(f"\n{letter}:{o}" for letter, o in zip("ABCD", options))
-    q = ev.from_mathverse(VERSE | {"question_type": "multi-choice", "question": "", "answer": gold,
-                                   "question_for_eval": text}, 0, place)
-    assert q.options == tuple(options)
-    assert q.sample.question == "<image>Answer the question in the image."
-    for answer in right + wrong:
-        row = graded(rf"\boxed{{{answer}}}", q.rule, q.sample.answer, q.options)
-        assert row["right"] is (answer in right), answer
 
 @table("gold, right, wrong", [
     (r"Area $=9 \pi \mathrm{cm}^{2}$", [r"9\pi", r"A = 9 \pi \text{ cm}^2"],
      [r"-9\pi", r"9\pi+1", r"90\pi", r"900\pi \text{ mm}^2", r"9\pi \text{ cm}^3"]),
-    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "5.4", "44", "440 cm", "4.4 cm"]),
-    (r"84 \mathrm{cm}^2", ["84"], ["84 cm"]), ("2191.7 metres", ["2191.7"], ["2.1917"]),
-    ("212°T", ["212", "212°"], ["221"]), ("118掳T", ["118"], ["118.5"]),
-    (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"1225\pi"]),
-    ("slope =-4", ["-4"], ["4"]), ("$5=s$", ["5", "s=5"], ["4"]), ("(90,5)", ["(x,y)=(90,5)"], []),
-    ("$x=0$", ["x=0", "0"], ["y=0"]), ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
-    (r"Surface Area $=603.186$ units $^{2}$", ["603.186", "SA = 603.186"],
-     [r"Surface Area $=604.186$ units $^{2}$", r"Surface Area $=-603.186$ units $^{2}$"]),
+    ("4.4 m", ["4.4", "4.4 m"], ["-4.4", "44", "440 cm", "4.4 cm"]),
+    (r"\frac{1225\pi }{2} \text { units }^2", [r"\frac{1225\pi}{2}"], [r"\frac{1225}{2}"]),
+    ("118掳T", ["118", "118°"], ["118.5"]), ("$5=s$", ["5", "s=5"], ["4"]),
+    ("(90,5)", ["(x,y)=(90,5)"], ["(5,90)"]), ("$x=0$", ["x=0", "0"], ["y=0"]),
+    ("$y_2=(x+2)^3$", ["(x+2)^3"], ["y_3=(x+2)^3"]),
+    ("Surface Area $=603.186$ units $^{2}$", ["603.186", "SA = 603.186"], ["604.186"]),
     (r"$2 \angle O=\angle C-\angle A$", [r"2\angle O = \angle C-\angle A"],
      [r"$3 \angle O=\angle C-\angle A$"]),
-    ("$y_2=(x+2)^3=y_1(x+2)$", ["y_2=(x+2)^3=y_1(x+2)"], ["y_2=(x+3)^3=y_1(x+2)"]),
-    ("$1+3+5+7=4^{2}$", ["1+3+5+7=4^2"], ["2+3+5+7=4^2"]),
-    ("domain: [-4, 0) and range: (-3, 1]", ["Domain: [-4, 0), range: (-3, 1]"],
-     ["domain: [4, 0) and range: (-3, 1]"]),
     (r"\text { local maximum: }(-3,60) \text {, local minimum: }(3, -60)",
-     ["(-3,60) (3, -60)"], ["(-4,60) (3, -60)", "(60, -3) (3, -60)"])])
+     ["(-3,60) (3, -60)"], ["(60, -3) (3, -60)"])])
 def test_left_side_and_unit_are_optional(gold, right, wrong):
     assert all(ev.same_value(answer, gold) for answer in right)
     assert not any(ev.same_value(answer, gold) for answer in wrong)
 
-@table("gold, right, wrong", [
-    ("(1) $a=\\frac{1}{2}$; (2) $(3, 4)$；（3）7.5.",
-     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7.5}", r"\boxed{0.5}, \boxed{(3,4)}, last \boxed{7.5}"],
-     [r"\boxed{(1) \frac12 (2) (3,4) (3) 7}", r"\boxed{7.5}"]),
-    ("(1)(1) $3$, (2) $(1,2)$\n\n(2) 40 or 50",
-     [r"\boxed{(1)(1) 3, (2) (1,2) (2) 40 or 50}", r"\boxed{3}, \boxed{(1,2)}, \boxed{40 or 50}",
-      r"\boxed{3, (1,2), 40 or 50}"],
-     [r"\boxed{3, (1,2), 40}", r"\boxed{3, (2,1), 40 or 50}", r"\boxed{3, (1,2)}",
-      r"<think>\boxed{3} \boxed{(1,2)}</think> \boxed{40 or 50}"])])
-def test_multi_step_is_right_only_if_all_parts_are(gold, right, wrong):
-    assert all(graded(response, "parts", gold)["right"] for response in right)
-    assert not any(graded(response, "parts", gold)["right"] for response in wrong)
-
 # ---- eval.py: order labels -------------------------------------------------------------
 LABELLED = read_rows(HERE / "data_samples" / "order_labels.jsonl")
 DIGITS = sorted((HERE / "data_samples" / "images").glob("*.png"))
-
-def label_of(row):
-    n = row["question"].count("<image>")
-    gold = curate.gold_of(row["answer"], row["question"], n)
-    return ev.infer_label(row["question"], gold, n, row.get("style", "any"))
 
 @table("part, least", [("rules", 61), ("held-out", 32), ("attack", 77), ("layouts", 97)])
 def test_order_labels_other_than_never_are_right(part, least):
     """held-out: written without sight of the rules; attack: to find wrong labels."""
     found = 0
     for row in (row for row in LABELLED if row["set"] == part):
-        label = label_of(row)
+        question, n = row["question"], row["question"].count("<image>")
+        gold = curate.gold_of(row["answer"], question, n)
+        label = ev.infer_label(question, gold, n, row.get("style", "any"))
         if label.order_rule != "never":
             mentions = [int(k) for k in perl.MENTION.findall(label.question)]
             got = (label.order_rule, list(label.movable), label.answer, mentions)
@@ -3200,21 +3160,17 @@ def test_order_labels_other_than_never_are_right(part, least):
             found += 1
     assert found >= least
 
-TRUE = "<image><image> Is this statement about the pair true or false? "
-
-@table("source, question, answer", [  # order_labels.jsonl has 218 more of them
-    ("any", "<image><image> Which image shows a cat?", "3"),
-    ("any", "<image><image> How many images show a cow?", "image 1"),
-    ("any", "<image><image><image>Which one is quieter, image 1 or 3?", "Image 3 suggests rest"),
-    ("any", TRUE + "The left image shows a cow.", "True"),  # a name where pairs stand side by side
-    ("nlvr2", TRUE + "The right side of the left image shows a cow.", "True"),
-    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A"),
-    ("muirbench", "Which one is like B?\n(A) <image>\n(B) <image>\n(C) None of them", "A"),
-    ("blink", "<image>" * 3 + "In this sequence, which does not fit?\n(A) the first image\n"
-     "(B) the second image and the first image\n(C) the third image", "A")])
-def test_in_doubt_never(source, question, answer):
-    label = ev.infer_label(question, answer, question.count("<image>"), source)
-    assert (label.order_rule, label.movable, label.question) == ("never", None, question)
+@table("source, question, answer, reason", [
+    ("any", "<image><image> Which image shows a cat?", "3", "answer unclear"),
+    ("any", "<image><image> How many images show a cow?", "image 1", "the answer names an image"),
+    ("any", "<image><image>\nA. 1\nB. 2", "E", "no gold"), ("any", "<image>?", "1", "one image"),
+    ("muirbench", "<image><image>What lies between the two images?\n(A) a day\n(B) a year", "A",
+     "words that may mean order, time or place")])
+def test_a_never_has_a_reason(source, question, answer, reason):
+    """order_labels.jsonl has 218 more of them, without reasons."""
+    n = question.count("<image>")
+    assert ev.label_or_reason(question, answer, n, source) == reason
+    assert ev.infer_label(question, answer, n, source) == (question, answer, "never", None)
 
 # ---- eval.py: what three models get on the benchmarks ----------------------------------
 def measured(question, model, monkeypatch):
@@ -3266,38 +3222,6 @@ def test_three_models_get_what_a_hand_count_gives(adapter, row, rule, movable, a
         text = model if q.rule == "choice" else lambda s, m=model: rf"\boxed{{{m(s)}}}"
         assert measured(q, text, monkeypatch) == pytest.approx(wanted, abs=1e-6), model
 
-@table("adapter, row, reason", [
-    (ev.from_medframeqa, MED | with_images(1), "one image"),
-    (ev.from_medframeqa, MED | {"correct_answer": "E"}, "no gold"),
-    (ev.from_medframeqa, MED | {"question": "What comes next?"}, "words that may mean order"),
-    (ev.from_muirbench, MUIR | {"question": "<image>Is it like image 3?"}, "a name that would not"),
-    (ev.from_blink, BLINK | {"choices": ["left", "right"]}, "options that the text does not list"),
-    (ev.from_mantis, MANTIS | {"options": ["1", "2", "3"]}, "answer unclear")])
-def test_a_never_has_a_reason(adapter, row, reason):
-    q = adapter(row, 0, place)
-    assert q.sample.order_rule == "never" and q.label.startswith("never: " + reason), q.label
-
-def test_the_report_counts_labels_by_benchmark_and_reason(tmp_path, capsys):
-    rows = [with_pictures(MED) | {"question_id": str(k)} for k in range(3)]
-    rows[1]["question"] = "Which finding comes next?"
-    write_parquet(rows, tmp_path / "MedFrameQA" / "data" / "test-0.parquet")
-    flags = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
-    ev.main(["--benchmarks", "medframeqa", "--orders", "6", *flags])
-    saved = json_of(tmp_path / "out" / "tiny" / "medframeqa" / "results.json")
-    never = "never: words that may mean order, time or place"
-    assert saved["config"]["labels"] == {"keep": 2, never: 1} and saved["unread"] == 1
-    shown = capsys.readouterr().out
-    assert f"order label keep: 2\n  order label {never}: 1\n" in shown
-    assert re.search(r"no answer read +\| 100\.0", shown) and "3 of 2851" in shown
-    assert saved["orders"]["flip"]["n"] == 2, "what moves is asked in several orders"
-
-def test_mmiu_rows_without_a_gold_are_left_out_and_limit_spreads_evenly(tmp_path):
-    rows = [MMIU | {"output": gold} for gold in ("A", "", None, "B", "C", "A")]
-    write_parquet(rows, tmp_path / "MMIU-Benchmark" / "all.parquet")
-    for limit, golds in ((0, ["A", "B", "C", "A"]), (2, ["A", "C"])):
-        args = SimpleNamespace(data_dir=str(tmp_path), out=str(tmp_path / "out"), limit=limit)
-        assert [q.sample.answer for q in ev.load_benchmark("mmiu", args)] == golds
-
 # ---- eval.py: measures -----------------------------------------------------------------
 def test_average_and_intervals():
     values = {"a": [1, 1, 0, 0], "b": [1]}
@@ -3312,7 +3236,7 @@ def test_average_and_intervals():
 def group(answers, golds, orders, rule="index", n_orders=None, movable=None):
     rows = []
     for k, (answer, gold, order) in enumerate(zip(answers, golds, orders)):
-        text = "" if answer is None else rf"\boxed{{{answer}}}"
+        text = "" if answer == "?" else rf"\boxed{{{answer}}}"
         rows.append(graded(text, "text", gold, k=k, order=list(order), order_rule=rule,
                            orders=n_orders or len(orders),
                            movable=movable or [*range(len(order))]))
@@ -3323,7 +3247,7 @@ def test_order_measures():
     right = group("2132", "2132", swaps)                # image 2 of the given order, found anywhere
     wrong = group("1213", "2132", swaps)                # always the same wrong picture
     first = group("2222", "2132", swaps)                # always says "second": right at first
-    unread = group([None] * 4, "2132", swaps)
+    unread = group("????", "2132", swaps)
     m = ev.order_measures([right, wrong, first, unread])
     assert m["bias"]["n"] == 4
     values = {name: share["value"] for name, share in m.items() if name != "by position"}
@@ -3338,15 +3262,9 @@ def test_order_measures():
     m = ev.order_measures([group("AB", "AB", swaps[0::2], "letter", movable=[1, 2])])
     assert m["same choice"]["value"] == 1 and by_position(m) == {"2": (1, 1), "3": (1, 1)}
     for answers, flips, unread in (("AAAA", 0, 0), ("AAAB", 1, 0), ("AA?A", 0, 1), ("AB??", 1, 1)):
-        answers = [None if answer == "?" else answer for answer in answers]
         m = ev.order_measures([group(answers, "AAAA", swaps, "keep")])
         assert (m["flip"]["value"], m["unread"]["value"]) == (flips, unread)
-    m = ev.order_measures([group("77", "88", swaps[:2], "keep")])
-    assert (m["same choice"]["value"], m["by position"]) == (1, {})
-
-def test_empty_rows_are_omitted():
-    text = ev.table([["", "a", "b"], ["one", "", ""], ["two", "", 0], ["three", "x", ""]])
-    assert [line.split()[1] for line in text.splitlines()[2:]] == ["two", "three"]
+        assert m["by position"] == {} and m["same choice"]["value"] == (answers == "AAAA")
 
 # ---- eval.py: runs ---------------------------------------------------------------------
 def run(out, *flags):
@@ -3376,8 +3294,7 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path, monkeypatch, capsys)
     assert run(tmp_path / "c") == whole and len(calls) == done + rest + rest + 1
     for flag, field in (("--orders", "orders"), ("--max-new-tokens", "max_new_tokens"),
                         ("--batch", "rollout_batch")):
-        with pytest.raises(SystemExit, match=f"has answers with {field} .*, not 7; remove it"):
-            run(tmp_path / "b", flag, "7")
+        refuses(f"has answers with {field} .*, not 7; remove it", run, tmp_path / "b", flag, "7")
 
 def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
     noise(28, 28).save(tmp_path / "a.png")
@@ -3390,22 +3307,19 @@ def test_failures_count_as_wrong_in_fixed_denominators(tmp_path, monkeypatch):
     ev.main(["--benchmarks", "mine.jsonl", "--out", str(tmp_path), "--max-new-tokens", "4"])
     r = json_of(tmp_path / "tiny" / "mine" / "results.json")
     assert (r["n"], r["errors"], r["unparsed"], r["truncated"], r["score"]) == (5, 4, 1, 1, 0)
+    assert r["unread"] == 1 and r["config"]["labels"] == {"keep": 5}
 
 def test_compare_is_paired_and_tells_what_was_read(tmp_path):
     """A reads 3 of 4 and B all; a fifth question, which A alone answered, is left out."""
     for name, texts in (("A", (r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "well", r"\boxed{1}")),
                         ("B", (r"\boxed{1}",) * 4)):
-        (tmp_path / name / "digits").mkdir(parents=True)
         rows = [graded(text, "text", "1", id=str(k)) for k, text in enumerate(texts)]
         # One question was asked in two orders, which B alone gets right in both.
         rows += [graded(r"\boxed{1}", "text", "1", id="two"),
                  graded(rf"\boxed{{{2 - (name == 'B')}}}", "text", "1", id="two", k=1)]
+        (tmp_path / name / "digits").mkdir(parents=True)
         write_rows(tmp_path / name / "digits" / "samples.jsonl", *rows)
-    (tmp_path / "B" / "mine").mkdir()
-    (tmp_path / "B" / "mine" / "config.json").write_text("{}")
-    text = ev.compare(tmp_path / "A", tmp_path / "B")
-    assert text.endswith(f"not compared, since A lacks it: {tmp_path / 'B' / 'mine'}")
-    heading, _, line = table_rows(text)[-3:]
+    heading, _, line = table_rows(ev.compare(tmp_path / "A", tmp_path / "B"))[-3:]
     cells = dict(zip(heading, line))
     assert [cells[name] for name in ("benchmark", "n", "A", "B", "no answer A", "no answer B")] == [
         "digits", "5", "60.0", "100.0", "20.0", "0.0"]
@@ -3413,57 +3327,30 @@ def test_compare_is_paired_and_tells_what_was_read(tmp_path):
     assert cells["where both were read"].startswith("25.0")
     assert cells["mean over orders"].startswith("50.0") and cells["worst order"].startswith("100.0")
 
-@table("flags, message", [
-    (("--bencmarks", "digits"), "no such argument: --bencmarks; did you mean --benchmarks?"),
-    (("--qqq",), "no such argument: --qqq\n"),
-    (("--benchmarks", "digits,Blnk"), "; did you mean blink?"),
-    (("--model", "Qwen2.5-VL-7b"), "short name or Hub id; did you mean Qwen2.5-VL-7B?"),
-    (("--model", "runs/tiny-sed0"), "; did you mean runs/tiny-seed0?"),
-    (("--model", "runs/tiny-seed0/stage1/checkpoint-40"), "short name or Hub id")])
-def test_a_misspelt_name_of_eval_gets_the_nearest_one_and_a_hub_id_is_looked_up(
-        tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(perl, "load_processor", die)
-    monkeypatch.chdir(tmp_path)
-    Path("runs/tiny-seed0").mkdir(parents=True)
-    with pytest.raises(SystemExit) as error:
-        ev.main(list(flags))
-    assert message in f"{error.value}{capsys.readouterr().err}"
-    with pytest.raises(Killed):
-        ev.main(["--model", "someone/model"])
-
 # ---- eval.py: --ask --------------------------------------------------------------------
-@pytest.fixture
-def cat_files(tmp_path, monkeypatch):
-    """Three images, the second one a cat; `say(answer)` sets what the model says: a text, or
-    "cat" for the number of the cat, wherever it stands."""
-    for name in ("a.png", "cat.png", "c.png"):
-        Image.new("RGB", (56, 56)).save(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-
-    def say(answer):
-        def respond(model, processor, samples, orders, cfg, **kwargs):
-            texts = [str(order.index(1) + 1) if answer == "cat" else answer for order in orders[0]]
-            return [[SimpleNamespace(text=rf"\boxed{{{text}}}" if text else "well", truncated=False)
-                     for text in texts]]
-        monkeypatch.setattr(ev, "sample_groups", respond)
-    return say
-
 WHICH, SLOTS = "Which image shows a cat?", "Which is the cat? A: <image> B: <image> C: <image>"
+ALL_THREE = {"a.png", "cat.png", "c.png"}
 @table("question, says, agree, means", [
     (WHICH, "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
-    (WHICH, "1", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
-    ("Which one is a cat?", "cat", "6 of 6 orders agree: cat.png", {"cat.png"}),
+    (WHICH, "1", "2 of 6 orders agree: ", ALL_THREE),
     (WHICH, "7", "6 of 6 orders agree: no answer", {""}),
-    (SLOTS, "A", "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+    (SLOTS, "A", "2 of 6 orders agree: ", ALL_THREE),
     (SLOTS.replace("A:", "Reference:").replace("B:", "A:").replace("C:", "B:"), "A",
      "1 of 2 orders agree: ", {"cat.png", "c.png"}),
     (WHICH + "\nA. the first image\nB. the second image\nC. the third image", "B",
-     "2 of 6 orders agree: ", {"a.png", "cat.png", "c.png"}),
+     "2 of 6 orders agree: ", ALL_THREE),
     ("How many cats are there?", "2", "6 of 6 orders agree: 2", {""}),
-    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""}),
-    (WHICH, "", "6 of 6 orders agree: no answer", {""})])
-def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, agree, means):
-    cat_files(says)
+    ("What is in image 2?\nA. a dog\nB. a cat", "B", "6 of 6 orders agree: B", {""})])
+def test_ask_names_the_file_in_every_order(tmp_path, monkeypatch, capsys, question, says, agree,
+                                           means):
+    """says "cat": the number of the cat, wherever it stands."""
+    def respond(model, processor, samples, orders, cfg, **kwargs):
+        texts = [str(order.index(1) + 1) if says == "cat" else says for order in orders[0]]
+        return [[SimpleNamespace(text=rf"\boxed{{{text}}}", truncated=False) for text in texts]]
+    monkeypatch.setattr(ev, "sample_groups", respond)
+    monkeypatch.chdir(tmp_path)
+    for name in ALL_THREE:
+        Image.new("RGB", (56, 56)).save(name)
     ev.main(["--ask", question, "a.png", "cat.png", "c.png", "--all-orders"])
     out = capsys.readouterr().out
     rows = table_rows(out)[2:]
@@ -3471,208 +3358,88 @@ def test_ask_names_the_file_in_every_order(cat_files, capsys, question, says, ag
     assert agree in out and {row[2] for row in rows} == means
     assert orders[0] == "a.png cat.png c.png", "the given order comes first"
     assert len(set(orders)) == len(orders) == int(agree.split()[2])
+    ev.main(["--ask", question, "a.png", "cat.png", "c.png"])
+    assert f"\n\\boxed{{{says.replace('cat', '2')}}}\n" in capsys.readouterr().out, "one order"
 
-def test_ask_in_one_order_shows_the_response_and_orders_is_a_limit(cat_files, capsys):
-    cat_files("2")
-    ev.main(["--ask", WHICH, "a.png", "cat.png"])
-    out = capsys.readouterr().out
-    assert r"\boxed{2}" in out and "| cat.png |" in out
-    ev.main(["--ask", WHICH, "a.png", "cat.png", "c.png", "--all-orders", "--orders", "4"])
-    assert "of 4 orders agree" in capsys.readouterr().out
-
-def test_ask_moves_what_the_question_names(cat_files):
+def test_ask_moves_what_the_question_names():
     text = "Is image 2 sharper than the third picture?"
-    sample = ev.own_question(text, ["a.png", "cat.png", "c.png"]).sample
+    sample = ev.own_question(text, list(map(str, DIGITS[:3]))).sample
     asked = perl.permute(sample, (2, 0, 1)).question
     assert asked == "<image><image><image>Is <image_3> sharper than <image_1>?"
 
-@table("asked, message", [
-    ((WHICH, "gone.png"), "gone.png is not a file"),
-    (("a.png", "cat.png"), "the question comes first"),
-    ((WHICH, "a.png", "bad.png"), "bad.png cannot identify"),
-    ((WHICH, "a.png", "cut.png"), "cut.png image file is truncated"),
-    (("<image> or what?", "a.png", "c.png"), "has 1 <image> for 2 images"),
-    (("Is image 4 dark?", "a.png"), "mentions image 4 of 1"),
-    (("Is it <|im_end|>?", "a.png"), "field question: contains")])
-def test_ask_names_what_cannot_be_asked_before_a_model_is_loaded(cat_files, asked, message,
-                                                                monkeypatch):
+def test_ask_refuses_what_cannot_be_asked_before_a_model_is_loaded(monkeypatch):
     monkeypatch.setattr(ev, "start_model", lambda args: pytest.fail("too late"))
-    monkeypatch.setattr(ev.ImageFile, "LOAD_TRUNCATED_IMAGES", False)
-    Path("bad.png").write_text("no image")
-    Path("cut.png").write_bytes(bytes_of(noise(90, 90), "PNG")[:9000])
-    refuses(re.escape(message), ev.main, ["--ask", *asked])
-
-# ---- eval.py: --chart ------------------------------------------------------------------
-def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch):
-    """Mean next to worst order; a benchmark asked in one order has one bar a model."""
-    def share(value):
-        return {"value": value, "interval": [value - .1, value + .1], "n": 7}
-    for model, value in (("A", .4), ("B", .6)):
-        in_orders = {"mean": share(value), "worst": share(value - .2)}
-        for name, orders in (("blink", in_orders), ("remi", {})):
-            path = tmp_path / model / name / "results.json"
-            path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(share(value + .1) | {
-                "score": value + .1, "orders": orders, "config": {"orders": 6}}))
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **named: (
-        figures.append(self) or save(self, *args, **named)))
-    ev.main(["--chart", str(tmp_path / "c.png"), str(tmp_path / "A"), str(tmp_path / "B")])
-    assert Image.open(tmp_path / "c.png").width > 500
-    axes, = figures[0].axes
-    bars = [bar for bar in axes.patches if bar.get_height()]  # the legend's have none
-    assert [(round(bar.get_height()), bool(bar.get_hatch())) for bar in bars] == [
-        (40, False), (20, True), (60, False), (40, True), (50, False), (70, False)]
-    spans = [[round(bound) for bound in line.get_ydata()] for line in axes.lines]
-    assert spans == [[30, 50], [10, 30], [50, 70], [30, 50], [40, 60], [60, 80]]
-    labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == ["blink\n7 questions\nup to 6 orders", "remi\n7 questions"]
-    middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
-    assert [*axes.get_xticks()] == pytest.approx([sum(middles[:4]) / 4, sum(middles[4:]) / 2])
-    refuses("no results in .*gone", ev.main,
-            ["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
+    refuses("gone.png is not a file", ev.main, ["--ask", WHICH, "gone.png"])
+    refuses("mentions image 4 of 1", ev.main, ["--ask", "Is image 4 dark?", str(DIGITS[0])])
 
 # ---- eval.py: page of a run ------------------------------------------------------------
-def test_the_page_of_a_run(straight, tmp_path):
-    """With a fork's filter, answers that name no single image, and texts that try to break out."""
-    run = shutil.copytree(straight, tmp_path / "run")
+HOSTILE = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
+
+@pytest.fixture(scope="module")
+def paged(straight, tmp_path_factory):
+    """The folder of a run and its page. Added to it: first a group that is right in one of two
+    orders, whose texts try to break out, and last answers that name no single image."""
+    run = shutil.copytree(straight, tmp_path_factory.mktemp("paged") / "run")
     logged = read_rows(run / "rollouts.jsonl")
-    write_rows(run / "rollouts.jsonl", *logged, *[
-        logged[0] | dict(step=2, id=rule, order_rule=rule, gold=gold, movable=[0, 1], order=[0, 1],
-                         response="</script><script><b>bold</b>", images=["gone.png"] * 2)
-        for rule, gold in (("sequence", "2,1"), ("keep", "2"), ("letter", "B"), ("pair", "1-2"))])
+    added = logged[0] | dict(images=["gone.png"] * 2, response=HOSTILE, movable=[0, 1])
+    first = [added | dict(id="q", order_rule="index", answer="1", order=order, gold=gold,
+                          accuracy=right, reward=right)
+             for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
+    golds = {"sequence": "2,1", "keep": "2", "letter": "B", "pair": "1-2"}
+    last = [added | dict(step=2, id=rule, order_rule=rule, order=[0, 1], gold=gold)
+            for rule, gold in golds.items()]
+    write_rows(run / "rollouts.jsonl", *first, *logged, *last)
     ev.main(["--page", str(run)])
-    text = (run / "page.html").read_text()
+    return run
+
+def test_the_page_of_a_run(paged, straight, tmp_path):
+    text = (paged / "page.html").read_text()
     data = json.loads(re.search(r"const DATA = (.*);", text)[1])
     assert not re.search(r"(src|href)=|@import|url\(|NO_DATA", text), "it needs no other file"
     assert "<b>bold" not in text and text.count("</script>") == 1
-    assert data["metrics"] == read_rows(run / "metrics.jsonl") and data["images"]["gone.png"] == ""
-    picture = data["images"][logged[0]["images"][0]].partition(",")[2]
+    assert data["metrics"] == read_rows(paged / "metrics.jsonl")
+    logged, images = read_rows(straight / "rollouts.jsonl"), data["images"]
+    picture = images[logged[0]["images"][0]].partition(",")[2]
     Image.open(io.BytesIO(base64.b64decode(picture))).verify()
-    first, _, *others = data["groups"]
+    assert images["gone.png"] == ""
+    hostile, first, _, *others = data["groups"]
+    assert [rows[0]["right_image"] for rows in hostile["orders"]] == [0, 1]
     rewards = {row["reward"] for row in logged[:6]}
     assert (len(first["orders"]), first["verdict"] == "kept") == (2, len(rewards) > 1)
     assert [group["orders"][0][0]["right_image"] for group in others[:4]] == [-1, -1, 1, -1]
     held_out = [[row["step"] for row in group["orders"][0]] for group in others[4:]]
     assert held_out == [[0, 2, 4]] * 3, "a held-out question through the run"
     refuses("not a run folder", ev.main, ["--page", str(tmp_path)])
-    edit(run / "config.json", filter="disagree")
-    assert '"verdict": "disagree"' in ev.write_page(run).read_text()
+    forked = shutil.copytree(paged, tmp_path / "forked")
+    edit(forked / "config.json", filter="disagree", beta=None)  # of a fork, which has no beta
+    assert '"verdict": "disagree"' in ev.write_page(forked).read_text()
 
-@pytest.fixture(scope="module")
-def paged(tmp_path_factory):
-    """A run of two steps with a kept and a dropped group, whose texts try to break out, and a
-    held-out question asked at steps 0 and 1."""
-    run = tmp_path_factory.mktemp("paged") / "run"
-    Image.new("RGB", (300, 20), "red").save(run.parent / "red.png")
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(vars(perl.Config(filter="online"))))
-    shared = dict(images=[str(run.parent / "red.png"), "gone.png"], question="<image><image>Which?",
-                  format=1.0, order_rule="index", movable=[0, 1], answer="1", source="")
-    hostile = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
-    rows = [shared | dict(step=1, id="q", order=order, gold=gold, response=hostile, accuracy=right,
-                          reward=right, advantage=2 * right - 1)
-            for order, gold, right in (([0, 1], "1", 0.0), ([1, 0], "2", 1.0))]
-    rows.append(shared | dict(step=2, id="r", order=[0, 1], gold="1", response="x", accuracy=1.0,
-                              reward=1.0, advantage=0.0))
-    write_rows(run / "rollouts.jsonl", *rows)
-    write_rows(run / "held_out.jsonl", *[
-        shared | dict(step=step, id="h", order=[0, 1], gold="1", response="first" * step,
-                      accuracy=step, reward=step, advantage=0.0) for step in (0, 1)])
-    write_rows(run / "metrics.jsonl", dict(step=0, eval_accuracy=.5, eval_worst=.25, eval_bias=.5),
-               dict(step=1, accuracy=.5, format=1.0, kept=1, dropped=1, all_right=1, all_wrong=0,
-                    length=9.0, kl=0.0, idle=.1, truncated=0.0))
-    ev.main(["--page", str(run)])
-    return run / "page.html"
-
-def in_browser(page, tmp_path, width, script=""):
+def in_browser(page, tmp_path, script=""):
     """The page as Chromium shows it after its script ran, and then this one."""
     browser, copy = shutil.which("chromium") or pytest.skip("no chromium"), tmp_path / "shown.html"
     copy.write_text(page.read_text() + f"<script>{script}</script>")
     flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
              f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} "
-             f"--dump-dom --window-size={width},800")
+             "--dump-dom --window-size=1200,800")
     shown = subprocess.run([browser, *flags.split(), f"file://{copy}"], capture_output=True,
                            text=True, timeout=60).stdout
     return re.sub("(?s)<script>.*?</script>", "", shown)
 
 def test_the_page_in_a_browser(paged, tmp_path):
-    """Its script runs: curves are drawn, the group is shown, and model text is text."""
-    shown = in_browser(paged, tmp_path, 1200)
-    assert shown.count("<figure") == 6 and "<title>PeRL run</title>" in shown
+    """Its script runs: curves are drawn, the group with the largest gap is shown, model text is
+    text, and arrow keys lead to the held-out questions."""
+    shown = in_browser(paged / "page.html", tmp_path)
+    assert shown.count("<figure") == 7 and "<title>PeRL run</title>" in shown
     assert "Order 2, 1: 1 of 1 right" in shown and "Mean reward 0.500" in shown
-    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: r" in shown
+    assert "&lt;b&gt;bold&lt;/b&gt;" in shown and "step 2: letter" in shown
     assert shown.count('class="right"') == 2, "the right image is framed in both orders"
-
-KEYS = """
-  for (const key of ["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
-    document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-  document.title = document.documentElement.scrollWidth + " of " + innerWidth;
-"""
-
-def test_the_page_by_keyboard_on_a_narrow_screen(paged, tmp_path):
-    """Arrow keys go through the groups, to the held-out question; nothing sticks out."""
-    shown = in_browser(paged, tmp_path, 400, KEYS)
-    assert "Held-out question h" in shown and "step 1: right" in shown
-    width, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
-    assert width <= screen <= 500
-
-@pytest.fixture
-def forked(paged, tmp_path):
-    """The page of a fork with a flag and metrics of its own, without one of our settings."""
-    for file in paged.parent.iterdir():
-        shutil.copy(file, tmp_path)
-    edit(tmp_path / "config.json", my_flag={"a": [1]}, filter_low=None, beta=None)
-    own = dict(with_gradient=.5, by_permutation=None, my_gap=-.3, my_word="x", my_nan=math.nan)
-    start, row = read_rows(tmp_path / "metrics.jsonl")
-    write_rows(tmp_path / "metrics.jsonl", start, row | own,
-               row | own | dict(step=2, by_permutation=.25, my_gap=.3))
-    ev.main(["--page", str(tmp_path)])
-    return tmp_path / "page.html"
-
-def test_a_forks_page_has_its_metrics_and_the_share_of_gradients(forked, tmp_path):
-    shown = in_browser(forked, tmp_path, 1280)
-    titles = re.findall("<figcaption[^>]*>(.*?)</figcaption>", shown)
-    assert titles[3] == "Groups that give a gradient" and titles[-1] == "my_gap"
-    assert not {"my_nan", "my_word"} & {*titles} and "NaN" not in shown
-    of_these = shown[shown.index("Groups that give a gradient"):]
-    assert "equal rewards in every order" in of_these[:of_these.index("</figure>")]
-    first = shown.index('id="group"'), shown.index('id="curves"'), shown.index("<dl>")
-    assert first == tuple(sorted(first)), "the group, the curves, the glossary"
-    curves = shown[shown.index("Held-out questions</fig"):]
-    dashes = re.findall('stroke-dasharray="([^"]*)"', curves)
-    assert len(set(dashes[:6])) == 3, "three lines, and their signs in the legend, all different"
-
-LAYOUT = """
-  const cards = [...document.querySelectorAll("#curves figure")], lone = [];
-  for (const node of document.querySelectorAll("p, dd, figcaption, h2, strong, .scores, pre")) {
-    const words = [], walk = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
-    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/\\S+/g)) {
-      const range = document.createRange();
-      range.setStart(walk.currentNode, word.index);
-      range.setEnd(walk.currentNode, word.index + word[0].length);
-      words.push(range.getBoundingClientRect().bottom);
-    }
-    const last = words.filter(bottom => Math.abs(bottom - words[words.length - 1]) < 6);
-    if (last.length === 1 && words.length > 1) lone.push(node.textContent);
-  }
-  const tops = cards.map(card => card.offsetTop), root = document.documentElement;
-  document.title = JSON.stringify([tops, lone, root.scrollWidth]);
-"""
-
-@table("name", ["paged", "forked"])
-@table("beta, width", [(0.01, 1280), (0.0, 1280), (0.01, 400), (0.0, 400)])
-def test_no_card_and_no_word_stands_alone(request, tmp_path, name, beta, width):
-    page, text = tmp_path / "of_beta.html", request.getfixturevalue(name).read_text()
-    page.write_text(text.replace('"beta": 0.01', f'"beta": {beta}'))
-    shown = in_browser(page, tmp_path, width, LAYOUT)
-    tops, lone, scroll = json.loads(re.search("<title>(.*?)</title>", shown)[1])
-    assert not lone and scroll <= max(width, 500)
-    assert width < 500 or min(Counter(tops).values()) > 1, "a card alone in its row"
+    key = "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}));"
+    shown = in_browser(paged / "page.html", tmp_path, f"for (let k = 0; k < 99; k++) {key}")
+    assert re.search("Held-out question .*, at every evaluation; orders: 2", shown)
+    assert re.search("step 4: (right|wrong)", shown)
 
 # ---- eval.py: --flip -------------------------------------------------------------------
-@pytest.fixture
-def flip_data(tmp_path):
+def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(tmp_path, capsys):
     ids = ("keep1", "keep2", "excluded", "border")
     med = [with_pictures(MED) | {"question_id": key} for key in ids]
     med[0]["question"] = "Which image comes first?"  # never, by our rules
@@ -3687,33 +3454,18 @@ def flip_data(tmp_path):
     for file, lines in ((ev.SCREEN, screen), (ev.RATES, rates)):
         (clone / file).parent.mkdir(parents=True, exist_ok=True)
         (clone / file).write_text("\n".join(lines) + "\n")
-    return tmp_path
-
-def flip(folder):
-    ev.main(["--flip", "--data-dir", str(folder), "--out", str(folder / "out"),
+    ev.main(["--flip", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out"),
              "--max-new-tokens", "2"])
-
-def test_flip_asks_the_published_ids_in_six_orders_and_prints_both(flip_data, capsys):
-    flip(flip_data)
     out = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if "|" in line}
     assert out.count("3 items") == 2 and "25.0 [4.6, 69.9]" in rows["other-7b"]
     assert "0.0 [0.0, 56.2]" in rows["tiny"], "no answer was read, so none flips; 3 items are few"
     assert "unread answer in %:  mantis-eval 100.0  medframeqa 100.0" in out
     for name in ("mantis-eval", "medframeqa"):
-        asked = read_rows(flip_data / "out" / "tiny" / "flip" / name / "samples.jsonl")
-        orders = {(row["id"], row["gold"], *row["order"]) for row in asked}
-        assert len(asked) == len(orders) == 18 and asked[0]["order"] == [0, 1, 2]
+        asked = read_rows(tmp_path / "out" / "tiny" / "flip" / name / "samples.jsonl")
+        assert len({(row["id"], *row["order"]) for row in asked}) == len(asked) == 18
         golds = Counter((row["id"], row["gold"]) for row in asked)
-        assert list(golds.values()) == [6] * 3 and {key for key, _ in golds} == {
-            "keep1", "keep2", "border"}, "the gold stays"
-
-def test_flip_without_a_published_id_or_the_clone_is_one_sentence(flip_data):
-    with (flip_data / "facet-probe" / ev.SCREEN).open("a") as screen:
-        screen.write("medframeqa,gone,keep\n")
-    refuses("medframeqa has no question gone", flip, flip_data)
-    shutil.rmtree(flip_data / "facet-probe")
-    refuses("clone github.com/yahskapar/facet-probe", flip, flip_data)
+        assert list(golds.values()) == [6, 6, 6], "the gold stays"
 
 # ---- data_samples/curate.py: rows become samples ---------------------------------------
 def digit(k, kind="PNG", mode="RGB"):
@@ -3748,30 +3500,59 @@ DREAM = ("Answer the following multiple-choice question:\nHere are there images:
          "<image>. If image {} is the reference image, which image of the other two is more "
          "similar to the reference image?\nOptions:\n(A) Image {}\n(B) Image {}")
 
+PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> Here is a statement "
+             "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
+CHOOSE = "Answer the following multiple-choice question:\n"
+SHORT = "Answer the following question:\nIf image 3 is the reference image, "
+SIMILAR = "which image of the other two is more similar to the reference image?"
+OTHERS = ("which image of the other two images <image> <image> is more similar to the reference "
+          "image? ")
+ASSUME = "(Assume reference image is image 1 and the other two are image 2 and image 3)"
+RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally "
+            "contrastive images\nDescription:\n{}")
+THIS_TEXT = ("Given this detailed description:\nA man waves.\n"
+             "Which image provided best matches the description?")
+STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
+              "The digit grew over time.")
+SOURCES = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12",
+           "hiyouga/geometry3k"]
+
+def write_copies(folder, n):
+    """n rows of each of SOURCES in its raw format, as data/*/prepare.py of Mantis writes them.
+    One row of each has 16 digits as images; the second row of nlvr2 uses digit 0 once more."""
+    rows, contents = {name: [] for name in SOURCES}, {}
+    for k in range(n):
+        digits = iter(range(16 * k, 16 * k + 16))
+        text = RETRIEVE.format(f"A digit with {k} strokes.")
+        for source, n_images, question, answer in (
+                ("mantis:nlvr2", 2, PAIR_TRUE.format(STATEMENTS[k % 3]), "AB"[k % 2]),
+                ("mantis:dreamsim", 3, DREAM.format(2, 1, 3), "AB"[k % 2]),
+                ("mantis:iconqa", 4, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B"),
+                ("mantis:imagecode", 5, "<image>" * 5 + text, f"Answer: Image {k % 5 + 1}")):
+            paths = [f"{source}/{k}/{j}.png" for j in range(n_images)]
+            contents |= {path: digit(next(digits)) for path in paths}
+            if source == "mantis:nlvr2" and k == 1:
+                paths[0] = f"{source}/0/0.png"
+            rows[source].append(mantis_row(k, paths, question, answer))
+        image = image_of(next(digits), mode=("RGB", "RGBA", "L", "P")[k % 4])
+        rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", f"$${k}$$", image))
+        rows["hiyouga/geometry3k"].append({
+            "images": [image_of(next(digits))], "answer": rf"{k}\sqrt{{2}}",
+            "problem": "<image>Find x."})
+    for source in SOURCES[:4]:
+        name = source.partition(":")[2]
+        own = {path: contents[path] for path in contents if path.startswith(source)}
+        parts = ("part_0.zip", "part_1.zip") if name == "iconqa" else ("train_images.zip",)
+        write_mantis(folder, name, rows[source], own, parts)
+    for name, source in (("MMK12", "mmk12"), ("geometry3k", SOURCES[5])):
+        write_parquet(rows[source], folder / name / "data" / "train-00000-of-00001.parquet")
+    return folder
+
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
-    root, contents, dream, icon = tmp_path_factory.mktemp("copies"), {}, [], []
-    for k in range(6):
-        for rows, kind, names, question, answer, first in (
-                (dream, "nights", "012", DREAM.format(2, 1, 3), "AB"[k % 2], 3 * k),
-                (icon, "choose_img", ("image", *"012"), f"<image>Which shape is like {k}?{OPTIONS}",
-                 "Answer: B", 20 + 4 * k)):
-            paths = [f"{kind}/{k}/{name}.png" for name in names]
-            rows.append(mantis_row(k, paths, question, answer))
-            contents |= {path: digit(first + j) for j, path in enumerate(paths)}
-    write_mantis(root, "dreamsim", dream, contents)
-    write_mantis(root, "iconqa", icon, contents, ("part_0.zip", "part_1.zip"))
-    k12 = [k12_row(k, f"As shown, AB = {k}. How long is CD?", f"$${k}$$",
-                   image_of(50 + k, mode=mode)) for k, mode in enumerate(("RGB", "RGBA", "L", "P"))]
-    geometry = [{"images": [image_of(60 + k)], "answer": rf"{k}\sqrt{{2}}",
-                 "problem": "<image>Find x."} for k in range(3)]
-    for name, rows in (("MMK12", k12), ("geometry3k", geometry)):
-        write_parquet(rows, root / name / "data" / "train-00000-of-00001.parquet")
-    return root
+    return write_copies(tmp_path_factory.mktemp("copies"), 12)
 
-ALL_SOURCES = ["mantis:dreamsim", "mantis:iconqa", "mmk12", "hiyouga/geometry3k"]
-
-def run_curate(copies, out, *more, sources=ALL_SOURCES):
+def run_curate(copies, out, *more, sources=SOURCES):
     curate.open_zip.cache_clear()
     curate.main([*sources, "--data-dir", str(copies), "--out", str(out), *more])
     return out
@@ -3782,22 +3563,49 @@ def curated(copies, tmp_path_factory):
 
 def test_rows_of_all_layouts_become_samples(curated):
     samples = {sample.id: sample for sample in perl.load_samples(curated / "train.jsonl")}
-    assert Counter(s.source for s in samples.values()) == {
-        "mantis-dreamsim": 6, "mantis-iconqa": 6, "mmk12": 4, "geometry3k": 3}
+    assert list(Counter(s.source for s in samples.values()).values()) == [12] * 6
     dream, icon = samples["mantis-dreamsim-0000002"], samples["mantis-iconqa-0000001"]
-    assert (dream.answer, dream.order_rule, dream.movable) == ("B", "keep", (0, 1, 2))
     assert "<image_2> is the reference" in dream.question and "(A) <image_1>" in dream.question
-    assert (icon.answer, icon.order_rule, icon.movable) == ("B", "letter", (1, 2, 3))
     k12, geometry = samples["mmk12-0000003"], samples["geometry3k-0000002"]
     assert (k12.answer, k12.order_rule) == ("2", "never") and k12.question.startswith("<image>As")
     assert (geometry.answer, geometry.question) == (r"1\sqrt{2}", "<image>Find x.")
-    report = (curated / "REPORT.md").read_text()
-    assert report.startswith("# 19 of 19 questions") and (curated / "ten.jpg").exists()
-    assert "| mantis-iconqa: option image | 0 | 0 | 0 | 6 | 6 |" in report
-    for sample, first in ((dream, 3), (icon, 20), (k12, 52), (geometry, 61)):
+    for sample, first in ((dream, 18), (icon, 5), (k12, 46), (geometry, 31)):
         for k, path in enumerate(sample.images, first):  # the right picture stands at each place
             with Image.open(path) as image, Image.open(DIGITS[k]) as source:
                 assert image.tobytes() == source.convert("RGB").tobytes()
+
+# In wordings of data/*/prepare.py that write_copies lacks: config, question, answer; gold, rule,
+# movable.
+MANTIS_ROWS = [
+    ("dreamsim", f"{CHOOSE}If <image> is the reference image, {OTHERS}{ASSUME}\n"
+     "Options:\n(A) Image 2\n(B) Image 3", "A", "A", "keep", (1, 2)),
+    ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
+     "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
+    ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
+     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
+    ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
+    ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
+    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
+    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
+    ("nlvr2", "<image><image> Which image shows a 3?", "The first image", "1", "index", (0, 1)),
+    ("nlvr2", "<image><image> How many of the images show a 3?", "The first image", "1", "never",
+     (0, 1))]  # an answer that names an image must not stay
+
+def test_rows_of_mantis_in_its_own_wordings(tmp_path):
+    rows, digits = {}, iter(range(200))
+    for config, question, answer, *_ in MANTIS_ROWS:
+        k = len(rows.setdefault(config, []))
+        paths = [f"{k}/{j}.png" for j in range(question.count("<image>"))]
+        rows[config].append(mantis_row(k, paths, question, answer))
+        # Later turns of a conversation refer back to the first, so they are left out.
+        rows[config][-1]["conversation"] += [{"role": "user", "content": "Why?"}]
+    for config in rows:
+        paths = [image["path"] for row in rows[config] for image in row["images"]]
+        write_mantis(tmp_path, config, rows[config], {path: digit(next(digits)) for path in paths})
+    out = run_curate(tmp_path, tmp_path / "out", sources=[f"mantis:{config}" for config in rows])
+    samples = perl.load_samples(out / "train.jsonl")
+    found = [(s.source, s.answer, s.order_rule, s.movable) for s in samples]
+    assert found == [("mantis-" + row[0], *row[3:]) for row in MANTIS_ROWS]
 
 def one_image(question, answer, path="a.png"):
     return mantis_row(0, [path], "<image> " + question, answer)
@@ -3825,9 +3633,9 @@ BAD = {
     "near duplicate": one_image("How many brown cows do graze here?", "4", "a.jpg"),
     "one question with several answers": one_image("Is it odd?", "No", "b.png")}
 
-@pytest.fixture
-def bad_copies(tmp_path):
-    """Rows that each rule drops, after three that stay."""
+def test_what_a_rule_drops_is_counted_and_shown(tmp_path, monkeypatch):
+    """A row for each rule, after three that stay."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # ev.main sets it
     good = [one_image("How many brown cows graze here?", "4"), one_image("Is this a horse?", "No"),
             one_image("Is it odd?", "No", "c.png"),
             one_image("Is it odd?", "Yes", "b.png")]  # contradicted below
@@ -3836,7 +3644,13 @@ def bad_copies(tmp_path):
                 "thin.png": encoded(Image.new("RGB", (900, 3)), "PNG")["bytes"],
                 "torn.png": digit(5)[:-60]}
     write_mantis(tmp_path / "copies", "nlvr2", good + list(BAD.values()), contents)
-    return tmp_path / "copies"
+    out = run_curate(tmp_path / "copies", tmp_path / "out", sources=["mantis:nlvr2"])
+    dropped = Counter(row["rule"] for row in read_rows(out / "dropped.jsonl"))
+    assert dropped == dict.fromkeys(BAD, 1) | {"one question with several answers": 2}
+    assert [s.id[-1] for s in perl.load_samples(out / "train.jsonl")] == ["1", "2", "3"]
+    text = (out / "REPORT.md").read_text()
+    assert all(f"| {rule} | " in text for rule in BAD)
+    assert text.startswith(f"# 3 of {len(BAD) + 4} questions")
 
 CIRCLES = "Statements: ① a ② b ③ c ④ d. Which are right?"
 LABELS = "(1) a (2) b (3) c (4) d. Which are right?"
@@ -3861,26 +3675,8 @@ def test_golds_are_unwrapped_so_that_a_natural_answer_meets_them_or_dropped(answ
         curate.check_gold(found)
         assert found == gold and perl.is_correct(rf"\boxed{{{gold}}}", gold)
 
-def test_what_a_rule_drops_is_counted_and_shown(bad_copies, tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # ev.main sets it
-    out = run_curate(bad_copies, tmp_path / "out", sources=["mantis:nlvr2"])
-    dropped = Counter(row["rule"] for row in read_rows(out / "dropped.jsonl"))
-    assert dropped == dict.fromkeys(BAD, 1) | {"one question with several answers": 2}
-    assert [s.id[-1] for s in perl.load_samples(out / "train.jsonl")] == ["1", "2", "3"]
-    text = (out / "REPORT.md").read_text()
-    assert all(f"| {rule} | " in text for rule in BAD)
-    assert text.startswith(f"# 3 of {len(BAD) + 4} questions")
-
-def test_an_answer_that_names_an_image_never_stays(tmp_path):
-    rows = [mantis_row(0, ["a.png", "b.png"], f"<image><image> {question}", "The first image")
-            for question in ("How many of the images show a 3?", "Which image shows a 3?")]
-    write_mantis(tmp_path, "nlvr2", rows, {"a.png": digit(0), "b.png": digit(1)})
-    out = run_curate(tmp_path, tmp_path / "out", sources=["mantis:nlvr2"])
-    assert [s.order_rule for s in perl.load_samples(out / "train.jsonl")] == ["never", "index"]
-
 @table("sources, message", [
-    (["mmk13"], "a source is mantis:CONFIG"), (["mantis:"], "a source is"),
-    (["mantis:none"], "no train.*parquet in"), (["a/x", "b/x"], "two sources have the same name"),
+    (["mmk13"], "a source is mantis:CONFIG"), (["a/x", "b/x"], "two sources have the same name"),
     (["hiyouga/MMK12"], "row 1: not the columns of MMK12"),
     (["mantis:iconqa"], "part_1.zip is missing")])
 def test_a_source_that_cannot_be_read_ends_with_one_sentence(copies, tmp_path, sources, message):
@@ -3894,78 +3690,31 @@ def test_a_picture_is_measured_before_it_is_decoded(monkeypatch):
         with pytest.raises(curate.Dropped, match="too large or too thin"):
             curate.decode(encoded(Image.new("1", size), "PNG")["bytes"])
 
-PAIR_TRUE = ("Answer the following multiple-choice question:\n<image> <image> Here is a statement "
-             "describing these 2 images: {} Is it true or false? \nOptions:\n(A) True\n(B) False")
-CHOOSE = "Answer the following multiple-choice question:\n"
-SHORT = "Answer the following question:\nIf image 3 is the reference image, "
-SIMILAR = "which image of the other two is more similar to the reference image?"
-OTHERS = ("which image of the other two images <image> <image> is more similar to the reference "
-          "image? ")
-ASSUME = "(Assume reference image is image 1 and the other two are image 2 and image 3)"
-RETRIEVE = ("Given a detailed description, retrieve the target image among 10 minimally "
-            "contrastive images\nDescription:\nA man waves.")
-THIS_TEXT = ("Given this detailed description:\nA man waves.\n"
-             "Which image provided best matches the description?")
-MANTIS_ROWS = [  # config, question, answer; gold, rule, movable. As data/*/prepare.py words them
-    ("dreamsim", DREAM.format(2, 3, 1), "B", "B", "keep", (0, 1, 2)),
-    ("dreamsim", f"{CHOOSE}If <image> is the reference image, {OTHERS}{ASSUME}\n"
-     "Options:\n(A) Image 2\n(B) Image 3", "A", "A", "keep", (1, 2)),
-    ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
-     "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
-    ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
-     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
-    ("imagecode", "<image>" * 4 + RETRIEVE, "Answer: Image 3", "3", "index", (0, 1, 2, 3)),
-    ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
-    ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
-    ("iconqa", "Which has more?<image>" + OPTIONS, "Answer: A", "A", "letter", (1, 2, 3)),
-    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
-    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
-    ("nlvr2", PAIR_TRUE.format("The right image shows a dog."), "B", "B", "keep", (0, 1))]
-
-def test_rows_of_mantis_in_its_own_wordings(tmp_path):
-    rows, digits = {}, iter(range(200))
-    for config, question, answer, *_ in MANTIS_ROWS:
-        k = len(rows.setdefault(config, []))
-        paths = [f"{k}/{j}.png" for j in range(question.count("<image>"))]
-        rows[config].append(mantis_row(k, paths, question, answer))
-        # Later turns of a conversation refer back to the first, so they are left out.
-        rows[config][-1]["conversation"] += [{"role": "user", "content": "Why?"}]
-    for config in rows:
-        paths = [image["path"] for row in rows[config] for image in row["images"]]
-        write_mantis(tmp_path, config, rows[config], {path: digit(next(digits)) for path in paths})
-    out = run_curate(tmp_path, tmp_path / "out", sources=[f"mantis:{config}" for config in rows])
-    samples = perl.load_samples(out / "train.jsonl")
-    found = [(s.source, s.answer, s.order_rule, s.movable) for s in samples]
-    assert found == [("mantis-" + row[0], *row[3:]) for row in MANTIS_ROWS]
-
 # ---- data_samples/curate.py: benchmarks, held-out questions and limits -----------------
 def test_benchmarks_are_kept_out(copies, tmp_path):
     """By the same pixels, by a JPEG of them, by 13 words; 13 words of a template do not count."""
     against, sources = tmp_path / "against", shutil.copytree(copies, tmp_path / "copies")
-    write_parquet([{"question": "short", "image": image_of(3)}], against / "test.parquet")
-    (against / "near.jpg").write_bytes(digit(21, "JPEG"))
-    template = "here are there images if image 2 is the reference image which image of the other"
+    write_parquet([{"question": "short", "image": image_of(18)}], against / "test.parquet")
+    (against / "near.jpg").write_bytes(digit(6, "JPEG"))
+    template = "is the reference image, which image of the other two is more similar to the"
     write_rows(against / "b.jsonl", {"deep": [{"q": template}]})
     leaked = "The two cars drive off at noon from towns ninety miles apart; when do they meet?"
     (against / "c.json").write_text(json.dumps([leaked.upper()]))
-    k12 = [k12_row(k, question, "3", image_of(70 + k))
+    k12 = [k12_row(k, question, "3", image_of(300 + k))
            for k, question in enumerate((leaked, "A car drives."))]
     write_parquet(k12, sources / "MMK12" / "data" / "train-00001.parquet")
     out = run_curate(sources, tmp_path / "out", "--against", str(against))
     dropped = {row["id"]: row["rule"] for row in read_rows(out / "dropped.jsonl")}
     assert dropped == {"mantis-dreamsim-0000002": "picture of a benchmark",
                        "mantis-iconqa-0000001": "near duplicate of a benchmark's picture",
-                       "mmk12-0000005": "13 words of a benchmark"}
+                       "mmk12-0000013": "13 words of a benchmark"}
 
 def drawing(seed):
     """A figure of thin lines, as in mathematics; another one for each seed."""
     rng, picture = random.Random(seed), Image.new("RGB", (320, 240), "white")
     draw = ImageDraw.Draw(picture)
-    for _ in range(6):
-        points = [rng.randrange(20, 220) for _ in range(4)]
-        draw.line(points, "black", 2)
-        x, y, radius = rng.randrange(60, 260), rng.randrange(60, 180), rng.randrange(10, 55)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black")
+    for _ in range(12):
+        draw.line([rng.randrange(20, 220) for _ in range(4)], "black", 2)
     return picture
 
 def test_a_scaled_jpeg_of_a_benchmarks_picture_is_found_and_no_other(tmp_path):
@@ -3998,11 +3747,11 @@ def test_held_out_questions_share_no_picture_and_every_source_gives_its_part():
     assert curate.hold_out(samples, 0) == set()
 
 def test_a_limit_takes_random_rows_until_enough_are_kept(tmp_path):
-    bad = mantis_row(0, ["none.png"], "<image> How many?", "3")
-    good = [one_image(f"How many {word} cows?", "4", f"{k}.png")
-            for k, word in enumerate("red big old wet shy odd sad fat shy2 new".split())]
-    contents = {f"{k}.png": digit(k) for k in range(10)}
-    rows = [row for pair in zip(good, [bad] * 10) for row in pair]
+    rows, contents = [], {}
+    for k, word in enumerate("red big old wet shy odd sad fat ill new".split()):
+        contents[f"{k}.png"] = digit(k)
+        rows.append(one_image(f"How many {word} cows?", "4", f"{k}.png"))
+        rows.append(one_image("How many?", "3", "none.png"))  # dropped
     write_mantis(tmp_path, "nlvr2", rows, contents)
     ids = {}
     for limit in (1, 6, 30):
@@ -4012,15 +3761,13 @@ def test_a_limit_takes_random_rows_until_enough_are_kept(tmp_path):
     assert ids[6] != ids[30][:6] and set(ids[1]) < set(ids[6]) < set(ids[30])
     log = read_rows(tmp_path / "out1" / ".work" / "mantis-nlvr2.jsonl")
     assert len(log) < 20, "one question is enough"
-    for text in ("mantis:nlvr2=", "mmk12=0", "mmk12=-3", "mmk12=x"):
-        refuses("the most questions to keep", curate.parse_source, text)
 
 # ---- data_samples/curate.py: its report; killed and continued --------------------------
 def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, monkeypatch):
     out, calls, store = tmp_path / "out", [], curate.store_image
     def dies(*args):
         calls.append(args)
-        return die() if len(calls) == 30 else store(*args)
+        return die() if len(calls) == 80 else store(*args)
     monkeypatch.setattr(curate, "store_image", dies)
     with pytest.raises(Killed):
         run_curate(copies, out)
@@ -4028,120 +3775,50 @@ def test_a_killed_curation_goes_on_to_the_same_bytes(copies, curated, tmp_path, 
         file.write('{"sample": {"id"')  # a line torn by the kill
     assert not (out / "train.jsonl").exists()
     run_curate(copies, out)
-    assert len(calls) < 30 + 18 + 24 + 7
+    run_curate(copies, out)  # now there is nothing to do
+    assert len(calls) == 80 + 192 - 76, "of 19 whole rows, no picture is stored again"
     for name in ("train.jsonl", "REPORT.md", "ten.jpg", "dropped.jsonl"):
         assert (out / name).read_bytes() == (curated / name).read_bytes()
     refuses("has other sources or code", run_curate, copies, out, sources=["mmk12"])
 
-STATEMENTS = ("Both images show an even digit.", "The left image shows a four.",
-              "The digit grew over time.")
-RAW_SOURCES = ["mantis:nlvr2", "mantis:dreamsim", "mantis:iconqa", "mantis:imagecode", "mmk12"]
-
-def write_mixed(folder, n):
-    """5 n rows in the raw formats of RAW_SOURCES, as data/*/prepare.py of Mantis writes them; every
-    picture is used once, but for the nlvr2 rows 0 and 1, which share one."""
-    rows, contents, digits = {name: [] for name in RAW_SOURCES}, {}, iter(range(len(DIGITS)))
-    def ask(source, n_images, question, answer):
-        paths = []
-        for j in range(n_images):
-            paths.append(f"{source}/{len(rows[source])}/{j}.png")
-            contents[paths[-1]] = digit(next(digits))
-        if source == "mantis:nlvr2" and len(rows[source]) == 1:
-            paths[0] = f"{source}/0/0.png"
-        rows[source].append(mantis_row(len(rows[source]), paths, question, answer))
-    for k in range(n):
-        ask("mantis:nlvr2", 2, PAIR_TRUE.format(STATEMENTS[k % 3]), "AB"[k % 2])
-        ask("mantis:dreamsim", 3, DREAM.format(2, 1, 3), "AB"[k % 2])
-        ask("mantis:iconqa", 4, f"<image>Which shape is like {k}?{OPTIONS}", "Answer: B")
-        ask("mantis:imagecode", 5, "<image>" * 5 + "Given a detailed description, retrieve the "
-            "target image among 10 minimally contrastive images\nDescription:\n"
-            f"A digit with {k} strokes.", f"Answer: Image {k % 5 + 1}")
-        image = image_of(next(digits))
-        rows["mmk12"].append(k12_row(k, f"As shown, AB = {k}. How long is CD?", str(k), image))
-    for source in RAW_SOURCES[:4]:
-        name = source.partition(":")[2]
-        own = {path: contents[path] for path in contents if path.startswith(source)}
-        write_mantis(folder, name, rows[source], own)
-    write_parquet(rows["mmk12"], folder / "MMK12" / "data" / "train-00000-of-00001.parquet")
-    return folder
-
-def test_the_report_says_why_images_may_not_move(tmp_path, capsys):
-    write_mixed(tmp_path / "copies", 3)
-    out = run_curate(tmp_path / "copies", tmp_path / "all", sources=RAW_SOURCES)
-    text = (out / "REPORT.md").read_text()
-    assert "11 of 12 with several images can be permuted (index 3, keep 5, letter 3)" in text
-    assert "| words that may mean order, time or place | 1 | 0 | 1 |" in text
-    assert "| one image | 0 | 3 | 3 |" in text
-    assert "place (grew 1, time 1)\n  - `mantis-nlvr2-0000003`, answer `A`" in text
-    assert "WARNING" not in capsys.readouterr().out
-    rows = [mantis_row(k, [f"{k}.png", f"{k + 9}.png"], "<image><image>" + question, "Yes")
-            for k, question in enumerate(["Did it change?", "Is it later?", "Is it the last?"])]
-    write_mantis(tmp_path / "never", "nlvr2", rows, {f"{k}.png": digit(k) for k in range(12)})
+def test_the_report_says_what_was_kept_and_why_images_may_not_move(curated, tmp_path):
+    text = (curated / "REPORT.md").read_text()
+    assert text.startswith("# 72 of 72 questions") and "WARNING" not in text
+    assert "44 of 48 with several images can be permuted (index 12, keep 20, letter 12)" in text
+    # Where the right answers are: a favourite place would be learned.
+    assert "| source | 1 | 2 | 3 | 4 | 5 | A | B | all |" in text
+    assert "| mantis-iconqa: option image | 0 | 0 | 0 | 0 | 0 | 0 | 12 | 12 |" in text
+    assert "| mantis-imagecode: image | 3 | 3 | 2 | 2 | 2 | 0 | 0 | 12 |" in text
+    assert "| mantis-dreamsim: image | 6 | 0 | 6 | 0 | 0 | 0 | 0 | 12 |" in text
+    assert "| words that may mean order, time or place | 0 | 4 | 0 | 4 |" in text
+    assert "place (grew 4, time 4)\n  - `mantis-nlvr2-0000003`, answer `A`" in text
+    rows = [mantis_row(0, ["0.png", "1.png"], "<image><image>Did it change?", "Yes")]
+    write_mantis(tmp_path / "never", "nlvr2", rows, {f"{k}.png": digit(k) for k in range(2)})
     out = run_curate(tmp_path / "never", tmp_path / "none", sources=["mantis:nlvr2"])
-    text = (out / "REPORT.md").read_text()
-    assert "0 of 3 with several images can be permuted (none)\nWARNING" in text
-    assert text.count("  - `mantis-nlvr2-") == 2, "two examples"
-    assert "WARNING: on the others PeRL is plain GRPO" in capsys.readouterr().out
-
-@table("answer, rule, question, extra, right, moves", [
-    ("2", "index", "<image><image> Which image shows a cat?", {}, [1], [0, 1]),
-    ("2, 1", "sequence", "<image><image> Sort the images.", {}, [1, 0], [0, 1]),
-    ("B", "letter", "<image>\nA. <image>\nB. <image>", {"movable": [1, 2]}, [2], [1, 2]),
-    ("A", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [1], []),
-    ("B", "never", "Earlier: <image>\nA. <image>\nB. <image>", {}, [2], []),
-    ("B", "keep", "<image><image> Which?\nA. <image_2>\nB. <image_1>", {}, [0], [0, 1]),
-    ("A", "keep", "<image><image> All red?\nA. Yes\nB. No", {}, [], [0, 1]),
-    ("3", "keep", "<image><image> How many?", {}, [], [0, 1]),
-    ("3", "never", "<image>?", {}, [], [])])
-def test_the_picture_frames_the_right_image(tmp_path, answer, rule, question, extra, right, moves):
-    n = question.count("<image>")
-    sample = {"id": "q", "source": "s", "images": [f"{k}.png" for k in range(n)], "answer": answer,
-              "order_rule": rule, "question": question} | extra
-    assert curate_report.right_images(sample) == right
-    assert curate_report.movable_of(sample) == moves
-    for k in range(n):
-        (tmp_path / f"{k}.png").write_bytes(digit(k))
-    record = {"sample": sample, "why": "one image"}
-    curate_report.draw_ten([record], tmp_path)
-    with Image.open(tmp_path / "ten.jpg") as sheet:
-        cells = [sheet.crop((k * curate_report.CELL, 0, (k + 1) * curate_report.CELL, sheet.height))
-                 for k in range(n)]
-    def green(cell):
-        red, green, blue = (np.asarray(band, dtype=int) for band in cell.split())
-        return ((green > red + 60) & (green > blue + 40)).sum()
-    assert [k for k in range(n) if green(cells[k]) > 500] == sorted(right)
-    said = curate_report.what_moves(record)
-    assert said.startswith(rule) and ("2, 3 may move" in said) == bool(extra)
+    assert "WARNING: on the others PeRL is plain GRPO" in (out / "REPORT.md").read_text()
 
 # ---- The README's recipe: from raw rows to the last table ------------------------------
-def recipe():
-    """The commands of the README's recipe, each as script and arguments."""
-    section = (HERE / "README.md").read_text().partition("## Train the 7B")[2]
-    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
-    commands = []
-    for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-            k = next(k for k, word in enumerate(words) if word.endswith(".py"))
-            commands.append((words[k], words[k + 1:]))
-    return commands
-
 def test_the_readmes_recipe_runs(tmp_path, monkeypatch, capsys):
-    """Its own commands, one after the other: the tiny model in the 7B's place, two steps, 200
-    rows in the raw formats, and the held-out questions in the benchmarks' place."""
+    """Its own commands, one after the other: the tiny model in the 7B's place, two steps, 40 rows
+    of each source in its raw format, and the held-out questions in the benchmarks' place."""
+    section = (HERE / "README.md").read_text().partition("## Train the 7B")[2]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
     monkeypatch.chdir(tmp_path)
-    write_mixed(tmp_path / "copies", 40)
+    write_copies(tmp_path / "copies", 40)
     small = ["--steps", "2", "--questions-per-step", "4", "--max-new-tokens", "48",
              "--eval-orders", "6"]
     done, stage2 = Counter(), Path("runs/7b/stage2")
-    for script, words in recipe():
-        text = " ".join(words).replace("Qwen2.5-VL-7B", "tiny")
+    for line in block.splitlines():
+        text = " ".join(shlex.split(line, comments=True)).replace("Qwen2.5-VL-7B", "tiny")
+        if not text:
+            continue
         text = text.replace("--hold-out 300", "--hold-out 20")
         text = text.replace("--benchmarks all", "--benchmarks real/heldout.jsonl --orders 6")
         if "stage2/best" in text and not (stage2 / "best").exists():
             # It is written when eval_worst improves, which two steps may not do.
             shutil.copytree(stage2 / "checkpoint-2", stage2 / "best")
-        argv = text.split()
+        script = re.search(r"\S+\.py", text)[0]
+        argv = text.partition(script)[2].split()
         if script == "data_samples/curate.py":
             curate.main([*argv, "--data-dir", "copies"])
         elif script == "perl.py":
@@ -4164,21 +3841,17 @@ def test_the_readmes_recipe_runs(tmp_path, monkeypatch, capsys):
 
 # ---- data_samples/ablate.py ------------------------------------------------------------
 def test_the_t_interval_and_test():
-    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Each quantile cuts off 2.5 %
-    of its distribution, integrated by trapezoids; a mean of just that size has p = 5 %."""
+    """Half the width of [1, 2, 3, 4] by hand: 3.182 * 1.29099 / 2. Of two values, p is of a
+    Cauchy distribution. A mean as large as half the width has p = 5 %, for each quantile."""
     assert stats.interval([1, 2, 3, 4]) == (2.5, pytest.approx(2.054, abs=1e-3))
     assert stats.interval([5.0]) == (5.0, math.inf)
-    for freedom, quantile in enumerate(stats.T_QUANTILES, 1):
-        constant = math.gamma((freedom + 1) / 2) / (
-            math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
-        t = torch.linspace(-quantile, quantile, 20001, dtype=torch.float64)
-        density = constant * (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
-        assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
-        values = [float(k % 2) for k in range(freedom + 1)]
-        _, half = stats.interval(values)
-        shifted = [value - sum(values) / len(values) - half for value in values]
-        assert stats.p_value(shifted) == pytest.approx(0.05, abs=1e-4)
+    assert stats.p_value([0.0, 2.0]) == pytest.approx(0.5)
     assert stats.p_value([2.0, 2.0]) == 0 and stats.p_value([0.0, 0.0]) == 1
+    for n in range(2, len(stats.T_QUANTILES) + 2):
+        values = [float(k % 2) for k in range(n)]
+        mean, half = stats.interval(values)
+        shifted = [value - mean - half for value in values]
+        assert stats.p_value(shifted) == pytest.approx(0.05, abs=1e-4)
 
 @table("p_values, survivors", [
     ([0.001, 0.02, 0.04], [0, 1, 2]), ([0.04, 0.001, 0.03], [1]), ([0.02, 0.03, 0.04], []),
@@ -4216,36 +3889,32 @@ def test_the_hash_of_an_arm_covers_flags_fork_data_and_what_all_share(monkeypatc
     found.append(hash_of())  # another base
     assert len(set(found)) == len(found)
 
-def write_run(out, *worst_orders):
-    """metrics.jsonl of stages 1, 2, .. with two steps each, and the worst order at their end."""
+def write_run(out, worst):
+    """metrics.jsonl of a run of two steps, with this worst order at its end."""
     step = dict(kept=1, dropped=3, seconds_sample=2.0, seconds_update=1.0, by_permutation=0.5,
                 equal_as_given=0.75)
     evaluation = dict(eval_accuracy=0.75, eval_bias=0.25)
-    for stage, worst in enumerate(worst_orders, 1):
-        folder = out / f"stage{stage}"
-        for name in ("checkpoint-2", "best"):
-            (folder / name).mkdir(parents=True)
-        write_rows(folder / "metrics.jsonl", evaluation | dict(step=0, eval_worst=0.25),
-                   step | dict(step=1, with_gradient=0.5),
-                   step | evaluation | dict(step=2, with_gradient=0.0, eval_worst=worst))
+    for name in ("checkpoint-2", "best"):
+        (out / "stage1" / name).mkdir(parents=True)
+    write_rows(out / "stage1" / "metrics.jsonl", evaluation | dict(step=0, eval_worst=0.25),
+               step | dict(step=1, with_gradient=0.5),
+               step | evaluation | dict(step=2, with_gradient=0.0, eval_worst=worst))
 
 class AtOnce(Executor):
-    """Runs what is submitted before it returns, and takes back what a fork did to this process.
+    """Runs what is submitted before it returns, and takes back what a fork did to perl.py.
     Threads would not do: ast.parse is not safe."""
     def __init__(self, jobs):
         self.jobs = jobs
 
     def submit(self, task, *args):
-        future = Future()
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, name in ((perl, "main"), (perl, "set_advantages"), (perl, "all_orders"),
-                                (sys, "argv")):
-                patch.setattr(owner, name, getattr(owner, name))
-            patch.setattr(sys, "path", sys.path.copy())
-            try:
-                future.set_result(task(*args))
-            except BaseException as error:
-                future.set_exception(error)
+        future, before = Future(), dict(vars(perl))
+        try:
+            future.set_result(task(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        for name in vars(perl).keys() - before.keys():
+            delattr(perl, name)
+        vars(perl).update(before)
         return future
 
 @pytest.fixture
@@ -4270,6 +3939,8 @@ def ablation(tmp_path, monkeypatch):
         return {"all": [0.75, worst, 0.25], "ask": [0.5, worst / 2, 0.25],
                 "places": {"1": 1.0, "2": 0.5}}
     monkeypatch.setattr(perl, "main", trained)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # forks change both: put back after the test
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     for name, fake in dict(  # all in this process, whose output is the test's
             redirect_stdout=contextlib.nullcontext, redirect_stderr=contextlib.nullcontext,
             fresh_processes=AtOnce, base_hash=lambda: "now", measure=measured,
@@ -4318,8 +3989,6 @@ def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
     assert "perl, seed 1: SystemExit: out of memory" in out
     assert "5 runs of perl.py now. Failed: perl, seed 1 (SystemExit: out of memory)." in out
     assert re.search(r"PeRL +\| 2 .*\n\| plain GRPO +\| 3 ", out)
-    main("--tables")
-    assert not started and "Failed: perl, seed 1" in capsys.readouterr().out
     broken.clear()
     main()
     assert started == [("perl", 1)]
@@ -4341,7 +4010,7 @@ def test_runs_have_fresh_processes_and_their_failures_come_back(tmp_path, capfd)
 def cells_of(text):
     return {name: cells for name, *cells in table_rows(text)}
 
-def test_tables_by_hand(ablation, tmp_path):
+def test_tables_by_hand(ablation):
     """PeRL's worst order is 50, 60 and 70 %, plain GRPO's .1 less, but seed 2 has only PeRL: the
     paired difference is over two seeds and without spread."""
     main, _, _, path = ablation
@@ -4358,57 +4027,29 @@ def test_tables_by_hand(ablation, tmp_path):
     assert cells_of(texts["main"])["plain GRPO, 120 steps"][4] == "**-10.0 ± 0.0**"
     assert cells_of(texts["more"])["PeRL"][-1] == "100 / 50"
     assert cells_of(texts["images"])[ablate.ARMS["grpo-images"].title][2] == "22.5 ± 31.8"
-    assert cells_of(texts["longer"])["2"] == [
-        "2", "55.0 ± 63.5", "45.0 ± 63.5", "+10.0 ± 0.0"]
+    assert cells_of(texts["longer"])["2"] == ["2", "55.0 ± 63.5", "45.0 ± 63.5", "+10.0 ± 0.0"]
     assert texts["holm"].startswith("Of 6 paired differences")
     assert "3 have a 95 % interval without 0, and 3 survive" in texts["holm"]
     assert "- worst order below PeRL's: plain GRPO; plain GRPO, 120 steps; plain" in texts["holm"]
     assert "have not been started" in texts["runs"] and texts["runs"].startswith("16 runs")
 
-def test_the_figure_is_small_and_only_drawn_again_for_other_runs(ablation, tmp_path):
-    (main, *_), picture, times = ablation, tmp_path / "ablation.png", []
-    main(arms="start,perl-0.5,grpo-0.5", seeds="0-1")
-    for seeds in ("0-1", "0-1", "2"):
-        main(seeds=seeds)
-        times.append(picture.stat().st_mtime_ns)
-    assert times[0] == times[1] < times[2] and picture.stat().st_size < 200_000
-    with Image.open(picture) as image:
-        assert image.width > 1500 and len(image.convert("RGB").getcolors(1 << 20)) > 100
-
-def test_tables_are_written_between_markers(tmp_path):
-    path = tmp_path / "README.md"
-    marked = "a\n<!-- table: x-1 -->\n{}<!-- /table -->\nb\n<!-- table: y -->\n{}<!-- /table -->"
-    path.write_text(marked.format("old\n", ""))
-    ablate.write_tables(path, {"x-1": "\\1 new\n", "y": "Y\n", "z": "not asked for\n"})
-    assert path.read_text() == marked.format("\\1 new\n", "Y\n")
-    refuses("no table x-1", ablate.write_tables, path, {"y": ""})
-    path.write_text("no marker")
-    ablate.write_tables(path, {})
-    assert path.read_text() == "no marker"
-
 def test_the_readmes_and_the_figure_show_the_runs_of_ablation_jsonl(tmp_path):
     """Made by `ablate.py --tables`; the figure notes the runs that it shows."""
-    source = HERE / "data_samples"
+    source, names, picture = HERE / "data_samples", set(), tmp_path / "ablation.png"
     by_code = ablate.last_lines(read_rows(source / "ablation.jsonl"))
     code = max(reversed(by_code), key=lambda code: len(by_code[code]))
-    texts, marked = ablate.all_tables(code, by_code[code]), ""
+    texts, between = ablate.all_tables(code, by_code[code]), r"(<!-- table: (\S+) -->\n).*?(<!-- /)"
     for readme in (HERE / "README.md", source / "README.md"):
-        copy = Path(shutil.copy(readme, tmp_path / "copy.md"))
+        copy, text = tmp_path / "copy.md", readme.read_text()
+        names |= {name for _, name, _ in re.findall(between, text, re.DOTALL)}
+        copy.write_text(re.sub(between, r"\1\3", text, flags=re.DOTALL))
         ablate.write_tables(copy, texts)
-        marked += copy.read_text()
-        assert copy.read_text() == readme.read_text(), f"{readme}: run ablate.py --tables"
-    names = set(re.findall("<!-- table: (.*) -->", marked))
+        assert copy.read_text() == text, f"{readme}: run ablate.py --tables"
     assert names >= texts.keys() - {"main", "positions"}
-    shutil.copy(source / "ablation.png", tmp_path / "ablation.png")
-    before = (tmp_path / "ablation.png").stat().st_mtime_ns
-    ablate.draw(ablate.by_arm(by_code[code]), ablate.SHARES, tmp_path / "ablation.png")
-    assert (tmp_path / "ablation.png").stat().st_mtime_ns == before, "run ablate.py --tables"
-
-def test_the_steps_of_several_stages_add_up(tmp_path):
-    write_run(tmp_path, 0.5, 0.75)
-    (tmp_path / "stage0").mkdir()
-    found = ablate.read_run(tmp_path)
-    assert (found["steps"], found["kept"], found["training_seconds"]) == (4, 0.25, 12.0)
+    shutil.copy(source / "ablation.png", picture)
+    before = picture.stat().st_mtime_ns
+    ablate.draw(ablate.by_arm(by_code[code]), ablate.SHARES, picture)
+    assert picture.stat().st_mtime_ns == before, "run ablate.py --tables"
 
 FORK = """import perl
 def no_advantages(groups):
@@ -4418,124 +4059,81 @@ if __name__ == "__main__":
     perl.main()
 """
 
-def test_a_users_fork_is_compared_and_changes_no_other_result(ablation, tmp_path, capsys):
+def test_a_users_fork_is_compared_and_changes_no_other_result(
+        ablation, tmp_path, monkeypatch, capsys):
     """From any folder, with a module beside it and a flag of its own. Its lines are not in the
-    committed file; the same file under other flags is another arm."""
+    committed file, and what it replaces does not measure it. Other flags or another text are
+    another arm."""
     main, started, _, path = ablation
     main(seeds="0-1")
-    committed, folder = path.read_text(), tmp_path / "elsewhere"
-    folder.mkdir()
-    (folder / "beside.py").write_text("NAME = 'set_advantages'\n")
-    fork, text = folder / "mine.py", FORK.format(name="set_advantages")
-    dashed = re.sub("[^A-Za-z0-9.]+", "-", str(fork))
-    fork.write_text("import sys, beside\nsys.argv.remove('--own')\n"
-                    + text.replace("if ", "if beside.NAME and "))
-    main("--fork", str(fork), "--flags=--own --beta 0.01", seeds="0-1")
-    assert started == [(f"{dashed}-own-beta-0.01", 0), (f"{dashed}-own-beta-0.01", 1)]
-    main("--fork", str(fork), "--flags=--own", seeds="1-2")
-    assert sorted(started) == [(f"{dashed}-own", 1), (f"{dashed}-own", 2), ("grpo", 2), ("perl", 2)]
-    assert path.read_text() == committed
-    cells = cells_of(capsys.readouterr().out.split("forks:\n")[-1])
-    assert cells[f"{fork} --own"][0] == "2" and cells[f"{fork} --own --beta 0.01"][0] == "2"
-    assert cells["PeRL"][0] == "3" and cells[f"{fork} --own"][-1].startswith("+10.0")
-    assert len(read_rows(tmp_path / "scratch/forks.jsonl")) == 6
-
-def test_what_a_fork_replaces_does_not_measure_it_and_what_was_changed_back_counts(
-        ablation, tmp_path, monkeypatch, capsys):
-    main, started, _, _ = ablation
-    fork, used, real, measure = tmp_path / "mine.py", [], perl.all_orders, ablate.measure
+    committed, measure, real, used = path.read_text(), ablate.measure, perl.all_orders, []
     def noted(*args, **named):
         used.append(perl.all_orders)
         return measure(*args, **named)
     monkeypatch.setattr(ablate, "measure", noted)
-    fork.write_text(FORK.format(name="all_orders"))
-    main("--fork", str(fork), seeds="0-1")
-    assert set(used) == {real} and len(started) == 6
-    # Another text is another arm of the same name; after a change back, the first one counts.
-    text = fork.read_text()
-    fork.write_text(text.replace("pass", "return 1"))
-    main("--fork", str(fork), seeds="0")
-    assert len(started) == 1
-    capsys.readouterr()
+    (tmp_path / "beside.py").write_text("NAME = 'set_advantages'\n")
+    fork, text = tmp_path / "mine.py", "import sys, beside\nsys.argv.remove('--own')\n"
+    text += FORK.format(name="all_orders").replace("if ", "if beside.NAME and ")
     fork.write_text(text)
-    main("--fork", str(fork), seeds="0-1")
+    name = re.sub("[^A-Za-z0-9.]+", "-", str(fork)) + "-own"
+    main("--fork", str(fork), "--flags=--own --beta 0.01", seeds="0-1")
+    assert started == [(f"{name}-beta-0.01", 0), (f"{name}-beta-0.01", 1)]
+    main("--fork", str(fork), "--flags=--own", seeds="1-2")
+    assert sorted(started) == [(name, 1), (name, 2), ("grpo", 2), ("perl", 2)]
+    assert path.read_text() == committed and set(used) == {real}
+    fork.write_text(text.replace("pass", "return 1"))
+    main("--fork", str(fork), "--flags=--own", seeds="0")
+    assert started == [(name, 0)]
+    capsys.readouterr()
+    fork.write_text(text)  # after a change back, the first runs count again
+    main("--fork", str(fork), "--flags=--own", seeds="1-2")
     cells = cells_of(capsys.readouterr().out.split("forks:\n")[-1])
-    assert not started and cells[str(fork)][0] == "2", "both seeds of the present text"
+    assert not started and cells["PeRL"][0] == "3"
+    assert cells[f"{fork} --own"][0] == "2" and cells[f"{fork} --own --beta 0.01"][0] == "2"
+    assert cells[f"{fork} --own"][-1].startswith("+10.0")
 
 @table("text, message", [
     (FORK.format(name="set_advantage"),
      "sets perl.set_advantage, which perl.py does not have; did you mean set_advantages"),
     ("import perl\nperl.set_advantages = len\n", "does not call perl.main"),
-    (FORK.format(name="set_advantages"), "no such setting: --bta; did you mean --beta"),
-    ("", "does not call perl.main"), (None, "there is no such file")])
+    (FORK.format(name="set_advantages"), "no such setting: --bta; did you mean --beta")])
 def test_a_fork_without_effect_is_refused_before_anything_runs(
         text, message, ablation, tmp_path, capsys):
     main, started, _, _ = ablation
-    if text is not None:
-        (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "mine.py").write_text(text)
     with pytest.raises(SystemExit) as end:
         main("--fork", str(tmp_path / "mine.py"), "--flags=--bta 1")
     assert message in f"{end.value} {capsys.readouterr().err}" and not started
 
 def answered(text, order=(0, 1)):
-    """A rollout of the answer `text` to a question of two images, whose first one is right."""
+    """A rollout of the answer `text` to a question whose first image is right."""
     asked = perl.permute(sample("index", "1", n=len(order)), order)
     accuracy = float(text == asked.answer)
     return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
                    truncated=False, accuracy=accuracy, reward=accuracy)
-
-def load_fork(name):
-    """Do what the fork of an arm does to perl.py -> its names."""
-    return runpy.run_path(ablate.ARMS[name].fork, run_name="fork")
-
-@table("text, order, given", [
-    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
-    ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
-def test_an_answer_moved_back_to_the_given_order(text, order, given, monkeypatch):
-    monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    assert load_fork("agree")["answer_as_given"](answered(text, order)) == given
 
 def group_of(*texts, orders=((0, 1), (1, 0))):
     """Answers order by order, as many in each."""
     n = len(texts) // len(orders)
     return [answered(text, orders[k // n]) for k, text in enumerate(texts)]
 
-@table("fork, texts, rewards", [  # columns: the first answers of both orders, then the second ones
-    ("agree", "1121", [1.9, 1, 1.9, 0]), ("agree", "2919", [0.9, 0, 0.9, 0]),
-    ("agree-right", "1121", [1.9, 1, 1.9, 0]), ("agree-right", "2112", [0, 1.9, 0, 1.9]),
-    ("agree", "1111", [1, 1, 1, 1]), ("agree-right", "1111", [1, 1, 1, 1])])
-def test_rewards_of_later_papers(fork, texts, rewards, monkeypatch):
+TWICE, SWAP, TURN = ((0, 1), (0, 1)), ((0, 1), (1, 0)), ((0, 1, 2), (2, 0, 1))
+
+@table("fork, orders, texts, rewards", [  # columns: the first answers of both, then the second
+    ("agree", SWAP, "1121", [1.9, 1, 1.9, 0]), ("agree", SWAP, "2919", [0.9, 0, 0.9, 0]),
+    ("agree", TURN, "23", [0.9, 0.9]), ("agree", TURN, "21", [0, 0]),
+    ("agree-right", SWAP, "1121", [1.9, 1, 1.9, 0]),
+    ("agree-right", SWAP, "2112", [0, 1.9, 0, 1.9]),
+    ("agree", TWICE, "1111", [1, 1, 1, 1]), ("agree-right", TWICE, "1111", [1, 1, 1, 1])])
+def test_rewards_of_later_papers(fork, orders, texts, rewards, monkeypatch):
     """Agreement pays whether right or wrong; being right together pays on top; a question in one
     order only has nothing to agree with."""
     monkeypatch.setattr(perl, "set_advantages", perl.set_advantages)
-    orders = [(0, 1), (0, 1) if texts == "1111" else (1, 0)]
     group = group_of(*texts, orders=orders)
-    load_fork(fork)
+    runpy.run_path(ablate.ARMS[fork].fork, run_name="fork")
     perl.set_advantages([group])
     assert [rollout.reward for rollout in group] == pytest.approx(rewards)
     assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
-
-def test_permuting_follows_a_questions_own_gap(monkeypatch):
-    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
-    groups, asked, rng = [], [], random.Random(0)
-    for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
-        groups.append(group_of("1", "1", "1", "1")[:len(row)])
-        for rollout, accuracy in zip(groups[-1], row):
-            rollout.accuracy = float(accuracy)
-            rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
-    def sample_orders(*args, n_orders, n):
-        asked.append((n_orders, n))
-        return groups
-    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
-    monkeypatch.setattr(perl, "sample_orders", sample_orders)
-    load_fork("adaptive")
-    for stage in (0, 1):
-        perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
-    assert asked == [(2, 2), (1, 4)]
-    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
-        asked_for = dataclasses.replace(sample("keep"), id=name)
-        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
-        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
 
 def test_a_checkpoint_is_measured_over_orders_kinds_and_positions(monkeypatch):
     """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on.
@@ -4556,9 +4154,8 @@ def test_a_checkpoint_is_measured_over_orders_kinds_and_positions(monkeypatch):
 
 def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypatch, data):
     """Two stages of one step each, the second from the first's weights, with a fork of both."""
-    for target in ("main", "set_advantages"):
-        monkeypatch.setattr(perl, target, getattr(perl, target))  # put back after the test
-    monkeypatch.setattr(sys, "argv", sys.argv)
+    for owner, name in ((perl, "main"), (perl, "set_advantages"), (sys, "argv")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test
     monkeypatch.setattr(sys, "path", sys.path.copy())
     measure, measured = ablate.measure, []
     def measure_few(checkpoint, path, n_orders, max_new_tokens):
@@ -4577,51 +4174,27 @@ def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypa
     assert (tmp_path / "agree-seed100/stage1/agree.py").exists(), "the fork is kept with its run"
     assert perl.set_advantages.__name__ == "agree"
 
-def test_training_sets_and_more_images_are_made_once(tmp_path, monkeypatch):
-    """In this process; the images are drawn once and copied afterwards."""
+def test_training_sets_are_made_once(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    make_samples, pools = pytest.importorskip("make_samples"), {}
-    save_images, commands = make_samples.save_images, []
-    def images_once(folder):
-        pools.update(pools or save_images(tmp_path / "images"))
-        shutil.copytree(tmp_path / "images", folder)
-        return pools
+    make_samples, commands = pytest.importorskip("make_samples"), []
     def run(command):
         commands.append(command)
         monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
         make_samples.main()
         return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(make_samples, "save_images", images_once)
     monkeypatch.setattr(subprocess, "run", run)
     balanced = ablate.made_data("--first-share balanced", tmp_path)
+    assert ablate.made_data("--first-share balanced", tmp_path) == balanced and len(commands) == 1
     assert (balanced / "test.jsonl").read_bytes() == (HERE / "data_samples/test.jsonl").read_bytes()
-    trained = read_rows(balanced / "train.jsonl")
-    answers = Counter(row["answer"] for row in trained
+    answers = Counter(row["answer"] for row in read_rows(balanced / "train.jsonl")
                       if row["source"] == "largest" and len(row["images"]) == 4)
     assert answers == dict.fromkeys("1234", 30)
-    assert ablate.made_data("--first-share balanced", tmp_path) == balanced and len(commands) == 1
-    rows = read_rows(ablate.made_data(ablate.ONLY_IMAGES, tmp_path) / "train.jsonl")
-    assert {row["source"] for row in rows} == {"largest", "smallest", "match"}
-    assert len(rows) == 1110 and 0.93 < sum(row["answer"] in "1A" for row in rows) / 1110 < 0.97
-    more = ablate.made_data(ablate.MORE_IMAGES, tmp_path)
-    rows, counts = read_rows(more / "test.jsonl"), {}
-    assert len(rows) == len(perl.load_samples(more / "test.jsonl")) == 300
-    assert {len(row["images"]) for row in rows} == {6, 7, 8}
-    assert not (more / "train.jsonl").exists()
-    assert not {row["id"] for row in trained} & {row["id"] for row in rows}
-    for row in rows:
-        kind_and_size = row["source"], len(row["images"])
-        counts.setdefault(kind_and_size, Counter())[row["answer"]] += 1
-        assert all(Path(name).name.startswith("test_") for name in row["images"])
-    for kind, n in itertools.product(("largest", "smallest", "match"), (6, 7, 8)):
-        answers = counts[kind, n]
-        assert len(set(answers.values())) == 1 and len(answers) == n - (kind == "match")
+    more = perl.load_samples(ablate.made_data(ablate.MORE_IMAGES, tmp_path) / "test.jsonl")
+    assert Counter(len(one.images) for one in more) == {6: 90, 7: 100, 8: 110}
+    answers = Counter(one.answer for one in more if (one.source, len(one.images)) == ("match", 6))
+    assert sorted(answers) == list("ABCDE") and len(set(answers.values())) == 1
 
 # ---- data_samples/ablate.py: --cost ----------------------------------------------------
-def step_flags(images, image_tokens, text_tokens, new_tokens):
-    return ["--cost", f"--images={images}", f"--max-new-tokens={new_tokens}",
-            f"--image-tokens={image_tokens}", f"--text-tokens={text_tokens}"]
-
 def step_config(**changes):
     return dataclasses.replace(perl.parse_config([]), **dict(
         beta=0.0, max_new_tokens=5, max_tokens_per_micro_batch=16384) | changes)
@@ -4651,27 +4224,12 @@ def test_flops_at_the_size_of_the_7b():
     assert all(0.95 < minimum[part] / flops[True][part] < 1.001 for part in minimum)
 
 def test_the_last_line_of_cost_is_an_object(capsys):
-    ablate.main(step_flags(2, 4, 9, 4) + ["--n-permutations", "2"])
+    ablate.main(["--cost", "--images=2", "--image-tokens=4", "--text-tokens=9",
+                 "--max-new-tokens=4", "--n-permutations=2"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    names, flop_parts = {"flops_minimum"}, ("vision", "prefill", "decode", "loss")
-    for way in ("shared", "plain"):
-        names |= {f"{kind}_{way}" for kind in ("flops", "seconds", "peak_mb")}
-        names |= {f"seconds_{way}_sample", f"seconds_{way}_update"}
-    for way in ("shared", "plain", "minimum"):
-        names |= {f"flops_{way}_{part}" for part in flop_parts}
-    assert set(row) == names and min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
+    assert min(row.values()) > 0 and 100 < row["peak_mb_shared"] < 4000
+    parts = [row[f"flops_shared_{part}"] for part in ("vision", "prefill", "decode", "loss")]
+    assert sum(parts) == pytest.approx(row["flops_shared"])
+    assert {"seconds_shared", "seconds_plain_sample", "peak_mb_plain"} <= row.keys()
     shared = row["flops_shared"]
     assert 0.9 < row["flops_minimum"] / shared <= 1 < row["flops_plain"] / shared
-
-@table("flags, message", [
-    (step_flags(0, 4, 9, 4), "more text tokens than images"),
-    (step_flags(4, 4, 4, 4), "more text tokens than images"),
-    (step_flags(1, -4, 9, 4), "more text tokens than images"),
-    (step_flags("many", 4, 9, 4), "--images: invalid int value: 'many'"),
-    (step_flags(1, 4, 9, 1), "--max-new-tokens"),
-    (["--cost", "--n-permutations", "4"], "does not divide"), (["--nonsense"], "--nonsense"),
-    (["--cost", "--nonsense"], "--nonsense"), (["--arms", "perl,none"], "--arms: some of start")])
-def test_a_command_that_makes_no_sense_ends_with_one_sentence(flags, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        ablate.main(flags)
-    assert message in f"{end.value} {capsys.readouterr().err}"
