@@ -29,7 +29,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
-import numpy as np
 import pyarrow
 import pytest
 import torch
@@ -55,7 +54,6 @@ from perl import Rollout, Sample, flatten
 sys.path.insert(0, str(Path(perl.__file__).parent / "data_samples"))
 import ablate
 import curate
-import curate_report
 from ablation import cost, hashes, stats
 
 HERE, TINY = Path(perl.__file__).parent, Path(perl.SHORT_NAMES["tiny"])
@@ -3372,6 +3370,32 @@ def test_ask_refuses_what_cannot_be_asked_before_a_model_is_loaded(monkeypatch):
     refuses("gone.png is not a file", ev.main, ["--ask", WHICH, "gone.png"])
     refuses("mentions image 4 of 1", ev.main, ["--ask", "Is image 4 dark?", str(DIGITS[0])])
 
+# ---- eval.py: --chart ------------------------------------------------------------------
+def test_the_chart_shows_what_the_results_say(tmp_path, monkeypatch):
+    """Mean next to worst order; a benchmark asked in one order has one bar a model."""
+    def share(value):
+        return {"value": value, "interval": [value - .1, value + .1], "n": 7}
+    for model, value in (("A", .4), ("B", .6)):
+        in_orders = {"mean": share(value), "worst": share(value - .2)}
+        for name, orders in (("blink", in_orders), ("remi", {})):
+            path = tmp_path / model / name / "results.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(share(value + .1) | {
+                "score": value + .1, "orders": orders, "config": {"orders": 6}}))
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **named: (
+        figures.append(self) or save(self, *args, **named)))
+    ev.main(["--chart", str(tmp_path / "c.png"), str(tmp_path / "A"), str(tmp_path / "B")])
+    assert Image.open(tmp_path / "c.png").width > 500
+    axes, = figures[0].axes
+    bars = [bar for bar in axes.patches if bar.get_height()]  # the legend's have none
+    assert [(round(bar.get_height()), bool(bar.get_hatch())) for bar in bars] == [
+        (40, False), (20, True), (60, False), (40, True), (50, False), (70, False)]
+    spans = [[round(bound) for bound in line.get_ydata()] for line in axes.lines]
+    assert spans == [[30, 50], [10, 30], [50, 70], [30, 50], [40, 60], [60, 80]]
+    refuses("no results in .*gone", ev.main,
+            ["--chart", str(tmp_path / "d.png"), str(tmp_path / "gone")])
+
 # ---- eval.py: page of a run ------------------------------------------------------------
 HOSTILE = "</script><script>document.title='broken'</script><b>bold</b> \\boxed{2}"
 
@@ -3708,6 +3732,8 @@ def test_benchmarks_are_kept_out(copies, tmp_path):
     assert dropped == {"mantis-dreamsim-0000002": "picture of a benchmark",
                        "mantis-iconqa-0000001": "near duplicate of a benchmark's picture",
                        "mmk12-0000013": "13 words of a benchmark"}
+    asked = "Tell me which of the photos that follow has more cats than image 2 has, please."
+    assert curate.runs_of(asked.replace("image 2", "<image_2>")) == curate.runs_of(asked) != set()
 
 def drawing(seed):
     """A figure of thin lines, as in mathematics; another one for each seed."""
@@ -4112,6 +4138,13 @@ def answered(text, order=(0, 1)):
     return Rollout(perl.Prompt(asked, [1], []), order, asked.answer, [1], rf"\boxed{{{text}}}",
                    truncated=False, accuracy=accuracy, reward=accuracy)
 
+def load_fork(name):
+    """Do what the fork of an arm does to perl.py -> its names."""
+    return runpy.run_path(ablate.ARMS[name].fork, run_name="fork")
+
+@table("text, order, given", [
+    ("1", (0, 1), "1"), ("1", (1, 0), "2"), ("1", (2, 0, 1), "3"), ("3", (2, 0, 1), "2"),
+    ("3", (1, 0), None), ("0", (1, 0), None), ("none", (1, 0), None), ("", (1, 0), None)])
 def group_of(*texts, orders=((0, 1), (1, 0))):
     """Answers order by order, as many in each."""
     n = len(texts) // len(orders)
@@ -4134,6 +4167,28 @@ def test_rewards_of_later_papers(fork, orders, texts, rewards, monkeypatch):
     perl.set_advantages([group])
     assert [rollout.reward for rollout in group] == pytest.approx(rewards)
     assert any(rollout.advantage for rollout in group) == (len(set(rewards)) > 1)
+
+def test_permuting_follows_a_questions_own_gap(monkeypatch):
+    """Stage 0 asks in two orders; training then permutes by the gap, evaluation as before."""
+    groups, asked, rng = [], [], random.Random(0)
+    for name, row in {"biased": [1, 1, 0, 0], "fair": [1, 0, 1, 0], "fixed": [1, 0]}.items():
+        groups.append(group_of("1", "1", "1", "1")[:len(row)])
+        for rollout, accuracy in zip(groups[-1], row):
+            rollout.accuracy = float(accuracy)
+            rollout.prompt.sample = dataclasses.replace(sample("keep"), id=name)
+    def sample_orders(*args, n_orders, n):
+        asked.append((n_orders, n))
+        return groups
+    monkeypatch.setattr(perl, "draw_orders", perl.draw_orders)
+    monkeypatch.setattr(perl, "sample_orders", sample_orders)
+    load_fork("adaptive")
+    for stage in (0, 1):
+        perl.sample_orders(None, None, [], tiny_config(stage=stage), ACCELERATOR, n_orders=1, n=4)
+    assert asked == [(2, 2), (1, 4)]
+    for name, permuted in (("biased", 40), ("fair", 0), ("fixed", 0), ("held out", 20)):
+        asked_for = dataclasses.replace(sample("keep"), id=name)
+        drawn = [perl.draw_orders(asked_for, 1, 0.5, rng)[1] != (0, 1, 2) for _ in range(40)]
+        assert sum(drawn) == pytest.approx(permuted, abs=9 if name == "held out" else 0)
 
 def test_a_checkpoint_is_measured_over_orders_kinds_and_positions(monkeypatch):
     """The first image is right: in order (1, 0) it stands second. Letters name image 2 and on.

@@ -463,7 +463,8 @@ def benchmark_leaves(folder: Path) -> Iterator[str | bytes]:
             yield path.read_bytes()
 
 def words_of(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.replace("<image>", "").casefold()))
+    text = perl.MENTION.sub(r"image \1", text).replace("<image>", "")  # as benchmarks write it
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 def runs_of(text: str) -> set[str]:
     """Every RUN_WORDS consecutive words of a text."""
@@ -651,8 +652,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def open_work(args) -> Path:
     """The folder of a run's logs. Exits if other settings or other code began it."""
     work = args.out / ".work"
-    parts = HERE / "curate.py", HERE / "order_words.txt", HERE.parent / "eval.py"
-    code = b"".join(path.read_bytes() for path in parts)
+    parts = ("curate.py", "order_words.txt", "../eval.py", "../perl.py")
+    code = b"".join((HERE / part).read_bytes() for part in parts)
     settings = {"sources": args.sources, "data_dir": args.data_dir,
                 "code": hashlib.sha1(code).hexdigest()}
     if (path := work / "settings.json").exists() and json.loads(path.read_text()) != settings:
