@@ -4004,6 +4004,31 @@ def test_a_finished_run_is_not_run_again_until_its_code_changes(
     assert before.startswith("12 runs of perl.py now.") and "| plain GRPO  | 4 " in before
     assert "| plain GRPO | 1 " in now, "each code has tables of its own"
 
+def test_recheck_keeps_the_runs_of_arms_with_equal_results(ablation, monkeypatch):
+    main, started, broken, path = ablation
+    arms = {name: ablate.ARMS[name] for name in ("perl", "grpo")}
+    monkeypatch.setattr(ablate, "ARMS", arms)
+    main()
+    before = read_rows(path)
+    monkeypatch.setattr(ablate, "base_hash", lambda: "changed")
+    def other_for_grpo(checkpoint, *args, measure=ablate.measure, **named):
+        changed = {"places": {}} if "grpo" in checkpoint else {}
+        return measure(checkpoint, *args, **named) | changed
+    monkeypatch.setattr(ablate, "measure", other_for_grpo)
+    broken.add(("perl", 0))
+    with ends("1 runs failed"):
+        main("--recheck")
+    assert started == [("perl", 0), ("grpo", 0)]
+    assert read_rows(path)[:6] == before, "a failed run says nothing about the others"
+    broken.clear()
+    main("--recheck")
+    assert started == [("perl", 0)]
+    kept = [(row["arm"], row["seed"], row["code"], row.get("ran_on")) for row in read_rows(path)]
+    assert sorted(kept[:2]) == [("grpo", 0, "changed", None), ("perl", 0, "changed", None)]
+    assert kept[2:] == [("perl", 1, "changed", "now"), ("perl", 2, "changed", "now")]
+    main()
+    assert started == [("grpo", 1), ("grpo", 2)]
+
 def test_a_failed_run_is_told_and_listed_and_run_again_and_stops_no_other(
         ablation, monkeypatch, capsys):
     """Code that changes during a run makes it fail too."""

@@ -5,6 +5,7 @@
     python data_samples/ablate.py --jobs 4    # all arms, 8 seeds, four runs at a time
     python data_samples/ablate.py --arms perl,clean --seeds 0-3
     python data_samples/ablate.py --fork mine.py --flags="--beta 0.01" --seeds 0-4
+    python data_samples/ablate.py --recheck   # after a change that must not change results
     python data_samples/ablate.py --tables    # tables of both READMEs, and the figure
     python data_samples/ablate.py --cost      # a training step with and without sharing
 
@@ -12,10 +13,13 @@ Every arm trains the tiny model on the same seeds. A finished run is a line of
 ablation.jsonl, with a hash of what it depends on: the code of perl.py (without comments and
 docstrings), the samples, the start model, and the arm's flags and code. While the hash stays
 the same, the run is not repeated, so the file can be committed and continued on another
-machine. With --fork, new lines go to SCRATCH/forks.jsonl instead.
+machine. --recheck runs seed 0 of every arm again: where each number is the same to the last
+digit, the arm's other runs count for the present code, and `ran_on` says which code they are
+of. With --fork, new lines go to SCRATCH/forks.jsonl instead.
 """
 import argparse
 import functools
+import json
 import math
 import os
 import re
@@ -99,8 +103,8 @@ ARMS |= {
 # ---- What a run depends on -------------------------------------------------------------
 
 def base_hash() -> str:
-    """Of what all arms share: perl.py, the samples, the start model."""
-    parts = [code_hash(perl.__file__)]
+    """Of what all arms share: perl.py, how it is measured, the samples, the start model."""
+    parts = [code_hash(perl.__file__), code_hash(HERE / "ablation" / "measure.py")]
     for pattern in ("train.jsonl", "test.jsonl", "images/*", "tiny/*"):
         for path in sorted(HERE.glob(pattern)):
             parts += [path.name, path.read_bytes()]
@@ -286,6 +290,34 @@ def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> int:
             raise
     return n_failed
 
+def results(line: dict) -> dict:
+    """What equal code must reproduce: all numbers of a run except times."""
+    return {name: value for name, value in line.items()
+            if name not in ("hash", "code", "ran_on", "cpu_seconds", "training_seconds")}
+
+def recheck(jobs: int, path: Path, scratch: Path) -> int:
+    """Run seed 0 of every arm on the present code. An arm whose numbers are those of the older
+    code with most runs keeps its other seeds. Returns how many runs failed."""
+    now, lines = base_hash()[:8], perl.read_lines(path)
+    older = {code: last for code, last in last_lines(lines).items() if code != now}
+    perl.check(older, f"{path} has no runs of older code to compare with")
+    old = max(older.values(), key=len)
+    n_failed = run_all(missing_runs(ARMS, [0], lines), jobs, path, scratch)
+    if n_failed:
+        return n_failed
+    new = last_lines(perl.read_lines(path)).get(now, {})
+    kept = list(new.values())
+    for (name, seed), line in old.items():
+        first, again = old.get((name, 0), {}), new.get((name, 0), {})
+        if "failed" in line or results(first) != results(again):
+            print(f"{name}, seed {seed}: has to run again")
+        elif (name, seed) not in new:
+            ran_on = line.get("ran_on", line["code"])
+            kept.append(line | {"hash": again["hash"], "code": now, "ran_on": ran_on})
+    # Runs of older code would only stand beside those that now count.
+    perl.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return 0
+
 # ---- Tables ----------------------------------------------------------------------------
 
 MEASURES = ("accuracy", "worst order", "bias")
@@ -429,15 +461,19 @@ def holm_text(runs: dict) -> str:
 
 def runs_text(code: str, last: dict[tuple, dict]) -> str:
     """Which code the runs are of, how many there are, and which failed."""
-    failed, n_missing, n_all = [], 0, 0
+    failed, n_missing, n_all, older = [], 0, 0, Counter()
     for (name, seed), line in sorted(last.items()):
+        older.update([line["ran_on"]] if "ran_on" in line else [])
         if "failed" in line:
             failed.append(f"{name}, seed {seed} ({line['failed']})")
     for name, arm in ARMS.items():
         for seed in range(8 if arm.stages else 1):
             n_all, n_missing = n_all + 1, n_missing + ((name, seed) not in last)
-    return (f"{len(last) - len(failed)} runs of perl.py {code}. Failed: "
-            f"{'; '.join(failed) or 'none'}. Of {n_all} runs (every arm, 8 seeds), "
+    text = f"{len(last) - len(failed)} runs of perl.py {code}. "
+    for ran_on, count in older.items():
+        text += (f"{count} of them ran on {ran_on}, an older form of the code, and count because "
+                 "seed 0 of their arm gave equal numbers on both. ")
+    return (f"{text}Failed: {'; '.join(failed) or 'none'}. Of {n_all} runs (every arm, 8 seeds), "
             f"{n_missing} have not been started.\n")
 
 def all_tables(code: str, last: dict[tuple, dict]) -> dict[str, str]:
@@ -486,6 +522,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", type=seeds_of, default=seeds_of("0-7"), help="A-B [0-7]")
     add("--fork", help="compare a file that replaces functions of perl.py")
     add("--flags", default="", help='of the fork: --flags="--beta 0.01"')
+    add("--recheck", action="store_true", help="keep runs of older code with equal results")
     add("--tables", action="store_true", help="run nothing; write the READMEs' tables")
     add("--lines", type=Path, default=LINES, help="file of finished runs")
     add("--scratch", type=Path, default=Path("runs/ablation"), help="folder of the runs")
@@ -507,7 +544,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.fork:
         arms, new_lines = fork_arm(parser, args.fork, args.flags), scratch / "forks.jsonl"
     files, n_failed = dict.fromkeys((args.lines, new_lines)), 0
-    if not args.tables:
+    if args.recheck:
+        n_failed = recheck(args.jobs, args.lines, scratch)
+    elif not args.tables:
         lines = perl.flatten(map(perl.read_lines, files))
         missing = missing_runs(arms, args.seeds, lines)
         n_failed = run_all(missing, args.jobs, new_lines, scratch)
