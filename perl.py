@@ -259,7 +259,7 @@ MENTION = re.compile(r"<image_(\d+)>")  # names image k; <image> is where one st
 # follows them, or it depends on the order in another way, so the images must not move.
 # A new rule needs its name here, named_positions, and move_answer.
 ORDER_RULES = ("keep", "index", "letter", "sequence", "never")
-# No text may have a token of the chat format, NUL, or half a character ("\ud83d").
+# No text may have a token of the chat format, NUL, or a surrogate (half a character).
 CONTROL = re.compile(r"<\|\w+\|>|[\0\ud800-\udfff]")
 
 @dataclass
@@ -307,7 +307,7 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
         text = row.get(name, "")
         is_text = isinstance(text, str) and (text.strip() or name == "source")
         check_field(is_text, name, "is missing, empty or not a text")
-        check_field(not CONTROL.search(text), name, "has <|...|>, NUL or half a character")
+        check_field(not CONTROL.search(text), name, "contains <|...|>, NUL or a surrogate")
     check_field(row["order_rule"] in ORDER_RULES, "order_rule", f"is none of {ORDER_RULES}")
     images, question, movable = row.get("images"), row["question"], row.get("movable")
     check_field(isinstance(images, list), "images", "must be a list of paths, or []")

@@ -3890,13 +3890,13 @@ MANTIS_ROWS = [  # config, question, answer; gold, rule, movable. As data/*/prep
     ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
      "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
     ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
-     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
+     "Image 2 is more similar to the reference image.", "2", "never", ()),
     ("imagecode", "<image>" * 4 + RETRIEVE, "Answer: Image 3", "3", "index", (0, 1, 2, 3)),
     ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
     ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
     ("iconqa", "Which has more?<image>" + OPTIONS, "Answer: A", "A", "letter", (1, 2, 3)),
-    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
-    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
+    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", ()),
+    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", ()),
     ("nlvr2", PAIR_TRUE.format("The right image shows a dog."), "B", "B", "keep", (0, 1))]
 
 def test_rows_of_mantis_in_its_own_wordings(tmp_path):
