@@ -644,6 +644,8 @@ def test_the_template_for_images_is_found_beside_that_for_text(real_layout, ques
     assert [prompt.ids for prompt in ours] == [prompt.ids for prompt in theirs]
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert PROCESSOR.tokenizer.decode(ours[0].ids).startswith(system)
+    ends_of_response = real.tokenizer.convert_ids_to_tokens(real.eos_ids)
+    assert sorted(ends_of_response) == ["<|endoftext|>", "<|im_end|>"]
     size = real.image_processor.size
     assert (size["longest_edge"], size["shortest_edge"]) == (tiny_config().max_pixels, 784)
     real.tokenizer.save_pretrained(saved)
