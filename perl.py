@@ -92,19 +92,13 @@ def check(is_fine, message: str) -> None:
         raise UserError(message)
 
 # ---- Config: every setting, with the paper's value where it gives one ------------------
-GROUPS = []  # of settings, for --help
-
-def heading(title: str) -> None:
-    """Begin a group of settings."""
-    GROUPS.append(title)
-
 def setting(default, prose: str):
-    """A field of Config with its help text, in the group begun last."""
-    return field(default=default, metadata={"help": prose, "group": GROUPS[-1]})
+    """A field of Config with its text for --help."""
+    return field(default=default, metadata={"help": prose})
 
 @dataclass
 class Config:
-    heading("what runs")
+    # What runs
     model: str = setting("tiny", "Hub id, folder, tiny, Qwen2.5-VL-7B, Qwen3-VL-8B, ...")
     data: str = setting(str(SAMPLES / "train.jsonl"), "JSONL file of training questions")
     eval_data: str = setting(str(SAMPLES / "test.jsonl"), "held-out questions; '': none")
@@ -113,30 +107,30 @@ class Config:
     resume: str = setting("", "run folder to continue, with its settings")
     seed: int = setting(0, "seeds data order, permutations and sampling")
     dry_run: bool = setting(False, "check data and settings, plan the memory, stop")
-    heading("permutation (Eq. 1)")
+    # Permutation (Eq. 1)
     n_permutations: int = setting(1, "n_s: permuted orders per question; 0: plain GRPO")
     rollouts_per_order: int = setting(6, "n; if not given, 12 / (n_s + 1)")
     alpha_start: float = setting(1.0, "probability of permuting a question at first")
     alpha_end: float = setting(0.0, "the same at the last step; linear in between")
     alpha_steps: int = setting(0, "steps until alpha reaches its end; 0: all steps")
-    heading("reward")
+    # Reward
     accuracy_weight: float = setting(0.9, "reward of a right answer")
     format_weight: float = setting(0.1, "reward of <think>...</think>...\\boxed{...}")
-    heading("filter")
+    # Filter
     filter: str = setting("offline", "none; offline: stage 0's choice; online: bounds")
     filter_low: float = setting(0.1, "online: lowest mean accuracy of a kept group")
     filter_high: float = setting(0.9, "online: highest mean accuracy of a kept group")
-    heading("advantage and loss (Eq. 4-6)")
+    # Advantage and loss (Eq. 4-6)
     clip_low: float = setting(0.2, "pi / pi_old is clipped below 1 - this")
     clip_high: float = setting(0.2, "pi / pi_old is clipped above 1 + this")
     beta: float = setting(0.01, "weight of the KL term; 0: no reference model")
-    heading("optimization")
+    # Optimization
     steps: int = setting(0, "training steps; 0: two passes over the data (paper)")
     questions_per_step: int = setting(128, "questions per step, over all processes")
     updates_per_step: int = setting(4, "optimizer updates per step")
     lr: float = setting(1e-6, "AdamW learning rate, constant; LoRA: 10 times the default")
     freeze_vision: bool = setting(False, "do not train the vision tower")
-    heading("prompts and sampling")
+    # Prompts and sampling
     instruction: str = setting(
         "First think about the question as an internal monologue inside <think> "
         "</think>, then give the final answer inside \\boxed{}.", "text after every question")
@@ -144,7 +138,7 @@ class Config:
     max_prompt_tokens: int = setting(8192, "longer prompts are dropped and counted")
     max_new_tokens: int = setting(2048, "longest response, in tokens")
     temperature: float = setting(1.0, "of sampling, and of the loss's log-probabilities")
-    heading("memory and speed: they change rounding and random draws, not the method")
+    # Memory and speed: they change rounding and random draws, not the method
     share: bool = setting(True, "compute once what rollouts have in common")
     # If these two keep their default, a GPU with too little memory gets less of both.
     rollout_batch: int = setting(384, "sequences sampled at a time; at least n")
@@ -154,7 +148,7 @@ class Config:
     optimizer_device: str = setting("auto", "of AdamW's state: gpu, host or auto")
     lora_rank: int = setting(0, "train adapters of this rank instead of all weights")
     gpu_gb: float = setting(0, "with --dry-run: plan for a GPU with this memory")
-    heading("evaluation, logging, checkpoints; in steps")
+    # Evaluation, logging, checkpoints; in steps
     eval_every: int = setting(50, "evaluate every N steps, at start and end; 0: never")
     eval_orders: int = setting(24, "evaluate a question in at most this many orders")
     log_every: int = setting(10, "print a rollout and log its group every N steps")
@@ -207,34 +201,21 @@ def nearest(name: str, known) -> str:
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Command line -> Config. Invalid settings exit with an error message."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     usage="%(prog)s [--setting value ...]")
-    section = parser.add_argument_group()
+    parser = argparse.ArgumentParser(usage="%(prog)s [--setting value ...]", allow_abbrev=False)
     for f in dataclasses.fields(Config):
-        if f.metadata["group"] != section.title:
-            section = parser.add_argument_group(f.metadata["group"])
-        values = repr(f.default)
-        if f.name in MODEL_PRESETS["tiny"]:
-            values += f"; tiny: {MODEL_PRESETS['tiny'][f.name]}"
-        prose = f"{f.metadata['help']} [{values}]".replace("%", "%%")
+        prose = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         options = {"type": f.type, "choices": CHOICES.get(f.name)}
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         # Without defaults, `typed` has only the flags of the command line.
-        section.add_argument(flag_of(f.name), help=prose, default=argparse.SUPPRESS, **options)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        hint = nearest(unknown[0], map(flag_of, Config.__dataclass_fields__))
-        raise UserError(f"no such setting: {unknown[0]}{hint}")
-    typed = vars(known)
+        parser.add_argument(flag_of(f.name), help=prose, default=argparse.SUPPRESS, **options)
+    typed = vars(parser.parse_args(argv))
     for name, value in typed.items():
         if isinstance(value, (int, float)):
             check(0 <= value < math.inf, f"{flag_of(name)} {value} must be 0 or more, and finite")
             check(value or name not in POSITIVE, f"{flag_of(name)} must be more than 0")
     cfg = resumed_config(typed) if typed.get("resume") else new_config(typed)
     check(cfg.filter_low <= cfg.filter_high, "--filter-low is above --filter-high")
-    check(not CONTROL.search(cfg.instruction), f"--instruction {CONTROL_PROBLEM}")
-    check("<image" not in cfg.instruction, "--instruction must not name images")
     check(cfg.dry_run or not cfg.gpu_gb, "--gpu-gb is for --dry-run only")
     return cfg
 
@@ -255,26 +236,21 @@ def new_config(typed: dict) -> Config:
 
 def resumed_config(typed: dict) -> Config:
     """Settings of the run to continue, with the typed flags that --resume may change."""
-    path = stage_folder(typed["resume"]) / "config.json"
-    try:
-        saved = Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or of another version or fork: {error}") from None
+    folder = stage_folder(typed["resume"])
+    saved = Config(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for name, value in typed.items():
         before = getattr(saved, name)
         check(name in RESUME_MAY_CHANGE or value == before,
               f"{flag_of(name)} was {before}; another value needs a new run")
     # With more steps, alpha keeps the schedule of the run, then stays at its end.
     saved.alpha_steps = saved.alpha_steps or saved.steps
-    return dataclasses.replace(saved, **typed | {"resume": str(path.parent)})
+    return dataclasses.replace(saved, **typed | {"resume": str(folder)})
 
 def stage_folder(path: str | Path) -> Path:
-    """A run folder, or an OUT (its stage written last) -> the run folder."""
-    is_checkpoint = Path(path).name.startswith("checkpoint-")
-    check(not is_checkpoint, f"{path} is a checkpoint; name its run folder, {Path(path).parent}")
-    configs = [*Path(path).glob("config.json"), *Path(path).glob("stage[0-2]/config.json")]
-    check(configs, f"{path} is not a run folder: it has no config.json")
-    return max(configs, key=os.path.getmtime).parent
+    """A run folder, or an OUT (its stage begun last) -> the run folder."""
+    runs = [*Path(path).glob("run_id"), *Path(path).glob("stage[0-2]/run_id")]
+    check(runs, f"{path} is not a run folder, such as runs/tiny-seed0/stage1")
+    return max(runs, key=os.path.getmtime).parent
 
 # ---- Samples and permutation (Eq. 1) ---------------------------------------------------
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -283,13 +259,12 @@ MENTION = re.compile(r"<image_(\d+)>")  # names image k; <image> is where one st
 # follows them, or it depends on the order in another way, so the images must not move.
 # A new rule needs its name here, named_positions, and move_answer.
 ORDER_RULES = ("keep", "index", "letter", "sequence", "never")
-# No text may have a token of the chat format, NUL, or half a character ("\ud83d").
+# No text may have a token of the chat format, NUL, or a surrogate (half a character).
 CONTROL = re.compile(r"<\|\w+\|>|[\0\ud800-\udfff]")
-CONTROL_PROBLEM = "contains <|...|>, NUL or half a character"
 
 @dataclass
 class Sample:
-    """One question. `movable`: the 0-based positions that may move; None becomes all."""
+    """One question. `movable`: 0-based positions that may move. Default all; `never`: none."""
     id: str
     images: tuple[str, ...]  # paths; none for a text-only question
     question: str
@@ -300,8 +275,8 @@ class Sample:
 
     def __post_init__(self):
         self.images = tuple(self.images)
-        every = range(len(self.images))
-        self.movable = tuple(every if self.movable is None else sorted(self.movable))
+        movable = range(len(self.images)) if self.movable is None else sorted(self.movable)
+        self.movable = () if self.order_rule == "never" else tuple(movable)
 
 def load_samples(path: str | Path) -> list[Sample]:
     """Read a JSONL file. ValueError names the file, line and field of an error."""
@@ -332,14 +307,13 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
         text = row.get(name, "")
         is_text = isinstance(text, str) and (text.strip() or name == "source")
         check_field(is_text, name, "is missing, empty or not a text")
-        check_field(not CONTROL.search(text), name, CONTROL_PROBLEM)
+        check_field(not CONTROL.search(text), name, "contains <|...|>, NUL or a surrogate")
     check_field(row["order_rule"] in ORDER_RULES, "order_rule", f"is none of {ORDER_RULES}")
     images, question, movable = row.get("images"), row["question"], row.get("movable")
-    movable = [] if movable is None else movable
     check_field(isinstance(images, list), "images", "must be a list of paths, or []")
     n, paths = len(images), []
-    check_field(isinstance(movable, list), "movable", "must be a list of positions")
-    for k in movable:
+    check_field(isinstance(movable, list | None), "movable", "must be a list of positions")
+    for k in movable or []:
         is_position = type(k) is int and 0 <= k < n and movable.count(k) == 1
         check_field(is_position, "movable", f"needs distinct positions from 0 to {n - 1}")
     places = question.count("<image>")
@@ -394,16 +368,13 @@ def permute(sample: Sample, order: Order) -> Sample:
     ValueError: not an order of these images, or it moves an image that must stay."""
     identity = list(range(len(sample.images)))
     check(sorted(order) == identity, f"{sample.id}: {order} is not an order of its images")
-    may_move = () if sample.order_rule == "never" else sample.movable
     for new, old in enumerate(order):
-        check(new == old or old in may_move,
+        check(new == old or old in sample.movable,
               f"{sample.id}: {order} moves image {old + 1}, which must stay")
     new_position = list(map(order.index, identity))
     images = tuple(sample.images[old] for old in order)
-    pieces = re.split(r"(<image_\d+>)", sample.question)
-    for k in range(1, len(pieces), 2):  # every second piece is a mention
-        pieces[k] = renumber(pieces[k], new_position)
-    return dataclasses.replace(sample, images=images, question="".join(pieces),
+    question = renumber(sample.question, new_position, r"(?<=<image_)\d+(?=>)")
+    return dataclasses.replace(sample, images=images, question=question,
                                answer=move_answer(sample, new_position))
 
 def move_answer(sample: Sample, new_position: list[int]) -> str:
@@ -415,15 +386,15 @@ def move_answer(sample: Sample, new_position: list[int]) -> str:
         return LETTERS[sample.movable.index(new_position[old])]
     return sample.answer                                  # "keep" and "never"
 
-def renumber(text: str, new_position: list[int]) -> str:
-    """Replace every number in `text`, an image counted from 1, by its new number."""
+def renumber(text: str, new_position: list[int], numbers: str = r"\d+") -> str:
+    """Replace numbers in `text`, which count images from 1, by the images' new numbers."""
     def new_number(number: re.Match) -> str:
         return str(new_position[int(number[0]) - 1] + 1)
-    return re.sub(r"\d+", new_number, text)
+    return re.sub(numbers, new_number, text)
 
 def count_orders(sample: Sample) -> int:
     """The number of orders in which the sample may be asked."""
-    return 1 if sample.order_rule == "never" else math.factorial(len(sample.movable))
+    return math.factorial(len(sample.movable))
 
 def draw_orders(sample: Sample, n_permutations: int, alpha: float, rng) -> list[Order]:
     """The identity and n_permutations permuted orders, or the identity in their place."""
@@ -458,6 +429,7 @@ SHARED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = (*SHARED_FAMILIES, "qwen3_5")  # recurrent layers keep no keys and values
 FAMILY_MODEL = transformers.AutoModelForImageTextToText
 IMAGE_TOKEN = "<|image_pad|>"  # one for each feature vector of an image
+END_TOKENS = ["<|im_end|>", "<|endoftext|>"]  # of a response: in chat, and in plain text
 BANNED_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
                  "<|video_pad|>"]  # never sampled; probability 0 in the loss too
 
@@ -488,40 +460,23 @@ def load_pretrained(kind, name: str, **options):
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--model: could not load {path!r}: {reason}") from None
 
-def optional_json(name: str, file: str) -> dict:
-    """A JSON file of a checkpoint, {} if it has none."""
-    path = transformers.utils.cached_file(
-        SHORT_NAMES.get(name, name), file, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-
 def load_processor(name: str, cfg) -> SimpleNamespace:
     """What turns samples into prompts, and response tokens into text."""
     config = load_pretrained(transformers.AutoConfig, name)
-    family = config.model_type
-    check(family in FAMILIES, f"{name} is a {family}, none of {FAMILIES}")
-    check(family in SHARED_FAMILIES or not cfg.share,
-          f"{name} is a {family}, which needs --no-share")
+    families = SHARED_FAMILIES if cfg.share else FAMILIES
+    check(config.model_type in families, f"{name} is a {config.model_type}, none of {families}; "
+          f"--no-share takes {FAMILIES}")
     tokenizer = load_pretrained(transformers.AutoTokenizer, name)
-    if IMAGE_TOKEN not in (tokenizer.chat_template or ""):
-        # AutoTokenizer found one for text; Qwen keeps the one for images in its own file.
-        template = optional_json(name, "chat_template.json").get("chat_template", "")
-        check(IMAGE_TOKEN in template, f"{name} has no chat template for images")
-        tokenizer.chat_template = template
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    fits = len(tokenizer) <= config.text_config.vocab_size and image_id == config.image_token_id
-    check(fits, f"{name}: its tokenizer belongs to another model")
-    images = load_pretrained(transformers.AutoImageProcessor, name, config=config)
-    # Qwen calls them edges, but they are numbers of pixels.
-    smallest = min(images.size["shortest_edge"], cfg.max_pixels)
-    images.size = {"longest_edge": cfg.max_pixels, "shortest_edge": smallest}
-    # Qwen ends a response with one token in chat and with another in plain text.
-    eos = optional_json(name, "generation_config.json").get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [eos]
-    eos_ids = {tokenizer.eos_token_id, config.text_config.eos_token_id, *eos} - {None}
+    # Our checkpoints get the template for images too, which Qwen keeps in a file of its own.
+    others, _ = transformers.ProcessorMixin.get_processor_dict(SHORT_NAMES.get(name, name))
+    tokenizer.chat_template = others.get("chat_template", tokenizer.chat_template)
+    images = load_pretrained(
+        transformers.AutoImageProcessor, name, config=config, max_pixels=cfg.max_pixels)
     # Not AutoProcessor, which would preprocess an image again for every order.
     return SimpleNamespace(
         tokenizer=tokenizer, image_processor=images, instruction=cfg.instruction,
-        image_id=image_id, pad_id=tokenizer.pad_token_id, eos_ids=sorted(eos_ids),
+        image_id=config.image_token_id, pad_id=tokenizer.pad_token_id,
+        eos_ids=sorted(tokenizer.convert_tokens_to_ids(END_TOKENS)),
         banned_ids=tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
 
 def torch_dtype(cfg) -> torch.dtype:
@@ -572,13 +527,10 @@ def load_pictures(sample: Sample, processor) -> dict[str, Picture]:
 
 def prompt_text(sample: Sample, processor) -> str:
     """The prompt in chat format, one IMAGE_TOKEN per image; <image_k> reads "image k"."""
-    question = MENTION.sub(r"image \1", sample.question) + "\n" + processor.instruction
-    content = []
-    for piece in filter(None, re.split("(<image>)", question)):
-        is_image = piece == "<image>"
-        content.append({"type": "image"} if is_image else {"type": "text", "text": piece})
+    text = MENTION.sub(r"image \1", sample.question) + "\n" + processor.instruction
+    text = text.replace("<image>", f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>")  # FAMILY
     return processor.tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
 
 def encode_prompt(sample: Sample, processor, pictures: dict | None = None) -> Prompt:
     """Sample -> Prompt. A placeholder becomes its image's tokens. Never truncates."""
@@ -590,7 +542,8 @@ def encode_prompt(sample: Sample, processor, pictures: dict | None = None) -> Pr
         text += IMAGE_TOKEN * picture.tokens + piece
         n_tokens += picture.tokens
     ids = processor.tokenizer(text, add_special_tokens=False).input_ids
-    check(ids.count(processor.image_id) == n_tokens, f"{sample.id}: lacks image tokens")
+    check(ids.count(processor.image_id) == n_tokens,
+          f"{sample.id}: {n_tokens} image tokens expected; is the tokenizer of another model?")
     opening = "<think>" if text.rstrip().endswith("<think>") else ""
     return Prompt(sample, ids, in_order, opening)
 
@@ -1948,39 +1901,29 @@ def fit_machine(cfg, device: torch.device, n_processes: int = 1) -> None:
         cfg.dtype = "bf16" if on_gpu or cfg.gpu_gb else "float32"
 
 # ---- Main ------------------------------------------------------------------------------
-def print_start(cfg, accelerator) -> None:
+def print_start(cfg, questions: list[Sample], accelerator) -> None:
     """Versions, device, run folder, settings that are not defaults, batch arithmetic."""
     changed = []
     for name, value in vars(cfg).items():
         if value != getattr(Config, name):
-            changed.append(f"{flag_of(name)} {value}" if type(value) is not bool else
-                           flag_of(name if value else f"no_{name}"))
+            changed.append(f"{name}={value}")
+    # If hardly any can be permuted, PeRL is plain GRPO: see `order_rule`.
+    permutable = sum(count_orders(question) > 1 for question in questions)
     orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
     accelerator.print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate "
-        f"{accelerate.__version__}; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device}\nrun folder: {cfg.folder}\nsettings: {'  '.join(changed)}\n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}\n"
+        f"run folder: {cfg.folder}\nsettings: {'  '.join(changed)}\n"
+        f"{len(questions)} questions, {permutable} of which can be permuted\n"
         f"batch: {cfg.questions_per_step} questions x {orders} orders x {n} = "
         f"{cfg.questions_per_step * orders * n} rollouts, {cfg.updates_per_step} update(s)")
 
-def print_permutable(questions: list[Sample], accelerator) -> None:
-    """How many questions can be permuted at all. With none of them, PeRL is plain GRPO."""
-    n_several, rules = 0, Counter()
-    for question in questions:
-        n_several += len(question.images) > 1
-        rules[question.order_rule] += count_orders(question) > 1
-    by_rule = ", ".join(f"{count} {rule}" for rule, count in (+rules).items()) or "none"
-    accelerator.print(f"{rules.total()} of {n_several} questions with several images can be "
-                      f"permuted; by order_rule: {by_rule}")
-    if rules.total() <= n_several / 10:
-        accelerator.print("WARNING: hardly any can, so this is plain GRPO; see `order_rule`")
-
-def show_orders(sample: Sample, processor, cfg) -> None:
+def show_orders(sample: Sample, processor, cfg, accelerator) -> None:
     """Print a question in its orders, as the model reads it."""
     for order in draw_orders(sample, cfg.n_permutations, 1.0, random.Random(cfg.seed)):
         asked = permute(sample, order)
         length, text = prompt_length(asked, processor), prompt_text(asked, processor)
-        print(f"order {order}, {length} tokens, answer {asked.answer}: {text}")
+        accelerator.print(f"order {order}, {length} tokens, answer {asked.answer}: {text}")
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, load the questions, run the stage."""
@@ -1992,37 +1935,23 @@ def main(argv: list[str] | None = None) -> None:
     check(cfg.questions_per_step % accelerator.num_processes == 0,
           "--questions-per-step must be a multiple of the number of processes")
     processor = load_processor(cfg.model, cfg)
-    questions = load_questions(cfg.data, processor, cfg, accelerator)
-    if cfg.data == Config.data and cfg.model != "tiny":
-        accelerator.print("NOTE: these are the sample digits; --data names your questions")
-    held_out = []
-    if not cfg.eval_data and cfg.stage > 0:
-        accelerator.print("NOTE: no evaluation; --eval-data names held-out questions")
-    if cfg.eval_data and cfg.eval_every and (cfg.stage > 0 or cfg.dry_run):
-        held_out = load_questions(cfg.eval_data, processor, cfg, accelerator)
-    stage_1 = cfg.folder.parent / "stage1"
-    if cfg.stage == 2 and not cfg.resume and not cfg.dry_run:
-        check(newest_checkpoint(stage_1), f"--stage 2 goes on from stage 1, but {stage_1} has "
-              "no checkpoint; --out names the folder of both")
+    questions, held_out = load_questions(cfg.data, processor, cfg, accelerator), []
     if cfg.stage > 0:
         questions = kept_questions(cfg, questions)
         cfg.steps = cfg.steps or math.ceil(EPOCHS * len(questions) / cfg.questions_per_step)
-        accelerator.print(f"training on {len(questions)} questions, {cfg.steps} steps")
-    print_permutable(questions, accelerator)
-    print_start(cfg, accelerator)
+        if cfg.eval_data and cfg.eval_every:
+            held_out = load_questions(cfg.eval_data, processor, cfg, accelerator)
+    if cfg.stage == 2 and not (cfg.resume or cfg.dry_run):
+        check(newest_checkpoint(cfg.folder.parent / "stage1"),
+              f"--stage 2 goes on from stage 1, which has no checkpoint in {cfg.out} (--out)")
+    print_start(cfg, questions, accelerator)
     place = plan_memory(cfg, accelerator)
     if cfg.dry_run:
-        if accelerator.is_main_process:
-            # Best a question with many orders whose answer moves along.
-            moving = filter(named_positions, questions)
-            show_orders(max(moving, key=count_orders, default=questions[0]), processor, cfg)
+        show_orders(max(questions, key=count_orders), processor, cfg, accelerator)
         return
     lock = open_run(cfg, accelerator)
     cfg.optimizer_device = place  # config.json keeps what was asked for
-    run_id = (cfg.folder / "run_id").read_text()  # a resumed run continues the tracker's
-    accelerator.init_trackers("perl", vars(cfg), init_kwargs={
-        "wandb": {"id": run_id, "resume": "allow"},
-        "trackio": {"name": run_id, "resume": "allow"}})
+    accelerator.init_trackers("perl", vars(cfg))
     try:
         if cfg.stage == 0:
             score(cfg, processor, questions, accelerator)

@@ -284,7 +284,7 @@ BAD_FLAGS = (
     "--temperature 0", "--max-new-tokens 0", "--rollouts-per-order 0", "--updates-per-step 0",
     "--questions-per-step 0", "--eval-orders 0", "--log-every 0", "--save-every 0",
     "--alpha-end -0.5", "--n-permutations -1", "--filter-low 0.9 --filter-high 0.1",
-    "--instruction <|im_end|>", "--instruction a\0", "--gpu-gb 80")
+    "--gpu-gb 80")
 
 @table("typed, message", [(typed, typed.split()[0]) for typed in BAD_FLAGS] + [
     ("--n-permutations 4", "set --rollouts-per-order")])
@@ -293,16 +293,16 @@ def test_bad_flags_end_the_program(typed, message, capsys):
         perl.parse_config(typed.split(" "))
     assert end.value.code != 0 and message in str(end.value) + capsys.readouterr().err
 
-@table("typed, meant", [("--bta 0.1", "--beta"), ("--lora-rnk=8", "--lora-rank"),
-                        ("--model Qwen2.5VL-7B", "Qwen2.5-VL-7B"), ("--model tinny", "tiny")])
-def test_a_misspelt_name_gets_the_nearest_one_and_no_network_is_tried(typed, meant, monkeypatch):
+@table("model, meant", [("Qwen2.5VL-7B", "Qwen2.5-VL-7B"), ("tinny", "tiny")])
+def test_a_misspelt_model_gets_the_nearest_one_and_no_network_is_tried(model, meant, monkeypatch):
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", die)
-    refuses(f"; did you mean {meant}\\?$", perl.main, typed.split())
+    refuses(f"; did you mean {meant}\\?$", perl.main, ["--model", model])
 
 def saved_run(folder, **changes):
     folder.mkdir(parents=True)
     settings = vars(tiny_config(out=str(folder.parent), steps=4, **changes))
     (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "run_id").touch()
     return folder
 
 @table("typed, changed", [
@@ -332,20 +332,15 @@ def test_resume_refuses_to_change_the_method_by_name(tmp_path, typed):
 def test_the_folder_that_resume_takes(tmp_path):
     first, second = saved_run(tmp_path / "stage1"), saved_run(tmp_path / "stage2")
     for written, newest_stage in ((1, first), (-1, second)):
-        os.utime(first / "config.json", (written, written))
-        os.utime(second / "config.json", (0, 0))
-        assert perl.stage_folder(tmp_path) == newest_stage, "OUT: the stage written last"
+        os.utime(first / "run_id", (written, written))
+        os.utime(second / "run_id", (0, 0))
+        assert perl.stage_folder(tmp_path) == newest_stage, "OUT: the stage begun last"
         assert perl.stage_folder(str(first)) == first and perl.stage_folder(second) == second
     checkpoint = first / "checkpoint-4"
     checkpoint.mkdir()
     shutil.copy(TINY / "config.json", checkpoint)  # the model's own lies there
-    for path, message in ((checkpoint, "checkpoint.* run folder"),
-                          (checkpoint / ".", "checkpoint.* run folder"),
-                          (tmp_path / "stage1-1", "is not a run folder")):
-        refuses(message, perl.parse_config, ["--resume", str(path)])
-    for content in ('{"model": "ti', "[1]", '{"colour": "red"}', ""):
-        (first / "config.json").write_text(content)
-        refuses("config.json is damaged", perl.parse_config, ["--resume", str(first)])
+    for path in (checkpoint, tmp_path / "stage1-1"):
+        refuses(f"{path} is not a run folder", perl.parse_config, ["--resume", str(path)])
 
 @table("expected, changes", [
     ([1, 0.75, 0.5, 0.25, 0], {}), ([1, 0.5, 0, 0, 0], dict(alpha_steps=3)), ([1], dict(steps=1)),
@@ -647,6 +642,8 @@ def test_the_template_for_images_is_found_beside_that_for_text(real_layout, ques
     assert [prompt.ids for prompt in ours] == [prompt.ids for prompt in theirs]
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert PROCESSOR.tokenizer.decode(ours[0].ids).startswith(system)
+    ends_of_response = real.tokenizer.convert_ids_to_tokens(real.eos_ids)
+    assert sorted(ends_of_response) == ["<|endoftext|>", "<|im_end|>"]
     size = real.image_processor.size
     assert (size["longest_edge"], size["shortest_edge"]) == (tiny_config().max_pixels, 784)
     real.tokenizer.save_pretrained(saved)
@@ -654,8 +651,6 @@ def test_the_template_for_images_is_found_beside_that_for_text(real_layout, ques
     for found in (AutoTokenizer.from_pretrained(saved).chat_template,
                   Qwen2_5_VLProcessor.get_processor_dict(saved)[0]["chat_template"]):
         assert found == real.tokenizer.chat_template
-    (real_layout / "chat_template.json").unlink()
-    refuses("has no chat template for images", real_processor, real_layout)
 
 @table("ending", ["<think>", "<think>\n\n"])
 def test_a_template_that_opens_think_itself(real_layout, questions, monkeypatch, ending):
@@ -672,16 +667,6 @@ def test_a_template_that_opens_think_itself(real_layout, questions, monkeypatch,
         assert rollout.prompt.opening == "<think>" and rollout.text == "<think>" + text
         assert rollout.ids == tokens_of(text), "the loss is on what was sampled"
         assert rollout.reward == pytest.approx(reward), text
-
-def test_the_end_tokens_are_those_of_all_files(real_layout):
-    end, other = PROCESSOR.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    text_config = json_of(real_layout / "config.json")["text_config"]
-    edit(real_layout / "config.json", text_config=text_config | dict(eos_token_id=other))
-    for listed, ids in (([1, 2], {1, 2}), (7, {7}), (None, set()), ("no file", set())):
-        (real_layout / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-        if listed == "no file":
-            (real_layout / "generation_config.json").unlink()
-        assert real_processor(real_layout).eos_ids == sorted(ids | {end, other})
 
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 
@@ -735,20 +720,16 @@ def test_weights_cut_short_or_of_another_kind_and_no_pickle_is_run(real_layout, 
     torch.load(tmp_path / "optimizer-0.pt", weights_only=False)
     assert flag.exists(), "it would have been"
 
-def test_a_tokenizer_or_a_family_of_another_model_is_refused(real_layout):
-    path, tokenizer = real_layout / "config.json", AutoTokenizer.from_pretrained(real_layout)
-    config, others = json_of(path), "its tokenizer belongs to another model"
+def test_a_tokenizer_or_a_family_of_another_model_is_refused(real_layout, questions):
+    path = real_layout / "config.json"
+    config = json_of(path)
     rows = config["text_config"]["vocab_size"]  # of the embedding
     edit(path, text_config=config["text_config"] | {"vocab_size": rows + 64})
     refuses("mismatched.keys .*embed_tokens", load_real, real_layout)
-    for changes, message in ((dict(image_token_id=1), others),
-                             (dict(model_type="llava"), "is a llava, none of")):
-        path.write_text(json.dumps(config | changes))
-        refuses(message, real_processor, real_layout)
-    path.write_text(json.dumps(config))
-    tokenizer.add_tokens([f"word{k}" for k in range(rows - len(tokenizer) + 1)])
-    tokenizer.save_pretrained(real_layout)
-    refuses(others, real_processor, real_layout)
+    path.write_text(json.dumps(config | dict(image_token_id=1)))
+    refuses("17 image tokens expected", encoded_prompts, questions, real_processor(real_layout))
+    path.write_text(json.dumps(config | dict(model_type="llava")))
+    refuses("is a llava, none of", real_processor, real_layout)
 
 # ---- Rollouts and rewards --------------------------------------------------------------
 def sample_and_record(model, prompts, n, cfg):
@@ -1433,12 +1414,10 @@ def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
         assert_equal_runs(halted, straight)
 
 def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch):
-    """A resumed run continues the run of its tracker; other runs are others there."""
     kind, available = perl.accelerate.Accelerator, [*perl.accelerate.utils.LoggerType]
-    run_ids, logged, out = [], [], tmp_path / "run"
+    started, logged, out = [], [], tmp_path / "run"
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: available)
-    monkeypatch.setattr(kind, "init_trackers", lambda self, *args, init_kwargs: run_ids.append(
-        (init_kwargs["wandb"]["id"], init_kwargs["trackio"]["name"])))
+    monkeypatch.setattr(kind, "init_trackers", lambda self, *args: started.append(args))
     monkeypatch.setattr(kind, "log", lambda self, row, step: logged.append((step, row)))
     monkeypatch.setattr(kind, "end_training", lambda self: logged.append("closed"))
     flags = dict(report_to="wandb", save_every=1, eval_every=0, steps=2, beta=0)
@@ -1447,8 +1426,7 @@ def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch):
     perl.main(["--resume", str(out)])
     rows = read_rows(out / "stage1" / "metrics.jsonl")
     assert logged == [(row["step"], row) for row in rows] + ["closed"]
-    perl.main(arguments(data, out, **flags | {"steps": 1, "report_to": "tensorboard"}))
-    assert run_ids[0] == run_ids[1] and not {*run_ids[0]} & {*run_ids[2]}
+    assert [config["steps"] for _, config in started] == [2, 2]
     available.clear()
     with pytest.warns(UserWarning), ends("pip install wandb"):
         perl.main(arguments(data, tmp_path / "none", **flags))
@@ -1464,7 +1442,7 @@ def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
     assert scores.keys() == {asked.id for asked in perl.load_samples(data)} > set(kept) != set()
     assert all(score * 10 == pytest.approx(round(score * 10)) for score in scores.values())
     perl.main(arguments(data, out, stage=1, **short))
-    assert f"training on {len(kept)} questions" in capsys.readouterr().out
+    assert f"\n{len(kept)} questions, " in capsys.readouterr().out
     assert {row["id"] for row in read_rows(out / "stage1" / "rollouts.jsonl")} <= set(kept)
     stage_1 = files_of(out)
     perl.main(arguments(data, out, stage=2, lr=0, **short))
@@ -1478,7 +1456,7 @@ def test_stages_in_turn(data, tmp_path, monkeypatch, capsys):
     assert (stage_1 | moved).items() <= files_of(out).items(), "nothing is lost"
 
 def test_stage_2_needs_stage_1(data, tmp_path):
-    refuses("has no checkpoint; --out names", perl.main, arguments(data, tmp_path, stage=2))
+    refuses("has no checkpoint in", perl.main, arguments(data, tmp_path, stage=2))
     assert not [*tmp_path.glob("stage*")]
 
 def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(tmp_path):
@@ -1881,7 +1859,7 @@ def test_qwen3_5_samples_and_trains_without_sharing_only(questions, tmp_path, mo
     """A left-padded row of a batch has the log-probabilities that it has alone (its recurrent
     layers round more than attention does), and greedy decoding takes the most likely token."""
     path = random_family("qwen3_5", tmp_path / "qwen3_5")
-    refuses("qwen3_5, which needs --no-share", perl.load_processor, path, tiny_config())
+    refuses("is a qwen3_5, .*--no-share takes", perl.load_processor, path, tiny_config())
     cfg = tiny_config(share=False, max_new_tokens=12, gradient_checkpointing=True)
     model, processor = perl.load_model(path, cfg, CPU), perl.load_processor(path, cfg)
     orders = [perl.all_orders(question, 2) for question in questions]
@@ -3606,11 +3584,11 @@ MANTIS_ROWS = [
     ("dreamsim", f"<image> <image> <image> {SHORT}{SIMILAR}\n",
      "The image that is more similar to the reference image is image 1.", "1", "index", (0, 1, 2)),
     ("dreamsim", f"{SHORT}{SIMILAR} <image> <image> <image>. {ASSUME}\n",  # it contradicts itself
-     "Image 2 is more similar to the reference image.", "2", "never", (0, 1, 2)),
+     "Image 2 is more similar to the reference image.", "2", "never", ()),
     ("imagecode", THIS_TEXT + "<image>" * 3, "Answer: Image 2", "2", "index", (0, 1, 2)),
     ("imagecode", THIS_TEXT + OPTIONS, "Answer: C", "C", "letter", (0, 1, 2)),
-    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", (0,)),
-    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", (0,)),
+    ("iconqa", "<image>How many dots are there?\nA. 3\nB. 5", "Answer: B", "B", "never", ()),
+    ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", ()),
     ("nlvr2", "<image><image> Which image shows a 3?", "The first image", "1", "index", (0, 1)),
     ("nlvr2", "<image><image> How many of the images show a 3?", "The first image", "1", "never",
      (0, 1))]  # an answer that names an image must not stay
@@ -4147,7 +4125,7 @@ def test_a_users_fork_is_compared_and_changes_no_other_result(
     (FORK.format(name="set_advantage"),
      "sets perl.set_advantage, which perl.py does not have; did you mean set_advantages"),
     ("import perl\nperl.set_advantages = len\n", "does not call perl.main"),
-    (FORK.format(name="set_advantages"), "no such setting: --bta; did you mean --beta")])
+    (FORK.format(name="set_advantages"), "unrecognized arguments: --bta")])
 def test_a_fork_without_effect_is_refused_before_anything_runs(
         text, message, ablation, tmp_path, capsys):
     main, started, _, _ = ablation
