@@ -735,14 +735,11 @@ def sample_groups(model, processor, samples: list[Sample], orders: list, cfg, *,
 
 def make_rollout(row: list[int], prompt: Prompt, order: Order, processor) -> Rollout:
     """A row of tokens from generate -> Rollout, not graded yet, its end token included."""
-    ids = []
-    for token in row:
-        ids.append(token)
-        if token in processor.eos_ids:
-            break
+    ends = [t for t, token in enumerate(row) if token in processor.eos_ids]
+    ids = row[:ends[0] + 1] if ends else row
     text = prompt.opening + processor.tokenizer.decode(ids, skip_special_tokens=True)
-    return Rollout(prompt, order, prompt.sample.answer, ids, text, idle=len(row) - len(ids),
-                   truncated=ids[-1] not in processor.eos_ids)
+    return Rollout(prompt, order, prompt.sample.answer, ids, text, truncated=not ends,
+                   idle=len(row) - len(ids))
 
 def grade(rollout: Rollout, cfg) -> None:
     """The reward of a rollout, by rules on its text (A.3.2): see "Reading answers"."""
@@ -779,13 +776,6 @@ def set_advantages(groups: list[list[Rollout]]) -> None:
         rewards = torch.tensor([[rollout.reward for rollout in group]])     # (1, R)
         for rollout, advantage in zip(group, group_advantages(rewards)[0].tolist()):
             rollout.advantage = advantage
-
-def equal_by_order(group: list[Rollout]) -> list[bool]:
-    """For each order, the given one first, whether its rollouts have equal rewards."""
-    by_order = {}
-    for rollout in group:
-        by_order.setdefault(rollout.order, set()).add(rollout.reward)
-    return [len(rewards) == 1 for rewards in by_order.values()]
 
 VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat")
 
@@ -852,11 +842,10 @@ def loss_denominator(rollouts: list[Rollout]) -> int:
 def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
     """Log-probabilities (B, T) of the response tokens at the sampling temperature, and
     their mask (B, T); zeros after a response's end."""
-    prompts, responses, targets = [], [], []
+    prompts, responses = [], []
     for row in pack(rollouts, cfg):  # a micro-batch falls into the same rows again
         prompts.append(row[0].prompt)
         responses.append([rollout.ids for rollout in row])
-        targets += map(torch.tensor, responses[-1])
     inputs, segment_lengths = collate(prompts, responses, model, processor, cfg)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state       # (rows, S, D)
     # The hidden state to the left of a token predicts it. For the first token of a response
@@ -867,14 +856,14 @@ def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
         for response in own:
             chosen += [prompt[-1:], response[:-1]]
     hidden = hidden.flatten(0, 1)[torch.cat(chosen)]                        # (tokens, D)
-    tokens = torch.cat(targets).to(hidden.device)                           # (tokens,)
+    tokens = torch.tensor(flatten(r.ids for r in rollouts), device=hidden.device)
     banned = torch.tensor(processor.banned_ids, device=hidden.device)
     # All logits at once would be huge: the backward pass computes them again by chunk.
     logprobs = []
     for chunk, ids in zip(hidden.split(LOGIT_CHUNK), tokens.split(LOGIT_CHUNK)):
         logprobs.append(checkpoint(token_logprobs, model.lm_head, chunk, ids, banned,
                                    cfg.temperature, use_reentrant=False))
-    rows = torch.cat(logprobs).split([len(ids) for ids in targets])
+    rows = torch.cat(logprobs).split([len(r.ids) for r in rollouts])
     mask = pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True)
     return pad_sequence(rows, batch_first=True), mask                       # (B, T)
 
@@ -936,12 +925,9 @@ class Progress:
 
 def draw_questions(progress: Progress, n_questions: int, count: int) -> list[int]:
     """The numbers of the next `count` questions; every epoch is a fresh shuffle."""
-    drawn = []
-    while len(drawn) < count:
-        if not progress.pool:
-            progress.pool += progress.rng.sample(range(n_questions), n_questions)
-        drawn.append(progress.pool.pop())
-    return drawn
+    while len(progress.pool) < count:  # the next epoch comes after what is left of this one
+        progress.pool = progress.rng.sample(range(n_questions), n_questions) + progress.pool
+    return [progress.pool.pop() for _ in range(count)]
 
 def collect_groups(model, processor, questions, progress, *, alpha, cfg, accelerator):
     """This process's groups of a step, by verdict."""
@@ -949,10 +935,9 @@ def collect_groups(model, processor, questions, progress, *, alpha, cfg, acceler
     groups, missing = {name: [] for name in VERDICTS}, cfg.questions_per_step
     for _ in range(MAX_ROUNDS):
         # All processes draw the same questions and orders, and each answers its own part.
-        chosen, orders = [], []
-        for k in draw_questions(progress, len(questions), missing):
-            chosen.append(questions[k])
-            orders.append(draw_orders(questions[k], cfg.n_permutations, alpha, progress.rng))
+        chosen = [questions[k] for k in draw_questions(progress, len(questions), missing)]
+        orders = [draw_orders(question, cfg.n_permutations, alpha, progress.rng)
+                  for question in chosen]
         sampled = sample_groups(model, processor, chosen[rank::world], orders[rank::world],
                                 cfg, n=cfg.rollouts_per_order)
         set_advantages(sampled)
@@ -1021,14 +1006,17 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     for name, own in groups.items():
         sums[name] += len(own)
         for group in own:
-            has_gradient = any(rollout.advantage != 0 for rollout in group)
-            equal = equal_by_order(group)
+            rewards = {}  # the distinct ones of each order, the given order first
+            for r in group:
+                rewards.setdefault(r.order, set()).add(r.reward)
+                sums.update(rollouts=1, accuracy=r.accuracy, format=r.format, reward=r.reward,
+                            length=len(r.ids), truncated=r.truncated, idle=r.idle)
+            equal = [len(distinct) == 1 for distinct in rewards.values()]
+            has_gradient = any(r.advantage != 0 for r in group)
+            # A gradient, and one that the given order, or any order alone, would not have.
             sums.update(groups=1, with_gradient=has_gradient,
                         equal_as_given=has_gradient and equal[0],
                         by_permutation=has_gradient and all(equal))
-        for r in flatten(own):
-            sums.update(rollouts=1, accuracy=r.accuracy, format=r.format, reward=r.reward,
-                        length=len(r.ids), truncated=r.truncated, idle=r.idle)
     for own_sums in gather_object([sums]):
         total.update(own_sums)
     metrics = {name: total[name] for name in VERDICTS}
@@ -1036,7 +1024,6 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     for name in ("accuracy", "format", "reward", "length", "truncated"):
         metrics[name] = total[name] / total["rollouts"]
     metrics["with_gradient"] = total["with_gradient"] / total["groups"]
-    # Of these, the shares that had none from the given order alone, or from any order alone.
     for name in ("equal_as_given", "by_permutation"):
         metrics[name] = total[name] / max(total["with_gradient"], 1)
     # Idle is the part of all decoded tokens that came after the end of a response.
@@ -1049,11 +1036,11 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     return metrics
 
 STEP_LINE = (
-    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} right {all_right} "
-    "wrong {all_wrong} easy {too_easy} hard {too_hard} | len {length:.0f} cut {truncated:.0%} "
-    "idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} clip {clip_fraction:.2f} grad "
-    "{grad_norm:.2f} skipped {skipped} | gen {seconds_sample:.1f}s train {seconds_update:.1f}s "
-    "| {left:.0f} min left")
+    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} all right "
+    "{all_right} wrong {all_wrong} too easy {too_easy} hard {too_hard} | len {length:.0f} cut "
+    "{truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} clip {clip_fraction:.2f} "
+    "grad {grad_norm:.2f} skipped {skipped} | gen {seconds_sample:.1f}s train "
+    "{seconds_update:.1f}s | {left:.0f} min left")
 
 def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""
@@ -1064,9 +1051,13 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     if resumed:
         progress = load_progress(resumed, questions)
     accelerator.print(f"start model: {progress.start}")
-    model, reference = load_policy(progress.start, cfg, accelerator)
+    model, reference = load_model(progress.start, cfg, accelerator.device), None
+    if cfg.lora_rank:
+        reference = add_lora(model, cfg)  # the model again, with a switch for its adapters
+    elif cfg.beta:
+        reference = load_model(progress.start, cfg, torch.device("cpu"))
     optimizer = SplitAdamW(model, cfg, accelerator)
-    if resumed:
+    if resumed:  # the optimizer's state has the weights in float32
         optimizer.load(resumed)
     if is_main and cfg.resume:
         cut_logs(folder, progress.step if resumed else -1)
@@ -1117,13 +1108,12 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     """Stage 0: each question's accuracy (scores.json), and a choice by it (kept.json)."""
     path = cfg.folder / "scores.json"
     model = load_model(cfg.model, cfg, accelerator.device)
-    scores = json.loads(path.read_text()) if path.exists() else {}  # of a resumed run
-    starts = range(0, len(questions), cfg.questions_per_step)
+    # A resumed run has the scores of whole batches, from the first question on.
+    scores = json.loads(path.read_text()) if path.exists() else {}
+    starts = range(len(scores), len(questions), cfg.questions_per_step)
     # In a log file too, since this can take hours.
     for start in tqdm(starts, "score", mininterval=10, disable=not accelerator.is_main_process):
         batch = questions[start:start + cfg.questions_per_step]
-        if batch[-1].id in scores:  # batches are saved whole
-            continue
         seed_sampling(cfg, start, accelerator)
         groups = sample_orders(model, processor, batch, cfg, accelerator, n_orders=1,
                                n=SCORE_ROLLOUTS)
@@ -1134,8 +1124,7 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     values, size = [scores[q.id] for q in questions], round(SCORE_KEEP * len(questions))
     kept = resample_by_difficulty(values, SCORE_TARGET, size, random.Random(cfg.seed))
     if accelerator.is_main_process:
-        ids = json.dumps([questions[k].id for k in kept])
-        write_atomic(cfg.folder / "kept.json", ids)
+        write_atomic(cfg.folder / "kept.json", json.dumps([questions[k].id for k in kept]))
     accelerator.print(f"kept {len(kept)} of {len(questions)} questions; mean score "
                       f"{mean(values):.2f} -> {mean(values[k] for k in kept):.2f}")
 
@@ -1159,8 +1148,7 @@ def evaluate(model, processor, samples: list, cfg, accelerator, *, step: int) ->
     eval_accuracy, the mean over orders; eval_worst, right in every order; eval_bias, best
     order minus worst, the paper's p(x_max) - p(x_min) (A.5). Logs a few groups."""
     rows, began = {}, time.time()
-    starts = range(0, len(samples), cfg.questions_per_step)
-    for start in tqdm(starts, "evaluate", leave=False, disable=None):
+    for start in range(0, len(samples), cfg.questions_per_step):
         batch = samples[start:start + cfg.questions_per_step]
         groups = sample_orders(model, processor, batch, cfg, accelerator,
                                n_orders=cfg.eval_orders, n=1, greedy=True)
@@ -1214,8 +1202,7 @@ def log_group(path: Path, step: int, group: list[Rollout], show: bool = False) -
             "advantage": r.advantage})
     if show:
         print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  "
-              f"gold {r.gold} | accuracy {r.accuracy:.0f} format {r.format:.0f} "
-              f"reward {r.reward:.1f} advantage {r.advantage:+.2f}")
+              f"gold {r.gold} | reward {r.reward:.1f} advantage {r.advantage:+.2f}")
 
 def open_run(cfg, accelerator) -> None:
     """Make the run folder, with config.json and the code."""
@@ -1262,23 +1249,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     by_step = checkpoints(folder)
     return by_step[-1] if by_step else None
 
-def load_policy(start: str, cfg, accelerator) -> tuple:
-    """The start model, to be trained; and for KL once more, or with LoRA peft's wrapper of it.
-    A resumed run has its weights from the optimizer's state."""
-    model, reference = load_model(start, cfg, accelerator.device), None
-    if cfg.lora_rank:
-        reference = add_lora(model, cfg)
-    elif cfg.beta:
-        reference = load_model(start, cfg, torch.device("cpu"))
-    return model, reference
-
-def load_state(path: Path) -> dict:
-    """A file of a checkpoint. Mapped: a tensor stays on the disk until it is copied."""
-    return torch.load(path, "cpu", mmap=True, weights_only=True)
-
 def load_progress(folder: Path, questions: list[Sample]) -> Progress:
     """Where a checkpoint's run stood. Exits if the training questions are others."""
-    state = load_state(folder / "training_state.pt")
+    state = torch.load(folder / "training_state.pt")
     check(state.pop("questions") == [question.id for question in questions],
           f"the training questions are not those of {folder}; start a new run")
     rng = random.Random()
@@ -1289,7 +1262,6 @@ def save_checkpoint(cfg, progress, questions, processor, optimizer, *, model, re
                     accelerator) -> None:
     """FOLDER/checkpoint-STEP: a Hugging Face folder, and the run's state."""
     temporary = cfg.folder / "checkpoint.tmp"
-    final = cfg.folder / f"checkpoint-{progress.step}"
     check(all(weight.isfinite().all() for weight in model.parameters()),
           f"step {progress.step}: a weight is not finite; the older checkpoint stays")
     if accelerator.is_main_process:
@@ -1302,7 +1274,7 @@ def save_checkpoint(cfg, progress, questions, processor, optimizer, *, model, re
     accelerator.wait_for_everyone()
     # Older checkpoints go only when the new one is complete.
     if accelerator.is_main_process:
-        os.replace(temporary, final)
+        os.replace(temporary, cfg.folder / f"checkpoint-{progress.step}")
         if cfg.keep_checkpoints:
             for other in checkpoints(cfg.folder)[:-cfg.keep_checkpoints]:
                 shutil.rmtree(other)
@@ -1754,7 +1726,7 @@ class SplitAdamW:
         """Take what this process owns from a checkpoint of any number of processes."""
         saved = {}
         for path in folder.glob("optimizer-*.pt"):
-            saved |= load_state(path)
+            saved |= torch.load(path, "cpu", mmap=True)  # on the disk until it is copied
         for name, weight in self.weights.items():
             check(name in saved, f"{folder} lacks the optimizer's state of {name}")
             # Adapters are nowhere else, so every process needs all of these weights.
