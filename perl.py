@@ -856,7 +856,7 @@ def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
         for response in own:
             chosen += [prompt[-1:], response[:-1]]
     hidden = hidden.flatten(0, 1)[torch.cat(chosen)]                        # (tokens, D)
-    tokens = torch.tensor(flatten(r.ids for r in rollouts), device=hidden.device)
+    tokens = torch.tensor(flatten(r.ids for r in rollouts), device=hidden.device)  # (tokens,)
     banned = torch.tensor(processor.banned_ids, device=hidden.device)
     # All logits at once would be huge: the backward pass computes them again by chunk.
     logprobs = []
