@@ -1729,7 +1729,7 @@ class SplitAdamW:
             saved |= torch.load(path, "cpu", mmap=True)  # on the disk until it is copied
         for name, weight in self.weights.items():
             check(name in saved, f"{folder} lacks the optimizer's state of {name}")
-            # Adapters are nowhere else, so every process needs all of these weights.
+            # The model is the start model so far, so every process needs all of these weights.
             weight.copy_(saved[name]["master"])
         for name, master in self.masters.items():
             master.copy_(saved[name].pop("master"))
