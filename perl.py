@@ -42,13 +42,11 @@ import argparse
 import copy
 import dataclasses
 import difflib
-import fcntl
 import functools
 import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -637,39 +635,37 @@ def generate(model, processor, prompts: list[Prompt], n: int, cfg, *,
     # generate fills fields that are None from the model's own config (Qwen ships top_k = 1
     # and a repetition penalty, which the loss knows nothing of). So that one is taken off.
     own_config, model.generation_config = model.generation_config, sampling
-    try:
-        while waiting or live:
-            # Let prompts join while there is room: n rows of each within cfg.rollout_batch,
-            # and all prompts, padded to the longest, within 4 micro-batches. If nothing is
-            # live, one joins anyway. Without sharing, every row has its own prompt.
-            cache = cache if live else Cache(layers=[])
-            held = cache.layers[0].prompts.shape[1] if live else 0
-            longest = max(len(prompt.ids) for prompt, _ in live or waiting)
-            longest *= 1 if cfg.share else n
-            room = 4 * cfg.max_tokens_per_micro_batch // longest - held
-            count = max(min(room, (cfg.rollout_batch - len(live)) // n), 0 if live else 1)
-            joining, waiting = waiting[:count], waiting[count:]
-            if joining and cfg.share:
-                cache = prefill(model, processor, joining, cfg, cache)
-            for prompt, rows in joining:
-                for row in rows:
-                    live.append((prompt, row))
-            # Decode a stretch.
-            inputs = next_inputs(model, processor, live, cache, cfg)
-            output = model.generate(**inputs, generation_config=sampling)   # (B, .. + t)
-            output = output[:, inputs["input_ids"].shape[1]:].tolist()
-            # Take out what has ended.
-            going_on = []
-            for b, ((_, row), new) in enumerate(zip(live, output)):
-                row += new[:cfg.max_new_tokens - len(row)]
-                if len(row) < cfg.max_new_tokens and not set(new) & set(processor.eos_ids):
-                    going_on.append(b)
-            bar.update(len(live) - len(going_on))
-            live = [live[b] for b in going_on]
-            for layer in cache.layers:
-                layer.keep(going_on, live)
-    finally:
-        model.generation_config = own_config  # checkpoints keep it
+    while waiting or live:
+        # Let prompts join while there is room: n rows of each within cfg.rollout_batch,
+        # and all prompts, padded to the longest, within 4 micro-batches. If nothing is
+        # live, one joins anyway. Without sharing, every row has its own prompt.
+        cache = cache if live else Cache(layers=[])
+        held = cache.layers[0].prompts.shape[1] if live else 0
+        longest = max(len(prompt.ids) for prompt, _ in live or waiting)
+        longest *= 1 if cfg.share else n
+        room = 4 * cfg.max_tokens_per_micro_batch // longest - held
+        count = max(min(room, (cfg.rollout_batch - len(live)) // n), 0 if live else 1)
+        joining, waiting = waiting[:count], waiting[count:]
+        if joining and cfg.share:
+            cache = prefill(model, processor, joining, cfg, cache)
+        for prompt, rows in joining:
+            for row in rows:
+                live.append((prompt, row))
+        # Decode a stretch.
+        inputs = next_inputs(model, processor, live, cache, cfg)
+        output = model.generate(**inputs, generation_config=sampling)   # (B, .. + t)
+        output = output[:, inputs["input_ids"].shape[1]:].tolist()
+        # Take out what has ended.
+        going_on = []
+        for b, ((_, row), new) in enumerate(zip(live, output)):
+            row += new[:cfg.max_new_tokens - len(row)]
+            if len(row) < cfg.max_new_tokens and not set(new) & set(processor.eos_ids):
+                going_on.append(b)
+        bar.update(len(live) - len(going_on))
+        live = [live[b] for b in going_on]
+        for layer in cache.layers:
+            layer.keep(going_on, live)
+    model.generation_config = own_config  # checkpoints keep it
     return responses
 
 def sample_groups(model, processor, samples: list[Sample], orders: list, cfg, *, n: int,
@@ -692,14 +688,11 @@ def sample_groups(model, processor, samples: list[Sample], orders: list, cfg, *,
 
 def make_rollout(row: list[int], prompt: Prompt, order: Order, processor) -> Rollout:
     """A row of tokens from generate -> Rollout, not graded yet, its end token included."""
-    ids = []
-    for token in row:
-        ids.append(token)
-        if token in processor.eos_ids:
-            break
+    ends = [t for t, token in enumerate(row) if token in processor.eos_ids]
+    ids = row[:ends[0] + 1] if ends else row
     text = prompt.opening + processor.tokenizer.decode(ids, skip_special_tokens=True)
-    return Rollout(prompt, order, prompt.sample.answer, ids, text, idle=len(row) - len(ids),
-                   truncated=ids[-1] not in processor.eos_ids)
+    return Rollout(prompt, order, prompt.sample.answer, ids, text, truncated=not ends,
+                   idle=len(row) - len(ids))
 
 def grade(rollout: Rollout, cfg) -> None:
     """The reward of a rollout, by rules on its text (A.3.2): see "Reading answers"."""
@@ -737,14 +730,7 @@ def set_advantages(groups: list[list[Rollout]]) -> None:
         for rollout, advantage in zip(group, group_advantages(rewards)[0].tolist()):
             rollout.advantage = advantage
 
-def equal_by_order(group: list[Rollout]) -> list[bool]:
-    """For each order, the given one first, whether its rollouts have equal rewards."""
-    by_order = {}
-    for rollout in group:
-        by_order.setdefault(rollout.order, set()).add(rollout.reward)
-    return [len(rewards) == 1 for rewards in by_order.values()]
-
-VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat", "surplus")
+VERDICTS = ("kept", "all_right", "all_wrong", "too_easy", "too_hard", "flat")
 
 def verdict(group: list[Rollout], cfg) -> str:
     """Why a group is kept or dropped. Example, --filter online with bounds .1 and .9: of
@@ -809,11 +795,10 @@ def loss_denominator(rollouts: list[Rollout]) -> int:
 def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
     """Log-probabilities (B, T) of the response tokens at the sampling temperature, and
     their mask (B, T); zeros after a response's end."""
-    prompts, responses, targets = [], [], []
+    prompts, responses = [], []
     for row in pack(rollouts, cfg):  # a micro-batch falls into the same rows again
         prompts.append(row[0].prompt)
         responses.append([rollout.ids for rollout in row])
-        targets += map(torch.tensor, responses[-1])
     inputs, segment_lengths = collate(prompts, responses, model, processor, cfg)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state       # (rows, S, D)
     # The hidden state to the left of a token predicts it. For the first token of a response
@@ -824,17 +809,16 @@ def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
         for response in own:
             chosen += [prompt[-1:], response[:-1]]
     hidden = hidden.flatten(0, 1)[torch.cat(chosen)]                        # (tokens, D)
-    tokens = torch.cat(targets).to(hidden.device)                           # (tokens,)
+    tokens = torch.tensor(flatten(r.ids for r in rollouts), device=hidden.device)  # (tokens,)
     banned = torch.tensor(processor.banned_ids, device=hidden.device)
     # All logits at once would be huge: the backward pass computes them again by chunk.
     logprobs = []
     for chunk, ids in zip(hidden.split(LOGIT_CHUNK), tokens.split(LOGIT_CHUNK)):
         logprobs.append(checkpoint(token_logprobs, model.lm_head, chunk, ids, banned,
                                    cfg.temperature, use_reentrant=False))
-    mask = pad_sequence([torch.ones(len(ids)) for ids in targets], batch_first=True)
-    mask = mask.bool().to(hidden.device)                                    # (B, T)
-    return torch.zeros_like(mask, dtype=torch.float).masked_scatter(
-        mask, torch.cat(logprobs)), mask
+    rows = torch.cat(logprobs).split([len(r.ids) for r in rollouts])
+    mask = pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), mask                       # (B, T)
 
 def token_logprobs(lm_head, hidden, targets, banned_ids, temperature: float) -> Tensor:
     """Hidden states (N, D) and the tokens after them (N,) -> log-probabilities (N,)."""
@@ -894,36 +878,28 @@ class Progress:
 
 def draw_questions(progress: Progress, n_questions: int, count: int) -> list[int]:
     """The numbers of the next `count` questions; every epoch is a fresh shuffle."""
-    drawn = []
-    while len(drawn) < count:
-        if not progress.pool:
-            progress.pool += progress.rng.sample(range(n_questions), n_questions)
-        drawn.append(progress.pool.pop())
-    return drawn
+    while len(progress.pool) < count:  # the next epoch comes after what is left of this one
+        progress.pool = progress.rng.sample(range(n_questions), n_questions) + progress.pool
+    return [progress.pool.pop() for _ in range(count)]
 
 def collect_groups(model, processor, questions, progress, *, alpha, cfg, accelerator):
     """This process's groups of a step, by verdict."""
     world, rank = accelerator.num_processes, accelerator.process_index
-    wanted = missing = cfg.questions_per_step // world
-    groups = {name: [] for name in VERDICTS}
+    groups, missing = {name: [] for name in VERDICTS}, cfg.questions_per_step
     for _ in range(MAX_ROUNDS):
         # All processes draw the same questions and orders, and each answers its own part.
-        chosen, orders = [], []
-        for k in draw_questions(progress, len(questions), missing * world):
-            chosen.append(questions[k])
-            orders.append(draw_orders(questions[k], cfg.n_permutations, alpha, progress.rng))
+        chosen = [questions[k] for k in draw_questions(progress, len(questions), missing)]
+        orders = [draw_orders(question, cfg.n_permutations, alpha, progress.rng)
+                  for question in chosen]
         sampled = sample_groups(model, processor, chosen[rank::world], orders[rank::world],
                                 cfg, n=cfg.rollouts_per_order)
         set_advantages(sampled)
         for group in sampled:
             groups[verdict(group, cfg)].append(group)
-        missing = max(gather_object([wanted - len(groups["kept"])]))
-        # The online filter replaces dropped questions until every process has its part.
-        if missing <= 0 or cfg.filter in ("none", "offline"):
+        # The online filter replaces dropped questions until the batch is full.
+        missing = cfg.questions_per_step - sum(gather_object([len(groups["kept"])]))
+        if missing == 0 or cfg.filter in ("none", "offline"):
             break
-    # While others still sampled, this process may have found more than its part.
-    groups["surplus"] = groups["kept"][wanted:]
-    groups["kept"] = groups["kept"][:wanted]
     return groups
 
 def update(model, reference, optimizer, processor, kept, *, cfg) -> tuple:
@@ -937,13 +913,13 @@ def update(model, reference, optimizer, processor, kept, *, cfg) -> tuple:
         # which the GPU has room as long as there are no gradients.
         if cfg.lora_rank:
             reference.disable_adapter_layers()
-        start = model if cfg.lora_rank else reference.to(model.device)
-        for rollout, logprobs in frozen_logprobs(start, processor, rollouts, cfg):
-            rollout.ref_logprobs = logprobs
-        if cfg.lora_rank:
+            pairs = frozen_logprobs(model, processor, rollouts, cfg)
             reference.enable_adapter_layers()
         else:
+            pairs = frozen_logprobs(reference.to(model.device), processor, rollouts, cfg)
             reference.to("cpu")
+        for rollout, logprobs in pairs:
+            rollout.ref_logprobs = logprobs
     sums, norms = Counter(), []
     model.train()
     for u in range(cfg.updates_per_step):
@@ -979,52 +955,45 @@ def add_gradients(model, processor, rollouts: list[Rollout], denominator, cfg) -
 
 def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> dict:
     """Metrics of one step over all processes. The README says what is healthy."""
-    sums, total, of_loss, metrics = Counter(), Counter(), Counter(), {}
+    sums, total = Counter(loss_sums), Counter()
     for name, own in groups.items():
         sums[name] += len(own)
         for group in own:
-            has_gradient = any(rollout.advantage != 0 for rollout in group)
-            equal = equal_by_order(group)
+            rewards = {}  # the distinct ones of each order, the given order first
+            for r in group:
+                rewards.setdefault(r.order, set()).add(r.reward)
+                sums.update(rollouts=1, accuracy=r.accuracy, format=r.format, reward=r.reward,
+                            length=len(r.ids), truncated=r.truncated, idle=r.idle)
+            equal = [len(distinct) == 1 for distinct in rewards.values()]
+            has_gradient = any(r.advantage != 0 for r in group)
+            # A gradient, and one that the given order, or any order alone, would not have.
             sums.update(groups=1, with_gradient=has_gradient,
                         equal_as_given=has_gradient and equal[0],
                         by_permutation=has_gradient and all(equal))
-        for r in flatten(own):
-            sums.update(rollouts=1, accuracy=r.accuracy, format=r.format, reward=r.reward,
-                        length=len(r.ids), truncated=r.truncated, idle=r.idle)
-    for own_sums, own_loss_sums in gather_object([(sums, loss_sums)]):
+    for own_sums in gather_object([sums]):
         total.update(own_sums)
-        of_loss.update(own_loss_sums)
-    for name in VERDICTS:
-        metrics[name] = total[name]
-    metrics["dropped"] = sum(total[name] for name in VERDICTS[1:])
+    metrics = {name: total[name] for name in VERDICTS}
+    metrics["dropped"] = sum(metrics.values()) - metrics["kept"]
     for name in ("accuracy", "format", "reward", "length", "truncated"):
         metrics[name] = total[name] / total["rollouts"]
     metrics["with_gradient"] = total["with_gradient"] / total["groups"]
-    # Of these, the shares that had none from the given order alone, or from any order alone.
     for name in ("equal_as_given", "by_permutation"):
         metrics[name] = total[name] / max(total["with_gradient"], 1)
     # Idle is the part of all decoded tokens that came after the end of a response.
     metrics["idle"] = total["idle"] / (total["length"] + total["idle"])
     # Every statistic of policy_loss becomes a metric: its mean over tokens.
     for name in ("kl", "entropy", "clipped", *loss_sums):
-        metrics[name] = of_loss[name] / max(of_loss["tokens"], 1)
+        metrics[name] = total[name] / max(total["tokens"], 1)
     metrics["clip_fraction"] = metrics.pop("clipped")
     metrics.pop("tokens", None)
     return metrics
 
 STEP_LINE = (
-    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} ({others}) | "
-    "len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} "
-    "clip {clip_fraction:.2f} grad {grad_norm:.2f} skipped {skipped} | gen "
-    "{seconds_sample:.1f}s train {seconds_update:.1f}s | {left:.0f} min left")
-
-def print_step(metrics: dict, cfg, accelerator) -> None:
-    """One dense line, with the keys of metrics.jsonl."""
-    dropped = [f"{metrics[name]} {name}" for name in VERDICTS[1:] if metrics[name]]
-    others = ", ".join(dropped).replace("_", " ") or "all"
-    seconds = metrics["seconds_sample"] + metrics["seconds_update"]
-    left = (cfg.steps - metrics["step"]) * seconds / 60
-    accelerator.print(STEP_LINE.format(**metrics, steps=cfg.steps, others=others, left=left))
+    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} all right "
+    "{all_right} wrong {all_wrong} too easy {too_easy} hard {too_hard} | len {length:.0f} cut "
+    "{truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} clip {clip_fraction:.2f} "
+    "grad {grad_norm:.2f} skipped {skipped} | gen {seconds_sample:.1f}s train "
+    "{seconds_update:.1f}s | {left:.0f} min left")
 
 def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""
@@ -1035,9 +1004,13 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     if resumed:
         progress = load_progress(resumed, questions)
     accelerator.print(f"start model: {progress.start}")
-    model, reference = load_policy(cfg, resumed, progress.start, accelerator)
+    model, reference = load_model(progress.start, cfg, accelerator.device), None
+    if cfg.lora_rank:
+        reference = add_lora(model, cfg)  # the model again, with a switch for its adapters
+    elif cfg.beta:
+        reference = load_model(progress.start, cfg, torch.device("cpu"))
     optimizer = SplitAdamW(model, cfg, accelerator)
-    if resumed:
+    if resumed:  # the optimizer's state has the weights in float32
         optimizer.load(resumed)
     if is_main and cfg.resume:
         cut_logs(folder, progress.step if resumed else -1)
@@ -1067,7 +1040,8 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
             "seconds_update": time.time() - sampled_at, "grader_timeouts": MATH_JUDGE.timeouts}
         if accelerator.device.type == "cuda":
             metrics["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        print_step(metrics, cfg, accelerator)
+        left = (cfg.steps - step) * (time.time() - began) / 60
+        accelerator.print(STEP_LINE.format(**metrics, steps=cfg.steps, left=left))
         if is_main and (step - 1) % cfg.log_every == 0:
             first = flatten(groups.values())[0]  # a kept one, if there is any
             log_group(folder / "rollouts.jsonl", step, first, show=True)
@@ -1076,28 +1050,23 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
             if metrics["eval_worst"] > progress.best:
                 progress.best = metrics["eval_worst"]
                 if is_main:
-                    save_weights(folder / "best.tmp", model, reference, processor, cfg)
-                    replace_folder(folder / "best.tmp", folder / "best")
+                    save_weights(folder / "best", model, reference, processor, cfg)
         log_metrics(metrics, folder, accelerator)
         if step == cfg.steps or step % cfg.save_every == 0:
             save_checkpoint(cfg, progress, questions, processor, optimizer, model=model,
                             reference=reference, accelerator=accelerator)
-    final, of_digits = newest_checkpoint(folder), cfg.eval_data == Config.eval_data
-    on_data = "" if of_digits else f" --benchmarks {cfg.eval_data or 'FILE.jsonl'}"
-    accelerator.print(f"done: {final}\nlook: python eval.py --page {folder}\n"
-                      f"measure: python eval.py --model {final}{on_data}")
+    accelerator.print(f"done: {newest_checkpoint(folder)}\nlook: python eval.py --page {folder}")
 
 def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     """Stage 0: each question's accuracy (scores.json), and a choice by it (kept.json)."""
     path = cfg.folder / "scores.json"
     model = load_model(cfg.model, cfg, accelerator.device)
-    scores = json.loads(path.read_text()) if path.exists() else {}  # of a resumed run
-    starts = range(0, len(questions), cfg.questions_per_step)
+    # A resumed run has the scores of whole batches, from the first question on.
+    scores = json.loads(path.read_text()) if path.exists() else {}
+    starts = range(len(scores), len(questions), cfg.questions_per_step)
     # In a log file too, since this can take hours.
     for start in tqdm(starts, "score", mininterval=10, disable=not accelerator.is_main_process):
         batch = questions[start:start + cfg.questions_per_step]
-        if batch[-1].id in scores:  # batches are saved whole
-            continue
         seed_sampling(cfg, start, accelerator)
         groups = sample_orders(model, processor, batch, cfg, accelerator, n_orders=1,
                                n=SCORE_ROLLOUTS)
@@ -1105,13 +1074,10 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
             scores[name] = mean(row)
         if accelerator.is_main_process:
             write_atomic(path, json.dumps(scores, indent=0))
-    values, kept = [scores[question.id] for question in questions], range(len(questions))
-    if len(questions) >= len(SCORE_TARGET):  # fewer have no histogram: keep all
-        size = round(SCORE_KEEP * len(questions))
-        kept = resample_by_difficulty(values, SCORE_TARGET, size, random.Random(cfg.seed))
+    values, size = [scores[q.id] for q in questions], round(SCORE_KEEP * len(questions))
+    kept = resample_by_difficulty(values, SCORE_TARGET, size, random.Random(cfg.seed))
     if accelerator.is_main_process:
-        ids = json.dumps([questions[k].id for k in kept])
-        write_atomic(cfg.folder / "kept.json", ids)
+        write_atomic(cfg.folder / "kept.json", json.dumps([questions[k].id for k in kept]))
     accelerator.print(f"kept {len(kept)} of {len(questions)} questions; mean score "
                       f"{mean(values):.2f} -> {mean(values[k] for k in kept):.2f}")
 
@@ -1135,8 +1101,7 @@ def evaluate(model, processor, samples: list, cfg, accelerator, *, step: int) ->
     eval_accuracy, the mean over orders; eval_worst, right in every order; eval_bias, best
     order minus worst, the paper's p(x_max) - p(x_min) (A.5). Logs a few groups."""
     rows, began = {}, time.time()
-    starts = range(0, len(samples), cfg.questions_per_step)
-    for start in tqdm(starts, "evaluate", leave=False, disable=None):
+    for start in range(0, len(samples), cfg.questions_per_step):
         batch = samples[start:start + cfg.questions_per_step]
         groups = sample_orders(model, processor, batch, cfg, accelerator,
                                n_orders=cfg.eval_orders, n=1, greedy=True)
@@ -1190,38 +1155,31 @@ def log_group(path: Path, step: int, group: list[Rollout], show: bool = False) -
             "advantage": r.advantage})
     if show:
         print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  "
-              f"gold {r.gold} | accuracy {r.accuracy:.0f} format {r.format:.0f} "
-              f"reward {r.reward:.1f} advantage {r.advantage:+.2f}")
+              f"gold {r.gold} | reward {r.reward:.1f} advantage {r.advantage:+.2f}")
 
-def open_run(cfg, accelerator) -> int:
-    """Make the run folder and write config.json. Returns a lock, a file descriptor."""
+def open_run(cfg, accelerator) -> None:
+    """Make the run folder, with config.json and the code."""
     folder = cfg.folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder.parent, os.O_RDONLY)
-        if accelerator.is_main_process:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if accelerator.is_main_process and not cfg.resume:
-            # An earlier run is renamed stage1-1, stage1-2 and so on: nothing is lost.
-            if folder.exists():
-                number = 1
-                while Path(f"{folder}-{number}").exists():
-                    number += 1
-                os.rename(folder, f"{folder}-{number}")
-                print(f"the earlier run in {folder} is now {folder}-{number}")
-            folder.mkdir()
-            write_atomic(folder / "run_id", uuid.uuid4().hex)
-            # A fork's main script is not perl.py: keep both.
-            for code in {__file__, getattr(sys.modules["__main__"], "__file__", __file__)}:
-                shutil.copy(code, folder)
-        if accelerator.is_main_process:  # on --resume too: --steps may have changed
-            saved = vars(cfg) | {"resume": ""}
-            write_atomic(folder / "config.json", json.dumps(saved, indent=1))
-    except OSError as error:
-        busy = "another run is at work there" if type(error) is BlockingIOError else error
-        raise UserError(f"cannot run in {folder.parent}: {busy}") from None
+    if accelerator.is_main_process and not cfg.resume:
+        # An earlier run is renamed stage1-1, stage1-2 and so on: nothing is lost.
+        number = 1
+        while Path(f"{folder}-{number}").exists():
+            number += 1
+        if folder.exists():
+            os.rename(folder, f"{folder}-{number}")
+            print(f"the earlier run in {folder} is now {folder}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--out: cannot make the run folder: {error}") from None
+        write_atomic(folder / "run_id", uuid.uuid4().hex)
+        # A fork's main script is not perl.py: keep both.
+        for code in {__file__, getattr(sys.modules["__main__"], "__file__", __file__)}:
+            shutil.copy(code, folder)
+    if accelerator.is_main_process:  # on --resume too: --steps may have changed
+        saved = vars(cfg) | {"resume": ""}
+        write_atomic(folder / "config.json", json.dumps(saved, indent=1))
     accelerator.wait_for_everyone()
-    return lock
 
 def kept_questions(cfg, questions: list[Sample]) -> list[Sample]:
     """With --filter offline, the questions that stage 0 kept, if it ran in this OUT."""
@@ -1244,28 +1202,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     by_step = checkpoints(folder)
     return by_step[-1] if by_step else None
 
-def load_policy(cfg, resumed: Path | None, start: str, accelerator) -> tuple:
-    """The model to train, and for KL the start model; with LoRA, peft's wrapper of the model."""
-    # With LoRA the weights stay the start model's: the optimizer's state has the rest.
-    weights = start if cfg.lora_rank or not resumed else str(resumed)
-    model, reference = load_model(weights, cfg, accelerator.device), None
-    if cfg.lora_rank:
-        reference = add_lora(model, cfg)
-    elif cfg.beta:
-        reference = load_model(start, cfg, torch.device("cpu"))
-    return model, reference
-
-def load_state(path: Path) -> dict:
-    """A file of a checkpoint. Mapped: a tensor stays on the disk until it is copied."""
-    try:
-        return torch.load(path, "cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); delete {path.parent}, and "
-                        "--resume starts the run from its beginning") from None
-
 def load_progress(folder: Path, questions: list[Sample]) -> Progress:
     """Where a checkpoint's run stood. Exits if the training questions are others."""
-    state = load_state(folder / "training_state.pt")
+    state = torch.load(folder / "training_state.pt")
     check(state.pop("questions") == [question.id for question in questions],
           f"the training questions are not those of {folder}; start a new run")
     rng = random.Random()
@@ -1276,7 +1215,6 @@ def save_checkpoint(cfg, progress, questions, processor, optimizer, *, model, re
                     accelerator) -> None:
     """FOLDER/checkpoint-STEP: a Hugging Face folder, and the run's state."""
     temporary = cfg.folder / "checkpoint.tmp"
-    final = cfg.folder / f"checkpoint-{progress.step}"
     check(all(weight.isfinite().all() for weight in model.parameters()),
           f"step {progress.step}: a weight is not finite; the older checkpoint stays")
     if accelerator.is_main_process:
@@ -1289,23 +1227,21 @@ def save_checkpoint(cfg, progress, questions, processor, optimizer, *, model, re
     accelerator.wait_for_everyone()
     # Older checkpoints go only when the new one is complete.
     if accelerator.is_main_process:
-        replace_folder(temporary, final)
+        os.replace(temporary, cfg.folder / f"checkpoint-{progress.step}")
         if cfg.keep_checkpoints:
             for other in checkpoints(cfg.folder)[:-cfg.keep_checkpoints]:
                 shutil.rmtree(other)
 
 def save_weights(folder: Path, model, reference, processor, cfg) -> None:
     """The policy as a Hugging Face folder. LoRA: merged."""
-    shutil.rmtree(folder, ignore_errors=True)
+    temporary = folder.with_name("weights.tmp")  # a killed run leaves no half folder
+    shutil.rmtree(temporary, ignore_errors=True)
     merged = copy.deepcopy(reference).merge_and_unload() if cfg.lora_rank else model
-    merged.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
-
-def replace_folder(complete: Path, final: Path) -> None:
-    """Put a folder in its place, where an older one may be."""
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(complete, final)
+    merged.save_pretrained(temporary)
+    processor.tokenizer.save_pretrained(temporary)
+    processor.image_processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 # ---- Reading answers: skip it on a first reading ---------------------------------------
 def extract_answer(response: str) -> str | None:
@@ -1743,10 +1679,10 @@ class SplitAdamW:
         """Take what this process owns from a checkpoint of any number of processes."""
         saved = {}
         for path in folder.glob("optimizer-*.pt"):
-            saved |= load_state(path)
+            saved |= torch.load(path, "cpu", mmap=True)  # on the disk until it is copied
         for name, weight in self.weights.items():
             check(name in saved, f"{folder} lacks the optimizer's state of {name}")
-            # Adapters are nowhere else, so every process needs all of these weights.
+            # The model is the start model so far, so every process needs all of these weights.
             weight.copy_(saved[name]["master"])
         for name, master in self.masters.items():
             master.copy_(saved[name].pop("master"))
@@ -1949,7 +1885,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.dry_run:
         show_orders(max(questions, key=count_orders), processor, cfg, accelerator)
         return
-    lock = open_run(cfg, accelerator)
+    open_run(cfg, accelerator)
     cfg.optimizer_device = place  # config.json keeps what was asked for
     accelerator.init_trackers("perl", vars(cfg))
     try:
@@ -1960,8 +1896,6 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.end_training()  # closes the tracker
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; continue with --resume {cfg.folder}") from None
-    finally:
-        os.close(lock)
 
 if __name__ == "__main__":
     main()

