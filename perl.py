@@ -39,9 +39,11 @@ prompts; L tokens of a prompt, T of a response, S of a row; D width, V vocabular
 heads and h key heads, each d wide.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
+import fcntl
 import functools
 import itertools
 import json
@@ -955,7 +957,7 @@ def add_gradients(model, processor, rollouts: list[Rollout], denominator, cfg) -
 
 def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> dict:
     """Metrics of one step over all processes. The README says what is healthy."""
-    sums, total = Counter(loss_sums), Counter()
+    sums, total, of_loss = Counter(), Counter(), Counter()
     for name, own in groups.items():
         sums[name] += len(own)
         for group in own:
@@ -970,8 +972,9 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
             sums.update(groups=1, with_gradient=has_gradient,
                         equal_as_given=has_gradient and equal[0],
                         by_permutation=has_gradient and all(equal))
-    for own_sums in gather_object([sums]):
-        total.update(own_sums)
+    for of_groups, of_tokens in gather_object([(sums, loss_sums)]):
+        total.update(of_groups)
+        of_loss.update(of_tokens)
     metrics = {name: total[name] for name in VERDICTS}
     metrics["dropped"] = sum(metrics.values()) - metrics["kept"]
     for name in ("accuracy", "format", "reward", "length", "truncated"):
@@ -982,8 +985,8 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     # Idle is the part of all decoded tokens that came after the end of a response.
     metrics["idle"] = total["idle"] / (total["length"] + total["idle"])
     # Every statistic of policy_loss becomes a metric: its mean over tokens.
-    for name in ("kl", "entropy", "clipped", *loss_sums):
-        metrics[name] = total[name] / max(total["tokens"], 1)
+    for name in ("kl", "entropy", "clipped", *of_loss):
+        metrics[name] = of_loss[name] / max(of_loss["tokens"], 1)
     metrics["clip_fraction"] = metrics.pop("clipped")
     metrics.pop("tokens", None)
     return metrics
@@ -1157,6 +1160,22 @@ def log_group(path: Path, step: int, group: list[Rollout], show: bool = False) -
         print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  "
               f"gold {r.gold} | reward {r.reward:.1f} advantage {r.advantage:+.2f}")
 
+@contextlib.contextmanager
+def only_run_in(out: Path, accelerator):
+    """Lock a folder of stages: two runs at once would write into each other's files."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+        if accelerator.is_main_process:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        busy = "another run is at work there" if type(error) is BlockingIOError else error
+        raise UserError(f"cannot run in {out} (--out): {busy}") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
 def open_run(cfg, accelerator) -> None:
     """Make the run folder, with config.json and the code."""
     folder = cfg.folder
@@ -1168,10 +1187,7 @@ def open_run(cfg, accelerator) -> None:
         if folder.exists():
             os.rename(folder, f"{folder}-{number}")
             print(f"the earlier run in {folder} is now {folder}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--out: cannot make the run folder: {error}") from None
+        folder.mkdir()
         write_atomic(folder / "run_id", uuid.uuid4().hex)
         # A fork's main script is not perl.py: keep both.
         for code in {__file__, getattr(sys.modules["__main__"], "__file__", __file__)}:
@@ -1604,19 +1620,20 @@ class SplitAdamW:
         self.world = accelerator.num_processes
         self.weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
         self.owners, self.masters, self.adamw, self.skipped = {}, {}, {}, 0
-        self.sums, self.buffer = {}, None  # of gradients, if they are in host memory
-        on_host = cfg.optimizer_device in PLACES[1:]
-        device = torch.device("cpu") if on_host else model.device
+        self.sums = {}  # of gradients, if they are in host memory
+        device = torch.device("cpu") if cfg.optimizer_device in PLACES[1:] else model.device
+        largest_first = sorted(self.weights, key=lambda name: -self.weights[name].numel())
+        if cfg.optimizer_device == PLACES[2]:  # pinned memory is the fast way over the bus
+            largest = self.weights[largest_first[0]]
+            self.buffer = torch.empty(largest.numel(), pin_memory=largest.is_cuda)
         load = [0] * self.world
-        for name in sorted(self.weights, key=lambda name: -self.weights[name].numel()):
+        for name in largest_first:
             weight = self.weights[name]
             weight.grad_dtype = torch.float32  # sums in bfloat16 lose much
             if cfg.optimizer_device == PLACES[2]:
                 self.sums[name] = torch.zeros_like(weight, dtype=torch.float32, device="cpu")
                 weight.register_post_accumulate_grad_hook(functools.partial(self.add, name))
-                if weight.is_cuda and self.buffer is None:  # the largest comes first
-                    self.buffer = torch.empty(weight.numel(), pin_memory=True)
-            # Largest first, to the process that has least.
+            # To the process that has least.
             owner = self.owners[name] = load.index(min(load))
             load[owner] += weight.numel()
             if owner == accelerator.process_index:
@@ -1630,10 +1647,7 @@ class SplitAdamW:
     @torch.no_grad()
     def add(self, name: str, weight: Tensor) -> None:
         """Move a gradient that has just been computed into its sum in host memory."""
-        gradient = weight.grad
-        if weight.is_cuda:  # pinned memory is the fast way over the bus
-            gradient = self.buffer[:weight.numel()].view_as(weight).copy_(gradient)
-        self.sums[name] += gradient
+        self.sums[name] += self.buffer[:weight.numel()].view_as(weight).copy_(weight.grad)
         weight.grad = None
 
     @torch.no_grad()
@@ -1754,49 +1768,37 @@ def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
         "host memory": (host + reference) * int(os.environ.get("LOCAL_WORLD_SIZE", world))}
     return {name: count / 1e9 for name, count in parts.items()}
 
-def free_memory(cfg, accelerator) -> dict[str, float]:
-    """GB that a run may take, named as in count_memory: the least of all processes."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    gpu = math.inf
-    if accelerator.device.type == "cuda":
-        gpu = torch.cuda.mem_get_info()[0] / 1e9
-    if cfg.gpu_gb:  # a plan for another machine
-        gpu, host = cfg.gpu_gb, math.inf
-    gpu = min(gather_object([0.92 * gpu]))  # CUDA and fragmentation take 8 %
-    return {"GPU while sampling": gpu, "GPU for the KL reference": gpu, "GPU in an update": gpu,
-            "host memory": host}
-
 def plan_memory(cfg, accelerator) -> str:
     """Where AdamW's state goes, one of PLACES. On a GPU with too little memory, lowers sizes at
     their default. Exits if nothing fits."""
-    world, room = accelerator.num_processes, free_memory(cfg, accelerator)
-    model, on_cpu = model_without_numbers(cfg), room["GPU while sampling"] == math.inf
+    gpu, host = math.inf, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if cfg.gpu_gb:  # a plan for another machine
+        gpu, host = cfg.gpu_gb, math.inf
+    elif accelerator.device.type == "cuda":
+        gpu = torch.cuda.mem_get_info()[0] / 1e9
+    # The least of all processes. CUDA and fragmentation take 8 %.
+    gpu = min(gather_object([0.92 * gpu]))
+    room = {"GPU while sampling": gpu, "GPU for the KL reference": gpu, "GPU in an update": gpu,
+            "host memory": host}
     places = {"gpu": PLACES[:1], "host": PLACES[1:]}.get(cfg.optimizer_device, PLACES)
-    # Large sizes come first: they save more time than the place of AdamW's state. The first
-    # choice that fits is taken, else the one that lacks least is shown.
-    choices, least = itertools.product(range(5), places), math.inf
-    for halvings, place in [(0, places[0])] if on_cpu else choices:
+    # Large sizes come first: they save more time than the place of AdamW's state.
+    model, plans, lacks = model_without_numbers(cfg), [], []
+    for halvings, place in itertools.product(range(5), places):
         sized = dataclasses.replace(cfg)
         if cfg.rollout_batch == Config.rollout_batch:
             sized.rollout_batch = max(cfg.rollout_batch >> halvings, cfg.rollouts_per_order)
         if cfg.max_tokens_per_micro_batch == Config.max_tokens_per_micro_batch:
             sized.max_tokens_per_micro_batch >>= min(halvings, 3)
-        parts = count_memory(model, sized, place, world)
-        if on_cpu:  # one memory for all
+        parts = count_memory(model, sized, place, accelerator.num_processes)
+        if gpu == math.inf:  # on a CPU, one memory holds all
             parts["host memory"] += max(parts["GPU while sampling"], parts["GPU in an update"])
-        missing = sum(max(parts[name] - room[name], 0) for name in room)
-        if missing < least:
-            least, best = missing, (sized, place, parts)
-        if not missing:
-            break
-    sized, place, parts = best
+        plans.append((sized, place, parts))
+        lacks.append(sum(max(parts[name] - room[name], 0) for name in room))
+    # The first that fits is taken, else the one that lacks least is shown.
+    sized, place, parts = plans[lacks.index(min(lacks))]
     if cfg.dry_run:
-        rollouts = cfg.steps * cfg.questions_per_step * (cfg.n_permutations + 1)
-        rollouts *= cfg.rollouts_per_order * (MAX_ROUNDS if cfg.filter == "online" else 1)
-        trained = parts["AdamW's state"] * world / 12
-        accelerator.print(
-            f"{trained:.3f} billion parameters to train\n{cfg.steps} steps, at most "
-            f"{rollouts:,} rollouts of {cfg.max_new_tokens} tokens; in GB:")
+        trained = parts["AdamW's state"] * accelerator.num_processes / 12
+        accelerator.print(f"{trained:.3f} billion parameters to train; in GB:")
         for name, gb in parts.items():
             accelerator.print(f"{gb:9.2f}  {name}")
     for name in room:
@@ -1807,7 +1809,7 @@ def plan_memory(cfg, accelerator) -> str:
               "2048, --max-new-tokens 512, and in host memory --beta 0")
     cfg.rollout_batch = sized.rollout_batch
     cfg.max_tokens_per_micro_batch = sized.max_tokens_per_micro_batch
-    where = "host" if on_cpu else place
+    where = place if gpu < math.inf else "host"
     accelerator.print(f"memory: {cfg.rollout_batch} sequences at a time, micro-batches of "
                       f"{cfg.max_tokens_per_micro_batch} tokens, AdamW's state on the {where}")
     return place
@@ -1885,15 +1887,16 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.dry_run:
         show_orders(max(questions, key=count_orders), processor, cfg, accelerator)
         return
-    open_run(cfg, accelerator)
-    cfg.optimizer_device = place  # config.json keeps what was asked for
-    accelerator.init_trackers("perl", vars(cfg))
     try:
-        if cfg.stage == 0:
-            score(cfg, processor, questions, accelerator)
-        else:
-            train(cfg, processor, questions, held_out, accelerator)
-        accelerator.end_training()  # closes the tracker
+        with only_run_in(cfg.folder.parent, accelerator):
+            open_run(cfg, accelerator)
+            cfg.optimizer_device = place  # config.json keeps what was asked for
+            accelerator.init_trackers("perl", vars(cfg))
+            if cfg.stage == 0:
+                score(cfg, processor, questions, accelerator)
+            else:
+                train(cfg, processor, questions, held_out, accelerator)
+            accelerator.end_training()  # closes the tracker
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; continue with --resume {cfg.folder}") from None
 

@@ -1342,6 +1342,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(straight, halted, monkeypa
     assert_equal_runs(halted, straight)
     assert not (halted / "checkpoint.tmp").exists()
 
+def test_a_second_run_in_the_same_folder_is_refused(data, halted):
+    out, before = halted.parent, files_of(halted.parent)
+    with perl.only_run_in(out, ACCELERATOR):
+        for argv in (arguments(data, out), arguments(data, out, stage=0), ["--resume", str(out)]):
+            refuses(f"{out} .*another run is at work", perl.main, argv)
+            assert files_of(out) == before
+    with perl.only_run_in(out, ACCELERATOR):
+        pass  # the lock went with the run
+
 # ---- Run folder: what --resume takes, changes and refuses ------------------------------
 def test_more_steps_equal_a_run_with_the_old_schedule_of_alpha(data, straight, tmp_path, capsys):
     """Without them, a finished run stays as it is."""
