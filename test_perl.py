@@ -2076,7 +2076,7 @@ def host_has(monkeypatch, gb):
     (120, {}, "cuda", 2, r"needs 132.7 GB \(host memory"),
     (20, dict(gpu_gb=80), "cuda", 1, None),  # planned for another machine
     # Weights twice, AdamW and a layer's work: a CPU has one memory.
-    (230, dict(dtype="float32"), "cpu", 1, r"needs 268.* GB \(host .*; there are 230"),
+    (150, dict(dtype="float32"), "cpu", 1, r"needs .* GB \(host .*; there are 150"),
     (999, dict(dtype="float32"), "cpu", 1, None)])
 def test_host_memory_is_checked(monkeypatch, model_7b, host, typed, device, world, message):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
@@ -2106,13 +2106,6 @@ def test_chosen_sizes_are_kept_for_resume(data, tmp_path, monkeypatch):
     assert json_of(run / "config.json")["rollout_batch"] == 6
     assert json_of(run / "config.json")["optimizer_device"] == "auto"
     assert perl.parse_config(["--resume", str(run)]).rollout_batch == 6
-
-def test_dry_run_prints_steps_and_rollouts(model_7b, capsys):
-    for filter_, rounds in (("none", 1), ("online", 4)):
-        cfg = config_of(model_7b, "--dry-run", gpu_gb=80, steps=31, filter=filter_)
-        perl.plan_memory(cfg, ACCELERATOR)
-        text = capsys.readouterr().out
-        assert f"31 steps, at most {rounds * 31 * 1536:,} rollouts of 2048 tokens" in text
 
 # ---- Memory and machines: a step of models of true size --------------------------------
 # Published sizes. Windows of the vision tower take the same bytes as full attention.
@@ -2552,7 +2545,7 @@ def tree_attention(*args, own=tree_attention):
     ("--model", "/no/such/model", "could not load '/no/such/model"),
     ("--data", "none.jsonl", "none.jsonl"), ("--data", TINY / "config.json", "config.json, line 1"),
     ("--eval-data", "none.jsonl", "none.jsonl"), ("--max-prompt-tokens", 5, "no question is left"),
-    ("--out", TINY / "config.json", "--out: .*config.json"),
+    ("--out", TINY / "config.json", "cannot run in .*config.json"),
     ("--questions-per-step", 3, "--questions-per-step must be a multiple")])
 def test_a_run_that_cannot_start_ends_with_one_sentence(
         data, tmp_path, monkeypatch, flag, value, message):
@@ -3554,7 +3547,7 @@ MANTIS_ROWS = [
     ("iconqa", "<image>The pencil is about (_) inches long.", "Answer: 4", "4", "never", ()),
     ("nlvr2", "<image><image> Which image shows a 3?", "The first image", "1", "index", (0, 1)),
     ("nlvr2", "<image><image> How many of the images show a 3?", "The first image", "1", "never",
-     (0, 1))]  # an answer that names an image must not stay
+     ())]  # an answer that names an image must not stay
 
 def test_rows_of_mantis_in_its_own_wordings(tmp_path):
     rows, digits = {}, iter(range(200))
