@@ -690,11 +690,14 @@ def sample_groups(model, processor, samples: list[Sample], orders: list, cfg, *,
 
 def make_rollout(row: list[int], prompt: Prompt, order: Order, processor) -> Rollout:
     """A row of tokens from generate -> Rollout, not graded yet, its end token included."""
-    ends = [t for t, token in enumerate(row) if token in processor.eos_ids]
-    ids = row[:ends[0] + 1] if ends else row
+    ids = []
+    for token in row:
+        ids.append(token)
+        if token in processor.eos_ids:
+            break
     text = prompt.opening + processor.tokenizer.decode(ids, skip_special_tokens=True)
-    return Rollout(prompt, order, prompt.sample.answer, ids, text, truncated=not ends,
-                   idle=len(row) - len(ids))
+    return Rollout(prompt, order, prompt.sample.answer, ids, text, idle=len(row) - len(ids),
+                   truncated=ids[-1] not in processor.eos_ids)
 
 def grade(rollout: Rollout, cfg) -> None:
     """The reward of a rollout, by rules on its text (A.3.2): see "Reading answers"."""
@@ -797,10 +800,11 @@ def loss_denominator(rollouts: list[Rollout]) -> int:
 def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
     """Log-probabilities (B, T) of the response tokens at the sampling temperature, and
     their mask (B, T); zeros after a response's end."""
-    prompts, responses = [], []
+    prompts, responses, targets = [], [], []
     for row in pack(rollouts, cfg):  # a micro-batch falls into the same rows again
         prompts.append(row[0].prompt)
         responses.append([rollout.ids for rollout in row])
+        targets += map(torch.tensor, responses[-1])
     inputs, segment_lengths = collate(prompts, responses, model, processor, cfg)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state       # (rows, S, D)
     # The hidden state to the left of a token predicts it. For the first token of a response
@@ -811,15 +815,15 @@ def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
         for response in own:
             chosen += [prompt[-1:], response[:-1]]
     hidden = hidden.flatten(0, 1)[torch.cat(chosen)]                        # (tokens, D)
-    tokens = torch.tensor(flatten(r.ids for r in rollouts), device=hidden.device)  # (tokens,)
+    tokens = torch.cat(targets).to(hidden.device)                           # (tokens,)
     banned = torch.tensor(processor.banned_ids, device=hidden.device)
     # All logits at once would be huge: the backward pass computes them again by chunk.
     logprobs = []
     for chunk, ids in zip(hidden.split(LOGIT_CHUNK), tokens.split(LOGIT_CHUNK)):
         logprobs.append(checkpoint(token_logprobs, model.lm_head, chunk, ids, banned,
                                    cfg.temperature, use_reentrant=False))
-    rows = torch.cat(logprobs).split([len(r.ids) for r in rollouts])
-    mask = pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True)
+    rows = torch.cat(logprobs).split(list(map(len, targets)))
+    mask = pad_sequence(list(map(torch.ones_like, rows)), batch_first=True).bool()
     return pad_sequence(rows, batch_first=True), mask                       # (B, T)
 
 def token_logprobs(lm_head, hidden, targets, banned_ids, temperature: float) -> Tensor:
@@ -880,9 +884,12 @@ class Progress:
 
 def draw_questions(progress: Progress, n_questions: int, count: int) -> list[int]:
     """The numbers of the next `count` questions; every epoch is a fresh shuffle."""
-    while len(progress.pool) < count:  # the next epoch comes after what is left of this one
-        progress.pool = progress.rng.sample(range(n_questions), n_questions) + progress.pool
-    return [progress.pool.pop() for _ in range(count)]
+    drawn = []
+    while len(drawn) < count:
+        if not progress.pool:
+            progress.pool += progress.rng.sample(range(n_questions), n_questions)
+        drawn.append(progress.pool.pop())
+    return drawn
 
 def collect_groups(model, processor, questions, progress, *, alpha, cfg, accelerator):
     """This process's groups of a step, by verdict."""
@@ -890,9 +897,10 @@ def collect_groups(model, processor, questions, progress, *, alpha, cfg, acceler
     groups, missing = {name: [] for name in VERDICTS}, cfg.questions_per_step
     for _ in range(MAX_ROUNDS):
         # All processes draw the same questions and orders, and each answers its own part.
-        chosen = [questions[k] for k in draw_questions(progress, len(questions), missing)]
-        orders = [draw_orders(question, cfg.n_permutations, alpha, progress.rng)
-                  for question in chosen]
+        chosen, orders = [], []
+        for k in draw_questions(progress, len(questions), missing):
+            chosen.append(questions[k])
+            orders.append(draw_orders(questions[k], cfg.n_permutations, alpha, progress.rng))
         sampled = sample_groups(model, processor, chosen[rank::world], orders[rank::world],
                                 cfg, n=cfg.rollouts_per_order)
         set_advantages(sampled)
@@ -957,7 +965,7 @@ def add_gradients(model, processor, rollouts: list[Rollout], denominator, cfg) -
 
 def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> dict:
     """Metrics of one step over all processes. The README says what is healthy."""
-    sums, total, of_loss = Counter(), Counter(), Counter()
+    sums, total, of_loss, metrics = Counter(), Counter(), Counter(), {}
     for name, own in groups.items():
         sums[name] += len(own)
         for group in own:
@@ -966,16 +974,17 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
                 rewards.setdefault(r.order, set()).add(r.reward)
                 sums.update(rollouts=1, accuracy=r.accuracy, format=r.format, reward=r.reward,
                             length=len(r.ids), truncated=r.truncated, idle=r.idle)
-            equal = [len(distinct) == 1 for distinct in rewards.values()]
+            n_distinct = list(map(len, rewards.values()))
             has_gradient = any(r.advantage != 0 for r in group)
             # A gradient, and one that the given order, or any order alone, would not have.
             sums.update(groups=1, with_gradient=has_gradient,
-                        equal_as_given=has_gradient and equal[0],
-                        by_permutation=has_gradient and all(equal))
+                        equal_as_given=has_gradient and n_distinct[0] == 1,
+                        by_permutation=has_gradient and max(n_distinct) == 1)
     for of_groups, of_tokens in gather_object([(sums, loss_sums)]):
         total.update(of_groups)
         of_loss.update(of_tokens)
-    metrics = {name: total[name] for name in VERDICTS}
+    for name in VERDICTS:
+        metrics[name] = total[name]
     metrics["dropped"] = sum(metrics.values()) - metrics["kept"]
     for name in ("accuracy", "format", "reward", "length", "truncated"):
         metrics[name] = total[name] / total["rollouts"]
@@ -1731,7 +1740,7 @@ def count_memory(model, cfg, place: str, world: int) -> dict[str, float]:
     text, tower, n = model.config.text_config, model.config.vision_config, cfg.rollouts_per_order
     size, width, vocabulary = model.dtype.itemsize, text.hidden_size, text.vocab_size
     head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    weights = sum(weight.nbytes for weight in model.parameters())
+    weights = model.get_memory_footprint(return_buffers=False)
     trained = model.num_parameters(only_trainable=True) if cfg.stage > 0 else 0
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim  # by a token
     image_width = tower.spatial_merge_size ** 2 * len(model.model.visual.patch_embed.proj.weight)
