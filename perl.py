@@ -344,7 +344,7 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     return sample
 
 def named_positions(sample: Sample) -> list[int] | None:
-    """0-based positions of the images that the answer names; None if it breaks its rule."""
+    """0-based positions of the images in the answer; None if it breaks its rule."""
     answer, rule = sample.answer, sample.order_rule
     if rule == "letter":
         options = dict(zip(LETTERS, sample.movable))
@@ -387,7 +387,7 @@ def move_answer(sample: Sample, new_position: list[int]) -> str:
     return sample.answer                                  # "keep" and "never"
 
 def renumber(text: str, new_position: list[int], numbers: str = r"\d+") -> str:
-    """Replace numbers in `text`, which count images from 1, by the images' new numbers."""
+    """Replace numbers in `text`, which count images from 1, by their new numbers."""
     def new_number(number: re.Match) -> str:
         return str(new_position[int(number[0]) - 1] + 1)
     return re.sub(numbers, new_number, text)
@@ -689,7 +689,7 @@ def sample_groups(model, processor, samples: list[Sample], orders: list, cfg, *,
     return groups
 
 def make_rollout(row: list[int], prompt: Prompt, order: Order, processor) -> Rollout:
-    """A row of tokens from generate -> Rollout, not graded yet, its end token included."""
+    """A row of tokens from generate -> Rollout, with its end token, not graded yet."""
     ids = []
     for token in row:
         ids.append(token)
@@ -794,7 +794,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | N
                   "clipped": float(is_clipped.sum())}
 
 def loss_denominator(rollouts: list[Rollout]) -> int:
-    """By what the loss of these rollouts is divided: their tokens, summed over processes."""
+    """What divides the loss of these rollouts: their tokens, summed over processes."""
     return sum(len(rollout.ids) for rollout in rollouts)
 
 def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
@@ -976,7 +976,7 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
                             length=len(r.ids), truncated=r.truncated, idle=r.idle)
             n_distinct = list(map(len, rewards.values()))
             has_gradient = any(r.advantage != 0 for r in group)
-            # A gradient, and one that the given order, or any order alone, would not have.
+            # A gradient; one that the given order, or any order, would not have alone.
             sums.update(groups=1, with_gradient=has_gradient,
                         equal_as_given=has_gradient and n_distinct[0] == 1,
                         by_permutation=has_gradient and max(n_distinct) == 1)
@@ -1586,7 +1586,7 @@ def by_prompt(x: Tensor, matrices: Tensor, layer: SharedPromptLayer) -> Tensor:
     return product(places.flatten(2, 3), matrices).unflatten(2, places.shape[2:4])[at]
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, since bfloat16 rounds too far. A GPU makes no float32 copies for it."""
+    """a @ b in float32 (bfloat16 rounds too far). A GPU makes no float32 copies for it."""
     if a.is_cuda and a.dtype == torch.bfloat16:
         c = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
         return c.unflatten(0, a.shape[:2])
