@@ -1253,7 +1253,7 @@ def speaks_of_order(text: str, is_retrieval: bool) -> bool:
 
 # ---- --page: a training run as one HTML file -------------------------------------------
 def write_page(run: Path) -> Path:
-    """page.html in a stage's folder, or in OUT's newest: the template with its data."""
+    """page.html in a stage's folder, or in OUT's last: the template with its data."""
     folder, rows = perl.stage_folder(run), []
     for name in ("rollouts", "held_out"):
         for row in perl.read_lines(folder / f"{name}.jsonl"):

@@ -216,6 +216,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
             check(value or name not in POSITIVE, f"{flag_of(name)} must be more than 0")
     cfg = resumed_config(typed) if typed.get("resume") else new_config(typed)
     check(cfg.filter_low <= cfg.filter_high, "--filter-low is above --filter-high")
+    check(not CONTROL.search(cfg.instruction) and "<image" not in cfg.instruction,
+          "--instruction must not name images or contain <|...|>, NUL or a surrogate")
     check(cfg.dry_run or not cfg.gpu_gb, "--gpu-gb is for --dry-run only")
     return cfg
 
@@ -264,7 +266,7 @@ CONTROL = re.compile(r"<\|\w+\|>|[\0\ud800-\udfff]")
 
 @dataclass
 class Sample:
-    """One question. `movable`: 0-based positions that may move. Default all; `never`: none."""
+    """One question. `movable`: 0-based positions that may move; all if not given."""
     id: str
     images: tuple[str, ...]  # paths; none for a text-only question
     question: str
@@ -344,7 +346,7 @@ def parse_sample(line: bytes, folder: Path, where: str) -> Sample:
     return sample
 
 def named_positions(sample: Sample) -> list[int] | None:
-    """0-based positions of the images in the answer; None if it breaks its rule."""
+    """0-based positions of the images that the answer names; None if it breaks its rule."""
     answer, rule = sample.answer, sample.order_rule
     if rule == "letter":
         options = dict(zip(LETTERS, sample.movable))
@@ -426,7 +428,7 @@ def all_orders(sample: Sample, cap: int) -> list[Order]:
 # Another family must offer what the lines marked FAMILY use: a vision tower that encodes each
 # image by itself, 3-D positions from get_rope_index, and Qwen's names for image tokens.
 SHARED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FAMILIES = (*SHARED_FAMILIES, "qwen3_5")  # recurrent layers keep no keys and values
+FAMILIES = (*SHARED_FAMILIES, "qwen3_5")  # its recurrent layers keep no keys and values
 FAMILY_MODEL = transformers.AutoModelForImageTextToText
 IMAGE_TOKEN = "<|image_pad|>"  # one for each feature vector of an image
 END_TOKENS = ["<|im_end|>", "<|endoftext|>"]  # of a response: in chat, and in plain text
@@ -467,11 +469,13 @@ def load_processor(name: str, cfg) -> SimpleNamespace:
     check(config.model_type in families, f"{name} is a {config.model_type}, none of {families}; "
           f"--no-share takes {FAMILIES}")
     tokenizer = load_pretrained(transformers.AutoTokenizer, name)
-    # Our checkpoints get the template for images too, which Qwen keeps in a file of its own.
+    # Qwen keeps the chat template for images in a file of its own.
     others, _ = transformers.ProcessorMixin.get_processor_dict(SHORT_NAMES.get(name, name))
     tokenizer.chat_template = others.get("chat_template", tokenizer.chat_template)
-    images = load_pretrained(
-        transformers.AutoImageProcessor, name, config=config, max_pixels=cfg.max_pixels)
+    images = load_pretrained(transformers.AutoImageProcessor, name, config=config)
+    # Qwen calls them edges, but they are numbers of pixels.
+    smallest = min(images.size["shortest_edge"], cfg.max_pixels)
+    images.size = {"longest_edge": cfg.max_pixels, "shortest_edge": smallest}
     # Not AutoProcessor, which would preprocess an image again for every order.
     return SimpleNamespace(
         tokenizer=tokenizer, image_processor=images, instruction=cfg.instruction,
@@ -794,7 +798,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | N
                   "clipped": float(is_clipped.sum())}
 
 def loss_denominator(rollouts: list[Rollout]) -> int:
-    """What divides the loss of these rollouts: their tokens, summed over processes."""
+    """The part of these rollouts in the divisor of the loss: their tokens."""
     return sum(len(rollout.ids) for rollout in rollouts)
 
 def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
@@ -976,7 +980,7 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
                             length=len(r.ids), truncated=r.truncated, idle=r.idle)
             n_distinct = list(map(len, rewards.values()))
             has_gradient = any(r.advantage != 0 for r in group)
-            # A gradient; one that the given order, or any order, would not have alone.
+            # A gradient? And would the given order, or every order, have none alone?
             sums.update(groups=1, with_gradient=has_gradient,
                         equal_as_given=has_gradient and n_distinct[0] == 1,
                         by_permutation=has_gradient and max(n_distinct) == 1)
@@ -1001,9 +1005,9 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     return metrics
 
 STEP_LINE = (
-    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} all right "
-    "{all_right} wrong {all_wrong} too easy {too_easy} hard {too_hard} | len {length:.0f} cut "
-    "{truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} clip {clip_fraction:.2f} "
+    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} dropped "
+    "{dropped} (all right {all_right}, wrong {all_wrong}, too easy {too_easy}, hard {too_hard}) "
+    "| len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} clip {clip_fraction:.2f} "
     "grad {grad_norm:.2f} skipped {skipped} | gen {seconds_sample:.1f}s train "
     "{seconds_update:.1f}s | {left:.0f} min left")
 
@@ -1016,13 +1020,15 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     if resumed:
         progress = load_progress(resumed, questions)
     accelerator.print(f"start model: {progress.start}")
-    model, reference = load_model(progress.start, cfg, accelerator.device), None
+    # With LoRA the weights stay the start model's: the optimizer's state has the rest.
+    weights = str(resumed) if resumed and not cfg.lora_rank else progress.start
+    model, reference = load_model(weights, cfg, accelerator.device), None
     if cfg.lora_rank:
         reference = add_lora(model, cfg)  # the model again, with a switch for its adapters
     elif cfg.beta:
         reference = load_model(progress.start, cfg, torch.device("cpu"))
     optimizer = SplitAdamW(model, cfg, accelerator)
-    if resumed:  # the optimizer's state has the weights in float32
+    if resumed:
         optimizer.load(resumed)
     if is_main and cfg.resume:
         cut_logs(folder, progress.step if resumed else -1)
@@ -1075,8 +1081,10 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     model = load_model(cfg.model, cfg, accelerator.device)
     # A resumed run has the scores of whole batches, from the first question on.
     scores = json.loads(path.read_text()) if path.exists() else {}
+    done = [question.id for question in questions[:len(scores)]]
+    check(set(done) == set(scores), f"{path} is of other questions; run stage 0 anew")
     starts = range(len(scores), len(questions), cfg.questions_per_step)
-    # In a log file too, since this can take hours.
+    # The bar is shown in log files too, since this can take hours.
     for start in tqdm(starts, "score", mininterval=10, disable=not accelerator.is_main_process):
         batch = questions[start:start + cfg.questions_per_step]
         seed_sampling(cfg, start, accelerator)
@@ -1705,7 +1713,7 @@ class SplitAdamW:
             saved |= torch.load(path, "cpu", mmap=True)  # on the disk until it is copied
         for name, weight in self.weights.items():
             check(name in saved, f"{folder} lacks the optimizer's state of {name}")
-            # The model is the start model so far, so every process needs all of these weights.
+            # Adapters are nowhere else, so every process needs all of these weights.
             weight.copy_(saved[name]["master"])
         for name, master in self.masters.items():
             master.copy_(saved[name].pop("master"))
@@ -1785,14 +1793,14 @@ def plan_memory(cfg, accelerator) -> str:
         gpu, host = cfg.gpu_gb, math.inf
     elif accelerator.device.type == "cuda":
         gpu = torch.cuda.mem_get_info()[0] / 1e9
-    # The least of all processes. CUDA and fragmentation take 8 %.
-    gpu = min(gather_object([0.92 * gpu]))
+    # The process with the least decides. CUDA and fragmentation take 8 %.
+    gpu, host = min(gather_object([0.92 * gpu])), min(gather_object([host]))
     room = {"GPU while sampling": gpu, "GPU for the KL reference": gpu, "GPU in an update": gpu,
             "host memory": host}
     places = {"gpu": PLACES[:1], "host": PLACES[1:]}.get(cfg.optimizer_device, PLACES)
     # Large sizes come first: they save more time than the place of AdamW's state.
     model, plans, lacks = model_without_numbers(cfg), [], []
-    for halvings, place in itertools.product(range(5), places):
+    for halvings, place in itertools.product(range(5 if gpu < math.inf else 1), places):
         sized = dataclasses.replace(cfg)
         if cfg.rollout_batch == Config.rollout_batch:
             sized.rollout_batch = max(cfg.rollout_batch >> halvings, cfg.rollouts_per_order)
@@ -1815,7 +1823,7 @@ def plan_memory(cfg, accelerator) -> str:
               f"{cfg.model} needs {parts[name]:.1f} GB ({name}; there are {room[name]:.1f}) at "
               f"--rollout-batch {sized.rollout_batch} --max-tokens-per-micro-batch "
               f"{sized.max_tokens_per_micro_batch}; less: --lora-rank 64, --max-prompt-tokens "
-              "2048, --max-new-tokens 512, and in host memory --beta 0")
+              "2048, --max-new-tokens 512, --beta 0")
     cfg.rollout_batch = sized.rollout_batch
     cfg.max_tokens_per_micro_batch = sized.max_tokens_per_micro_batch
     where = place if gpu < math.inf else "host"
@@ -1832,7 +1840,7 @@ def start_processes(cfg) -> accelerate.Accelerator:
     accelerator = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(), log_with=tracker, kwargs_handlers=[waiting],
         project_dir=cfg.folder)
-    # accelerate drops a tracker that is not installed silently.
+    # accelerate silently drops a tracker that is not installed.
     check(accelerator.log_with or not tracker, f"--report-to needs: pip install {tracker}")
     return accelerator
 
@@ -1849,12 +1857,12 @@ def fit_machine(cfg, device: torch.device, n_processes: int = 1) -> None:
 
 # ---- Main ------------------------------------------------------------------------------
 def print_start(cfg, questions: list[Sample], accelerator) -> None:
-    """Versions, device, run folder, settings that are not defaults, batch arithmetic."""
+    """Versions, device, run folder, settings that differ, questions, batch arithmetic."""
     changed = []
     for name, value in vars(cfg).items():
         if value != getattr(Config, name):
             changed.append(f"{name}={value}")
-    # If hardly any can be permuted, PeRL is plain GRPO: see `order_rule`.
+    # If hardly any question can be permuted (see `order_rule`), PeRL is plain GRPO.
     permutable = sum(count_orders(question) > 1 for question in questions)
     orders, n = cfg.n_permutations + 1, cfg.rollouts_per_order
     accelerator.print(
@@ -1881,6 +1889,10 @@ def main(argv: list[str] | None = None) -> None:
     fit_machine(cfg, accelerator.device, accelerator.num_processes)
     check(cfg.questions_per_step % accelerator.num_processes == 0,
           "--questions-per-step must be a multiple of the number of processes")
+    continues = cfg.resume and newest_checkpoint(cfg.folder)
+    if cfg.stage == 2 and not (continues or cfg.dry_run):
+        check(newest_checkpoint(cfg.folder.parent / "stage1"),
+              f"--stage 2 starts from stage 1, which has no checkpoint in {cfg.out} (--out)")
     processor = load_processor(cfg.model, cfg)
     questions, held_out = load_questions(cfg.data, processor, cfg, accelerator), []
     if cfg.stage > 0:
@@ -1888,9 +1900,6 @@ def main(argv: list[str] | None = None) -> None:
         cfg.steps = cfg.steps or math.ceil(EPOCHS * len(questions) / cfg.questions_per_step)
         if cfg.eval_data and cfg.eval_every:
             held_out = load_questions(cfg.eval_data, processor, cfg, accelerator)
-    if cfg.stage == 2 and not (cfg.resume or cfg.dry_run):
-        check(newest_checkpoint(cfg.folder.parent / "stage1"),
-              f"--stage 2 goes on from stage 1, which has no checkpoint in {cfg.out} (--out)")
     print_start(cfg, questions, accelerator)
     place = plan_memory(cfg, accelerator)
     if cfg.dry_run:
