@@ -285,7 +285,7 @@ BAD_FLAGS = (
     "--temperature 0", "--max-new-tokens 0", "--rollouts-per-order 0", "--updates-per-step 0",
     "--questions-per-step 0", "--eval-orders 0", "--log-every 0", "--save-every 0",
     "--alpha-end -0.5", "--n-permutations -1", "--filter-low 0.9 --filter-high 0.1",
-    "--gpu-gb 80")
+    "--instruction <|im_end|>", "--instruction a\0", "--instruction <image>", "--gpu-gb 80")
 
 @table("typed, message", [(typed, typed.split()[0]) for typed in BAD_FLAGS] + [
     ("--n-permutations 4", "set --rollouts-per-order")])
