@@ -1007,9 +1007,9 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
 STEP_LINE = (
     "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} dropped "
     "{dropped} (all right {all_right}, wrong {all_wrong}, too easy {too_easy}, hard {too_hard}) "
-    "| len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} clip {clip_fraction:.2f} "
-    "grad {grad_norm:.2f} skipped {skipped} | gen {seconds_sample:.1f}s train "
-    "{seconds_update:.1f}s | {left:.0f} min left")
+    "| len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} "
+    "clip {clip_fraction:.2f} grad {grad_norm:.2f} skipped {skipped} | gen {seconds_sample:.1f}s "
+    "train {seconds_update:.1f}s | {left:.0f} min left")
 
 def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""

@@ -11,11 +11,11 @@
 
 Every arm trains the tiny model on the same seeds. A finished run is a line of
 ablation.jsonl, with a hash of what it depends on: the code of perl.py (without comments and
-docstrings), the samples, the start model, and the arm's flags and code. While the hash stays
-the same, the run is not repeated, so the file can be committed and continued on another
-machine. --recheck runs seed 0 of every arm again: where each number is the same to the last
-digit, the arm's other runs count for the present code, and `ran_on` says which code they are
-of. With --fork, new lines go to SCRATCH/forks.jsonl instead.
+docstrings), how it is measured, the samples, the start model, and the arm's flags and code.
+While the hash stays the same, the run is not repeated, so the file can be committed and
+continued on another machine. --recheck runs seed 0 of every arm again: where each number is
+the same to the last digit, the arm's other runs count for the present code, and `ran_on` says
+which code they are of. With --fork, new lines go to SCRATCH/forks.jsonl instead.
 """
 import argparse
 import functools

@@ -27,7 +27,7 @@ def kept(records: Iterable[dict]) -> list[dict]:
 
 def movable_of(sample: dict) -> list[int]:
     """0-based positions of the images that may move."""
-    return [] if sample["order_rule"] == "never" else list(perl.Sample(**sample).movable)
+    return list(perl.Sample(**sample).movable)
 
 def right_images(sample: dict) -> list[int]:
     """0-based positions of the images that the answer names, itself or by its option."""
