@@ -286,7 +286,7 @@ def options_in(question: Question, order) -> list[str]:
     texts = []
     for option in question.options:
         moved = permute(dataclasses.replace(question.sample, question=option), order)
-        texts.append(perl.MENTION.sub(r"image \1", moved.question))
+        texts.append(perl.spell_mentions(moved.question))
     return texts
 
 def place_tags(text: str, images: list[str]) -> tuple[str, list[str]]:
@@ -686,7 +686,7 @@ def settings(args) -> perl.Config:
     """Config of perl.py. A checkpoint of a run keeps that run's prompt and sizes."""
     chosen = perl.MODEL_PRESETS.get(args.model, {}) | {"model": args.model}
     run = Path(args.model).parent
-    if (run / "run_id").exists():
+    if (run / "started").exists():
         saved = json.loads((run / "config.json").read_text())
         chosen = {name: saved[name] for name in ("model", *KEPT_SETTINGS)}
     cfg = perl.Config(**chosen)
@@ -964,7 +964,7 @@ def screened(questions: list[Question], name: str, data_dir: str) -> list[Questi
             perl.check(key in by_id, f"--flip: {name} has no question {key}, one of the "
                        "published rates'; --data-dir needs its whole test split")
             texts = [by_id[key].sample.question, *by_id[key].options]
-            asked, *options = [perl.MENTION.sub(r"image \1", text) for text in texts]
+            asked, *options = map(perl.spell_mentions, texts)
             sample = dataclasses.replace(by_id[key].sample, question=asked, order_rule="keep",
                                          movable=None)
             moving.append(by_id[key]._replace(sample=sample, options=options, label="keep"))
@@ -1344,7 +1344,7 @@ def start_model(args) -> tuple:
     names = [*perl.SHORT_NAMES, *map(str, folder.parent.glob("*"))]
     perl.check(args.model in perl.SHORT_NAMES or is_hub_id or folder.is_dir(), f"--model "
                f"{args.model} is not a folder, short name or Hub id{perl.nearest(args.model, names)}")
-    perl.check(not (folder / "run_id").exists(), f"--model {folder} is a run; name its "
+    perl.check(not (folder / "started").exists(), f"--model {folder} is a run; name its "
                f"checkpoint, {perl.newest_checkpoint(folder)}")
     accelerator, cfg = Accelerator(), settings(args)
     perl.fit_machine(cfg, accelerator.device, accelerator.num_processes)
@@ -1356,7 +1356,7 @@ def ask_and_report(args) -> None:
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # show as much as there is of a broken image
     accelerator, parts = Accelerator(), Path(args.model).parts
     # RUN/stage1/checkpoint-40: all three parts are needed to tell runs apart.
-    n_parts = 3 if Path(args.model).with_name("run_id").exists() else 1
+    n_parts = 3 if Path(args.model).with_name("started").exists() else 1
     model_name = "-".join(parts[-n_parts:])
     out = Path(args.out, model_name, "flip" if args.flip else "")
     if not args.score_only:

@@ -39,7 +39,6 @@ prompts; L tokens of a prompt, T of a response, S of a row; D width, V vocabular
 heads and h key heads, each d wide.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -56,7 +55,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -98,6 +96,7 @@ def setting(default, prose: str):
 
 @dataclass
 class Config:
+    """Every setting is a flag: n_permutations is --n-permutations."""
     # What runs
     model: str = setting("tiny", "Hub id, folder, tiny, Qwen2.5-VL-7B, Qwen3-VL-8B, ...")
     data: str = setting(str(SAMPLES / "train.jsonl"), "JSONL file of training questions")
@@ -192,6 +191,7 @@ LOGIT_CHUNK = 1024      # response tokens whose logits exist at a time: 152k flo
 LOGGED_HELD_OUT = 3     # held-out questions to log at each evaluation
 
 def flag_of(name: str) -> str:
+    """The flag of a setting."""
     return "--" + name.replace("_", "-")
 
 def nearest(name: str, known) -> str:
@@ -216,8 +216,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
             check(value or name not in POSITIVE, f"{flag_of(name)} must be more than 0")
     cfg = resumed_config(typed) if typed.get("resume") else new_config(typed)
     check(cfg.filter_low <= cfg.filter_high, "--filter-low is above --filter-high")
-    check(not CONTROL.search(cfg.instruction) and "<image" not in cfg.instruction,
-          "--instruction must not name images or contain <|...|>, NUL or a surrogate")
     check(cfg.dry_run or not cfg.gpu_gb, "--gpu-gb is for --dry-run only")
     return cfg
 
@@ -250,7 +248,7 @@ def resumed_config(typed: dict) -> Config:
 
 def stage_folder(path: str | Path) -> Path:
     """A run folder, or an OUT (its stage begun last) -> the run folder."""
-    runs = [*Path(path).glob("run_id"), *Path(path).glob("stage[0-2]/run_id")]
+    runs = [*Path(path).glob("started"), *Path(path).glob("stage[0-2]/started")]
     check(runs, f"{path} is not a run folder, such as runs/tiny-seed0/stage1")
     return max(runs, key=os.path.getmtime).parent
 
@@ -464,6 +462,8 @@ def load_pretrained(kind, name: str, **options):
 
 def load_processor(name: str, cfg) -> SimpleNamespace:
     """What turns samples into prompts, and response tokens into text."""
+    check(not CONTROL.search(cfg.instruction) and "<image" not in cfg.instruction,
+          "--instruction must not name images or contain <|...|>, NUL or a surrogate")
     config = load_pretrained(transformers.AutoConfig, name)
     families = SHARED_FAMILIES if cfg.share else FAMILIES
     check(config.model_type in families, f"{name} is a {config.model_type}, none of {families}; "
@@ -484,6 +484,7 @@ def load_processor(name: str, cfg) -> SimpleNamespace:
         banned_ids=tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
 
 def torch_dtype(cfg) -> torch.dtype:
+    """Of the weights."""
     return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
 
 def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedModel:
@@ -529,9 +530,13 @@ def load_pictures(sample: Sample, processor) -> dict[str, Picture]:
         pictures[path] = Picture(inputs["pixel_values"], grid, tokens)
     return pictures
 
+def spell_mentions(question: str) -> str:
+    """<image_k> -> image k, as the model reads it."""
+    return MENTION.sub(r"image \1", question)
+
 def prompt_text(sample: Sample, processor) -> str:
-    """The prompt in chat format, one IMAGE_TOKEN per image; <image_k> reads "image k"."""
-    text = MENTION.sub(r"image \1", sample.question) + "\n" + processor.instruction
+    """The prompt in chat format, one IMAGE_TOKEN per image."""
+    text = spell_mentions(sample.question) + "\n" + processor.instruction
     text = text.replace("<image>", f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>")  # FAMILY
     return processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
@@ -1005,11 +1010,10 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
     return metrics
 
 STEP_LINE = (
-    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} dropped "
-    "{dropped} (all right {all_right}, wrong {all_wrong}, too easy {too_easy}, hard {too_hard}) "
-    "| len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} "
-    "clip {clip_fraction:.2f} grad {grad_norm:.2f} skipped {skipped} | gen {seconds_sample:.1f}s "
-    "train {seconds_update:.1f}s | {left:.0f} min left")
+    "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} dropped {dropped} "
+    "({reasons}) | len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent "
+    "{entropy:.2f} clip {clip_fraction:.2f} grad {grad_norm:.2f} skipped {skipped} | gen "
+    "{seconds_sample:.1f}s train {seconds_update:.1f}s | {left:.0f} min left")
 
 def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""
@@ -1059,7 +1063,8 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
         if accelerator.device.type == "cuda":
             metrics["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         left = (cfg.steps - step) * (time.time() - began) / 60
-        accelerator.print(STEP_LINE.format(**metrics, steps=cfg.steps, left=left))
+        reasons = ", ".join(f"{name} {metrics[name]}" for name in VERDICTS[1:])
+        accelerator.print(STEP_LINE.format(**metrics, reasons=reasons, steps=cfg.steps, left=left))
         if is_main and (step - 1) % cfg.log_every == 0:
             first = flatten(groups.values())[0]  # a kept one, if there is any
             log_group(folder / "rollouts.jsonl", step, first, show=True)
@@ -1082,7 +1087,7 @@ def score(cfg, processor, questions: list[Sample], accelerator) -> None:
     # A resumed run has the scores of whole batches, from the first question on.
     scores = json.loads(path.read_text()) if path.exists() else {}
     done = [question.id for question in questions[:len(scores)]]
-    check(set(done) == set(scores), f"{path} is of other questions; run stage 0 anew")
+    check(set(done) == set(scores), f"{path} is of other questions; start stage 0 again")
     starts = range(len(scores), len(questions), cfg.questions_per_step)
     # The bar is shown in log files too, since this can take hours.
     for start in tqdm(starts, "score", mininterval=10, disable=not accelerator.is_main_process):
@@ -1177,25 +1182,18 @@ def log_group(path: Path, step: int, group: list[Rollout], show: bool = False) -
         print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  "
               f"gold {r.gold} | reward {r.reward:.1f} advantage {r.advantage:+.2f}")
 
-@contextlib.contextmanager
-def only_run_in(out: Path, accelerator):
-    """Lock a folder of stages: two runs at once would write into each other's files."""
+def open_run(cfg, accelerator):
+    """Make the run folder, with config.json and the code. Returns a lock of OUT to close: two
+    runs at once would write into each other's files."""
+    folder, out = cfg.folder, cfg.folder.parent
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
+        lock = open(out / ".lock", "w")
         if accelerator.is_main_process:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         busy = "another run is at work there" if type(error) is BlockingIOError else error
         raise UserError(f"cannot run in {out} (--out): {busy}") from None
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-def open_run(cfg, accelerator) -> None:
-    """Make the run folder, with config.json and the code."""
-    folder = cfg.folder
     if accelerator.is_main_process and not cfg.resume:
         # An earlier run is renamed stage1-1, stage1-2 and so on: nothing is lost.
         number = 1
@@ -1205,14 +1203,14 @@ def open_run(cfg, accelerator) -> None:
             os.rename(folder, f"{folder}-{number}")
             print(f"the earlier run in {folder} is now {folder}-{number}")
         folder.mkdir()
-        write_atomic(folder / "run_id", uuid.uuid4().hex)
+        write_atomic(folder / "started", time.ctime())
         # A fork's main script is not perl.py: keep both.
         for code in {__file__, getattr(sys.modules["__main__"], "__file__", __file__)}:
             shutil.copy(code, folder)
     if accelerator.is_main_process:  # on --resume too: --steps may have changed
-        saved = vars(cfg) | {"resume": ""}
-        write_atomic(folder / "config.json", json.dumps(saved, indent=1))
+        write_atomic(folder / "config.json", json.dumps(vars(cfg) | {"resume": ""}, indent=1))
     accelerator.wait_for_everyone()
+    return lock
 
 def kept_questions(cfg, questions: list[Sample]) -> list[Sample]:
     """With --filter offline, the questions that stage 0 kept, if it ran in this OUT."""
@@ -1634,20 +1632,18 @@ class SplitAdamW:
     Gradients can be summed in host memory too: then the GPU has one at a time, and a
     micro-batch moves 4 bytes per trained parameter over the bus (7B: 33 GB)."""
     def __init__(self, model, cfg, accelerator):
-        self.world = accelerator.num_processes
+        self.world, self.skipped = accelerator.num_processes, 0
         self.weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
-        self.owners, self.masters, self.adamw, self.skipped = {}, {}, {}, 0
+        self.owners, self.masters, self.adamw = {}, {}, {}
         self.sums = {}  # of gradients, if they are in host memory
         device = torch.device("cpu") if cfg.optimizer_device in PLACES[1:] else model.device
-        largest_first = sorted(self.weights, key=lambda name: -self.weights[name].numel())
-        if cfg.optimizer_device == PLACES[2]:  # pinned memory is the fast way over the bus
-            largest = self.weights[largest_first[0]]
-            self.buffer = torch.empty(largest.numel(), pin_memory=largest.is_cuda)
         load = [0] * self.world
-        for name in largest_first:
+        for name in sorted(self.weights, key=lambda name: -self.weights[name].numel()):
             weight = self.weights[name]
             weight.grad_dtype = torch.float32  # sums in bfloat16 lose much
             if cfg.optimizer_device == PLACES[2]:
+                if not self.sums:  # the first is the largest; pinned memory is the fast way
+                    self.buffer = torch.empty(weight.numel(), pin_memory=weight.is_cuda)
                 self.sums[name] = torch.zeros_like(weight, dtype=torch.float32, device="cpu")
                 weight.register_post_accumulate_grad_hook(functools.partial(self.add, name))
             # To the process that has least.
@@ -1675,7 +1671,7 @@ class SplitAdamW:
         for name, weight in self.weights.items():
             if weight.grad is None and not self.sums:
                 weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-            gradients[name] = self.sums[name] if self.sums else weight.grad
+            gradients[name] = self.sums.get(name, weight.grad)
             if self.world > 1:
                 # NCCL reduces only what is on a GPU: a sum of the host goes there and back.
                 on_device = gradients[name].to(weight.device)
@@ -1696,8 +1692,8 @@ class SplitAdamW:
             if not self.skipped and self.world > 1:
                 torch.distributed.broadcast(weight.detach(), self.owners[name])
             weight.grad = None
-            if self.sums:
-                self.sums[name].zero_()
+        for gradient in self.sums.values():
+            gradient.zero_()
         return norm
 
     def state_dict(self) -> dict[str, dict]:
@@ -1906,8 +1902,7 @@ def main(argv: list[str] | None = None) -> None:
         show_orders(max(questions, key=count_orders), processor, cfg, accelerator)
         return
     try:
-        with only_run_in(cfg.folder.parent, accelerator):
-            open_run(cfg, accelerator)
+        with open_run(cfg, accelerator):
             cfg.optimizer_device = place  # config.json keeps what was asked for
             accelerator.init_trackers("perl", vars(cfg))
             if cfg.stage == 0:

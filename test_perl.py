@@ -24,6 +24,7 @@ import subprocess
 import sys
 import weakref
 import zipfile
+import uuid
 from collections import Counter
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -285,7 +286,7 @@ BAD_FLAGS = (
     "--temperature 0", "--max-new-tokens 0", "--rollouts-per-order 0", "--updates-per-step 0",
     "--questions-per-step 0", "--eval-orders 0", "--log-every 0", "--save-every 0",
     "--alpha-end -0.5", "--n-permutations -1", "--filter-low 0.9 --filter-high 0.1",
-    "--instruction <|im_end|>", "--instruction a\0", "--instruction <image>", "--gpu-gb 80")
+    "--gpu-gb 80")
 
 @table("typed, message", [(typed, typed.split()[0]) for typed in BAD_FLAGS] + [
     ("--n-permutations 4", "set --rollouts-per-order")])
@@ -293,6 +294,10 @@ def test_bad_flags_end_the_program(typed, message, capsys):
     with pytest.raises(SystemExit) as end:
         perl.parse_config(typed.split(" "))
     assert end.value.code != 0 and message in str(end.value) + capsys.readouterr().err
+
+@table("text", ["<|im_end|>", "a\0", "<image>"])
+def test_an_instruction_that_breaks_the_prompt_is_refused(text):
+    refuses("--instruction", perl.load_processor, "tiny", tiny_config(instruction=text))
 
 @table("model, meant", [("Qwen2.5VL-7B", "Qwen2.5-VL-7B"), ("tinny", "tiny")])
 def test_a_misspelt_model_gets_the_nearest_one_and_no_network_is_tried(model, meant, monkeypatch):
@@ -303,7 +308,7 @@ def saved_run(folder, **changes):
     folder.mkdir(parents=True)
     settings = vars(tiny_config(out=str(folder.parent), steps=4, **changes))
     (folder / "config.json").write_text(json.dumps(settings))
-    (folder / "run_id").touch()
+    (folder / "started").touch()
     return folder
 
 @table("typed, changed", [
@@ -333,8 +338,8 @@ def test_resume_refuses_to_change_the_method_by_name(tmp_path, typed):
 def test_the_folder_that_resume_takes(tmp_path):
     first, second = saved_run(tmp_path / "stage1"), saved_run(tmp_path / "stage2")
     for written, newest_stage in ((1, first), (-1, second)):
-        os.utime(first / "run_id", (written, written))
-        os.utime(second / "run_id", (0, 0))
+        os.utime(first / "started", (written, written))
+        os.utime(second / "started", (0, 0))
         assert perl.stage_folder(tmp_path) == newest_stage, "OUT: the stage begun last"
         assert perl.stage_folder(str(first)) == first and perl.stage_folder(second) == second
     checkpoint = first / "checkpoint-4"
@@ -1198,7 +1203,7 @@ def halted(half, tmp_path):
 
 def test_run_folder(straight, data):
     main_script = Path(sys.modules["__main__"].__file__).name  # pytest's, kept like a fork's
-    names = {"config.json", "run_id", "perl.py", "metrics.jsonl", "rollouts.jsonl",
+    names = {"config.json", "started", "perl.py", "metrics.jsonl", "rollouts.jsonl",
              "held_out.jsonl", "checkpoint-4", "best", main_script}
     assert {entry.name for entry in straight.iterdir()} == names
     assert (straight / "perl.py").read_bytes() == (HERE / "perl.py").read_bytes()
@@ -1271,7 +1276,7 @@ def kill_9(monkeypatch, name, call, argv):
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
-# Of os.replace the first two calls are for run_id and config.json.
+# Of os.replace the first two calls are for started and config.json.
 @table("name, call, saved", [("update", 4, "checkpoint-2"), ("update", 2, None),
                              ("torch.save", 2, None), ("os.replace", 7, "checkpoint-2")])
 def test_resume_after_kill_9_equals_no_kill(
@@ -1343,12 +1348,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(straight, halted, monkeypa
     assert not (halted / "checkpoint.tmp").exists()
 
 def test_a_second_run_in_the_same_folder_is_refused(data, halted):
-    out, before = halted.parent, files_of(halted.parent)
-    with perl.only_run_in(out, ACCELERATOR):
+    out = halted.parent
+    with perl.open_run(perl.parse_config(["--resume", str(out)]), ACCELERATOR):
+        before = files_of(out)
         for argv in (arguments(data, out), arguments(data, out, stage=0), ["--resume", str(out)]):
             refuses(f"{out} .*another run is at work", perl.main, argv)
             assert files_of(out) == before
-    with perl.only_run_in(out, ACCELERATOR):
+    with perl.open_run(perl.parse_config(["--resume", str(out)]), ACCELERATOR):
         pass  # the lock went with the run
 
 # ---- Run folder: what --resume takes, changes and refuses ------------------------------
@@ -1425,12 +1431,13 @@ def test_stage_2_needs_stage_1(data, tmp_path):
 def test_runs_in_one_folder_lose_nothing_whatever_was_deleted(tmp_path):
     cfg = tiny_config(out=str(tmp_path))
     def start():
-        perl.open_run(cfg, ACCELERATOR)
-        return (cfg.folder / "run_id").read_text()
+        perl.open_run(cfg, ACCELERATOR).close()
+        (cfg.folder / "id").write_text(uuid.uuid4().hex)
+        return (cfg.folder / "id").read_text()
     ids = [start() for _ in range(3)]
     shutil.rmtree(tmp_path / "stage1-1")
     ids.append(start())
-    kept = {path.name: (path / "run_id").read_text() for path in tmp_path.glob("stage1*")}
+    kept = {path.name: (path / "id").read_text() for path in tmp_path.glob("stage1*")}
     assert kept == {"stage1": ids[3], "stage1-1": ids[2], "stage1-2": ids[1]}
 
 @table("n, right", [(1, True), (2, False), (12, True), (12, False)])

@@ -463,7 +463,7 @@ def benchmark_leaves(folder: Path) -> Iterator[str | bytes]:
             yield path.read_bytes()
 
 def words_of(text: str) -> str:
-    text = perl.MENTION.sub(r"image \1", text).replace("<image>", "")  # as benchmarks write it
+    text = perl.spell_mentions(text).replace("<image>", "")  # as benchmarks write it
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 def runs_of(text: str) -> set[str]:

@@ -179,7 +179,7 @@ def choose_ten(records: list[dict]) -> list[dict]:
 
 def readable(question: str) -> str:
     """The text with [1], [2] where the images stand, and image 2 for <image_2>."""
-    text = perl.MENTION.sub(r"image \1", " ".join(question.split()))
+    text = perl.spell_mentions(" ".join(question.split()))
     for k in range(text.count("<image>")):
         text = text.replace("<image>", f"[{k + 1}]", 1)
     # Pillow's built-in font has Latin letters only.
