@@ -22,9 +22,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 import weakref
 import zipfile
-import uuid
 from collections import Counter
 from concurrent.futures import Executor, Future
 from pathlib import Path
