@@ -1011,9 +1011,10 @@ def step_metrics(groups: dict[str, list[list[Rollout]]], loss_sums: Counter) -> 
 
 STEP_LINE = (
     "step {step}/{steps} | acc {accuracy:.2f} fmt {format:.2f} | kept {kept} dropped {dropped} "
-    "({reasons}) | len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent "
-    "{entropy:.2f} clip {clip_fraction:.2f} grad {grad_norm:.2f} skipped {skipped} | gen "
-    "{seconds_sample:.1f}s train {seconds_update:.1f}s | {left:.0f} min left")
+    "(all right {all_right}, wrong {all_wrong}, too easy {too_easy}, hard {too_hard}, flat {flat}) "
+    "| len {length:.0f} cut {truncated:.0%} idle {idle:.0%} | kl {kl:.3f} ent {entropy:.2f} "
+    "clip {clip_fraction:.2f} grad {grad_norm:.2f} skipped {skipped} | gen {seconds_sample:.1f}s "
+    "train {seconds_update:.1f}s | {left:.0f} min left")
 
 def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     """Algorithm 1: sample permuted groups, drop what teaches nothing, update."""
@@ -1063,8 +1064,7 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
         if accelerator.device.type == "cuda":
             metrics["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         left = (cfg.steps - step) * (time.time() - began) / 60
-        reasons = ", ".join(f"{name} {metrics[name]}" for name in VERDICTS[1:])
-        accelerator.print(STEP_LINE.format(**metrics, reasons=reasons, steps=cfg.steps, left=left))
+        accelerator.print(STEP_LINE.format(**metrics, steps=cfg.steps, left=left))
         if is_main and (step - 1) % cfg.log_every == 0:
             first = flatten(groups.values())[0]  # a kept one, if there is any
             log_group(folder / "rollouts.jsonl", step, first, show=True)

@@ -39,7 +39,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from curate_report import kept, write_report
+from curation.report import kept, write_report
 
 import eval as ev
 import perl
