@@ -470,9 +470,10 @@ def runs_text(code: str, last: dict[tuple, dict]) -> str:
         for seed in range(8 if arm.stages else 1):
             n_all, n_missing = n_all + 1, n_missing + ((name, seed) not in last)
     text = f"{len(last) - len(failed)} runs of perl.py {code}. "
-    for ran_on, count in older.items():
-        text += (f"{count} of them ran on {ran_on}, an older form of the code, and count because "
-                 "seed 0 of their arm gave equal numbers on both. ")
+    if older:
+        forms = ", ".join(f"{count} on {ran_on}" for ran_on, count in older.items())
+        text += (f"{older.total()} of them ran on older forms of the code ({forms}), and count "
+                 "because seed 0 of their arm gave equal numbers on the present one. ")
     return (f"{text}Failed: {'; '.join(failed) or 'none'}. Of {n_all} runs (every arm, 8 seeds), "
             f"{n_missing} have not been started.\n")
 
