@@ -1143,9 +1143,9 @@ def states_of(checkpoint):
     return states
 
 def files_of(folder):
-    """All but config.json, which --resume writes anew."""
+    """All but config.json, which --resume writes anew, and the empty .lock."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name != "config.json"}
+            if path.is_file() and path.name not in ("config.json", ".lock")}
 
 def assert_equal_runs(one, other, step=4):
     """Logs, weights, optimizer and random state agree to the last bit."""
@@ -2546,7 +2546,7 @@ def tree_attention(*args, own=tree_attention):
     run = tmp_path / "runs" / "tiny-seed0" / "stage1"
     assert (run / "my_perl.py").read_bytes() == script.read_bytes()
     assert newest(run) == "checkpoint-1" and not (run / "perl.py").exists()
-    assert [*run.parent.iterdir()] == [run], "the dry run wrote nothing"
+    assert [*run.parent.glob("stage*")] == [run], "the dry run wrote nothing"
 
 @table("flag, value, message", [
     ("--model", "/no/such/model", "could not load '/no/such/model"),
