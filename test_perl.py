@@ -3923,8 +3923,7 @@ def test_a_finished_run_is_not_run_again_until_its_code_changes(
         ablation, tmp_path, monkeypatch, capsys):
     main, started, _, path = ablation
     main(arms="clean,grpo,perl,start")
-    pairs = [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo")]
-    assert started == pairs + [("clean", 0), ("clean", 1), ("clean", 2)], "in pairs, these first"
+    assert started == [(name, seed) for seed in (0, 1, 2) for name in ("perl", "grpo", "clean")]
     assert not list(tmp_path.glob("scratch/*/*/[bc]*")), "their weights are not kept"
     main(seeds="2-3")
     assert sorted(started) == [("grpo", 3), ("perl", 3)]
@@ -4086,7 +4085,7 @@ def test_a_users_fork_is_compared_and_changes_no_other_result(
 
 @table("text, message", [
     (FORK.format(name="set_advantage"),
-     "sets perl.set_advantage, which perl.py does not have; did you mean set_advantages"),
+     "mine.py sets what perl.py does not have: set_advantage"),
     ("import perl\nperl.set_advantages = len\n", "does not call perl.main"),
     (FORK.format(name="set_advantages"), "unrecognized arguments: --bta")])
 def test_a_fork_without_effect_is_refused_before_anything_runs(
@@ -4198,11 +4197,10 @@ def test_an_arm_runs_with_its_fork_and_stages_and_is_measured(tmp_path, monkeypa
 def test_training_sets_are_made_once(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     make_samples, commands = pytest.importorskip("make_samples"), []
-    def run(command):
+    def run(command, check):
         commands.append(command)
         monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
         make_samples.main()
-        return SimpleNamespace(returncode=0)
     monkeypatch.setattr(subprocess, "run", run)
     balanced = ablate.made_data("--first-share balanced", tmp_path)
     assert ablate.made_data("--first-share balanced", tmp_path) == balanced and len(commands) == 1

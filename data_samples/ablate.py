@@ -1,24 +1,21 @@
 #!/usr/bin/env python3
 """Experiments with perl.py: which part of the method does what, and what a step costs.
 
-    python data_samples/ablate.py --short     # PeRL and plain GRPO, 3 seeds
+    python data_samples/ablate.py --arms start,perl,grpo --seeds 0-2
     python data_samples/ablate.py --jobs 4    # all arms, 8 seeds, four runs at a time
-    python data_samples/ablate.py --arms perl,clean --seeds 0-3
     python data_samples/ablate.py --fork mine.py --flags="--beta 0.01" --seeds 0-4
     python data_samples/ablate.py --recheck   # after a change that must not change results
     python data_samples/ablate.py --tables    # tables of both READMEs, and the figure
     python data_samples/ablate.py --cost      # a training step with and without sharing
 
-Every arm trains the tiny model on the same seeds. A finished run is a line of
-ablation.jsonl, with a hash of what it depends on: the code of perl.py (without comments and
-docstrings), how it is measured, the samples, the start model, and the arm's flags and code.
-While the hash stays the same, the run is not repeated, so the file can be committed and
-continued on another machine. --recheck runs seed 0 of every arm again: where each number is
-the same to the last digit, the arm's other runs count for the present code, and `ran_on` says
-which code they are of. With --fork, new lines go to SCRATCH/forks.jsonl instead.
+Every arm trains the tiny model on the same seeds. A finished run is a line of ablation.jsonl,
+with a hash of the code and data that it depends on. While the hash stays the same, the run is
+not repeated, so the file can be committed and continued on another machine. --recheck runs
+seed 0 of every arm again: where each number is the same to the last digit, the arm's other
+runs count for the present code, and `ran_on` says which code they are of. With --fork, new
+lines go to SCRATCH/forks.jsonl instead.
 """
 import argparse
-import functools
 import json
 import math
 import os
@@ -36,14 +33,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 MAKER, LINES = HERE / "make_samples.py", HERE / "ablation.jsonl"
 sys.path.insert(0, str(HERE.parent))
 from ablation.cost import cost
 from ablation.figure import draw
-from ablation.hashes import code_hash, hash_of
+from ablation.hashes import base_hash, code_hash, hash_of
 from ablation.measure import measure, rounded
 from ablation.stats import holm, interval
 
@@ -78,8 +75,6 @@ ARMS = {
     "perl-images": Arm("PeRL, only questions for an image", data=ONLY_IMAGES, rival=""),
     "grpo-images": Arm("plain GRPO, only questions for an image", (GRPO,), ONLY_IMAGES,
                        rival="perl-images")}
-# They run before the others, which may never run on a small machine.
-FIRST = tuple(ARMS)
 # 0.95 is the share of data_samples/train.jsonl itself.
 for share in ("balanced", "0.5", "0.8", "1"):
     title, data = f"right image first: {share}", f"--first-share {share}"
@@ -102,29 +97,19 @@ ARMS |= {
 
 # ---- What a run depends on -------------------------------------------------------------
 
-def base_hash() -> str:
-    """Of what all arms share: perl.py, how it is measured, the samples, the start model."""
-    parts = [code_hash(perl.__file__), code_hash(HERE / "ablation" / "measure.py")]
-    for pattern in ("train.jsonl", "test.jsonl", "images/*", "tiny/*"):
-        for path in sorted(HERE.glob(pattern)):
-            parts += [path.name, path.read_bytes()]
-    return hash_of(*parts)
-
-def heading(name: str, arm: Arm, seed: int, base: str = "") -> dict:
-    """By what a run's line is found: `code` is a hash of what all arms share, `hash` of
-    everything that the arm's runs depend on, except the seed. base: base_hash(), if known."""
-    base = base or base_hash()
+def arm_hash(arm: Arm, base: str) -> str:
+    """Of everything that an arm's runs depend on, except the seed. base: base_hash()."""
     parts = [base, EVALUATION, arm.stages, arm.data, arm.more_images]
     if arm.data or arm.more_images:
         parts.append(code_hash(MAKER))
     if arm.fork:
         parts.append(code_hash(arm.fork))
-    return {"arm": name, "seed": seed, "hash": hash_of(*parts), "code": base[:8]}
+    return hash_of(*parts)
 
-def hashes_of(arms: dict[str, Arm]) -> dict[str, str]:
-    """Arm -> the hash of its runs with the present code and data, which are read once."""
+def heading(name: str, arm: Arm, seed: int) -> dict:
+    """By what a run's line is found."""
     base = base_hash()
-    return {name: heading(name, arm, 0, base)["hash"] for name, arm in arms.items()}
+    return {"arm": name, "seed": seed, "hash": arm_hash(arm, base), "code": base[:8]}
 
 # ---- One run, in a process of its own --------------------------------------------------
 
@@ -137,33 +122,30 @@ def made_data(flags: str, scratch: Path) -> Path:
         half = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(half, ignore_errors=True)
         command = [sys.executable, MAKER, "--only", "data", *flags.split(), "--out", half]
-        if subprocess.run(command).returncode != 0:
-            raise SystemExit("make_samples.py failed; see above")
+        subprocess.run(command, check=True)
         os.replace(half, folder)
     return folder
 
-def start_fork(path: str, commands: list[list[str]], dry: bool = False) -> None:
-    """What `python PATH FLAGS` does; with several commands, perl.main() once for each; dry:
-    only the flags are read. Exits if the file sets a name that perl.py does not have, because
-    nothing would use it."""
-    known, main, called = set(vars(perl)), perl.main, []
+def start_fork(path: str, commands: list[list[str]], main: Callable) -> None:
+    """What `python PATH FLAGS` does; with several commands, main() once for each. main:
+    perl.main, or parse_config to read the flags only. Exits if the file sets a name that
+    perl.py does not have, because nothing would use it."""
+    known, called = set(vars(perl)), []
 
     def checked_main(own_flags=None):
-        for name in sorted(vars(perl).keys() - known):
-            raise SystemExit(f"{path} sets perl.{name}, which perl.py does not have"
-                             f"{perl.nearest(name, known)}")
+        unknown = ", ".join(sorted(vars(perl).keys() - known))
+        perl.check(not unknown, f"{path} sets what perl.py does not have: {unknown}")
         called.append(path)
-        # One command is in sys.argv, from which the fork may have taken flags of its own.
-        for flags in [own_flags] if len(commands) == 1 else commands:
-            (perl.parse_config if dry else main)(flags)
+        # The first command is in sys.argv, from which the fork may have taken its own flags.
+        main(own_flags)
+        for flags in commands[1:]:
+            main(flags)
 
-    perl.main, sys.argv = checked_main, [path, *perl.flatten(commands[:1])]
+    perl.main, sys.argv = checked_main, [path, *commands[0]]
     # As with `python PATH`, the file can import modules that lie beside it.
     sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(path, run_name="__main__")
-    if not called:
-        raise SystemExit(f"{path} does not call perl.main(): a fork does `import perl`, "
-                         "replaces functions of it, and calls perl.main()")
+    perl.check(called, f"{path} does not call perl.main()")
 
 # What a fork may replace, but what is measured must not depend on.
 MEASURING = ("grade", "distinct_orders", "all_orders", "generate", "sample_groups")
@@ -183,7 +165,7 @@ def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
     with open(f"{out}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             if arm.fork:
-                start_fork(arm.fork, commands)
+                start_fork(arm.fork, commands, perl.main)
             else:
                 for flags in commands:
                     perl.main(flags)
@@ -199,8 +181,8 @@ def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
             path = made_data(MORE_IMAGES, scratch) / "test.jsonl"
             for key, value in measure(checkpoint, path, 24, max_new_tokens=96).items():
                 line[f"more_{key}"] = value
-    if heading(name, arm, seed)["hash"] != line["hash"]:
-        raise RuntimeError("code or data changed during the run")
+    is_same = heading(name, arm, seed)["hash"] == line["hash"]
+    perl.check(is_same, "code or data changed during the run")
     for weights in [*out.glob("stage*/checkpoint-*"), *out.glob("stage*/best")]:
         shutil.rmtree(weights)
     return line | {"cpu_seconds": round(time.process_time(), 1)}
@@ -209,7 +191,7 @@ def read_run(out: Path) -> dict:
     """From metrics.jsonl: evaluations [step, accuracy, worst order, bias]; shares of groups
     trained on and of groups with a gradient, and of these, what perl.py's metrics of that name
     say; seconds of sampling and updates."""
-    curve, steps, seconds, drawn, kept, shares = [], 0, 0.0, 0, 0, Counter()
+    curve, steps, total = [], 0, Counter()
     for path in sorted(out.glob("stage[12]/metrics.jsonl")):
         for row in perl.read_lines(path):
             if "eval_accuracy" in row:
@@ -217,43 +199,40 @@ def read_run(out: Path) -> dict:
                     row["eval_accuracy"], row["eval_worst"], row["eval_bias"])])
             if row["step"] == 0:
                 continue
+            steps += 1
             # Steps of the online filter draw more groups than others, so they count more.
             groups = row["kept"] + row["dropped"]
-            drawn, kept, steps = drawn + groups, kept + row["kept"], steps + 1
             with_gradient = groups * row["with_gradient"]
-            shares["with_gradient"] += with_gradient
-            for name in ("equal_as_given", "by_permutation"):
-                shares[name] += with_gradient * row[name]
-            seconds += row["seconds_sample"] + row["seconds_update"]
-    if not steps:
-        raise RuntimeError("no step of training: the last stage must be 1 or 2")
-    of_these = max(shares["with_gradient"], 1)
-    return {"steps": steps, "curve": curve, "kept": round(kept / drawn, 4),
-            "with_gradient": round(shares["with_gradient"] / drawn, 4),
-            "equal_as_given": round(shares["equal_as_given"] / of_these, 4),
-            "by_permutation": round(shares["by_permutation"] / of_these, 4),
-            "training_seconds": round(seconds, 1)}
+            total.update(groups=groups, kept=row["kept"], with_gradient=with_gradient,
+                         equal_as_given=with_gradient * row["equal_as_given"],
+                         by_permutation=with_gradient * row["by_permutation"],
+                         seconds=row["seconds_sample"] + row["seconds_update"])
+    perl.check(steps, "no step of training: the last stage must be 1 or 2")
+    of_these = max(total["with_gradient"], 1)
+    return {"steps": steps, "curve": curve, "kept": round(total["kept"] / total["groups"], 4),
+            "with_gradient": round(total["with_gradient"] / total["groups"], 4),
+            "equal_as_given": round(total["equal_as_given"] / of_these, 4),
+            "by_permutation": round(total["by_permutation"] / of_these, 4),
+            "training_seconds": round(total["seconds"], 1)}
 
 # ---- All runs, in a pool of processes --------------------------------------------------
 
-# Fresh processes, one for each task, so that no task sees what another did to its process.
-fresh_processes = functools.partial(
-    ProcessPoolExecutor, mp_context=get_context("forkserver"), max_tasks_per_child=1)
+def fresh_processes(jobs: int) -> ProcessPoolExecutor:
+    """One for each task, so that no task sees what another did to its process."""
+    return ProcessPoolExecutor(jobs, get_context("forkserver"), max_tasks_per_child=1)
 
 def missing_runs(arms: dict[str, Arm], seeds: list[int], lines: list[dict]) -> list[tuple]:
     """(name, arm, seed) of the runs that no line has, in the order to run them."""
-    done, first, others = set(), [], []
-    for line in lines:
-        if "failed" not in line:
-            done.add((line["arm"], line["hash"], line["seed"]))
-    hashes = hashes_of(arms)
+    base, missing = base_hash(), []
+    hashes = {name: arm_hash(arm, base) for name, arm in arms.items()}
+    done = {(line["arm"], line["hash"], line["seed"]) for line in lines if "failed" not in line}
     # Seed by seed, so that an interrupted ablation leaves pairs to compare.
     for seed in seeds:
         for name, arm in arms.items():
             is_due = arm.stages or seed == 0  # the start model has no seeds
             if is_due and (name, hashes[name], seed) not in done:
-                (first if name in FIRST else others).append((name, arm, seed))
-    return first + others
+                missing.append((name, arm, seed))
+    return missing
 
 def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> int:
     """Run these, `jobs` at a time. A run that failed gets a line that says why. Returns how
@@ -262,8 +241,10 @@ def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> int:
     scratch.mkdir(parents=True, exist_ok=True)
     # Data before the pool starts: several runs need the same.
     for _, arm, _ in missing:
-        for flags in filter(None, (arm.data, arm.more_images and MORE_IMAGES)):
-            made_data(flags, scratch)
+        if arm.data:
+            made_data(arm.data, scratch)
+        if arm.more_images:
+            made_data(MORE_IMAGES, scratch)
     print(f"{len(missing)} runs are missing", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: each has one core
     with fresh_processes(jobs) as pool:
@@ -275,7 +256,7 @@ def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> int:
                 if error:
                     n_failed += 1
                     line = heading(name, arm, seed) | {"failed": f"{type(error).__name__}: {error}"}
-                    said = f"{line['failed']}; see its .log in {scratch}; run it again to retry"
+                    said = f"{line['failed']}; see its .log in {scratch}"
                 else:
                     line = future.result()
                     said = f"worst order {line['all'][WORST]:.3f}"
@@ -295,16 +276,15 @@ def results(line: dict) -> dict:
     return {name: value for name, value in line.items()
             if name not in ("hash", "code", "ran_on", "cpu_seconds", "training_seconds")}
 
-def recheck(jobs: int, path: Path, scratch: Path) -> int:
+def recheck(jobs: int, path: Path, scratch: Path) -> None:
     """Run seed 0 of every arm on the present code. An arm whose numbers are those of the older
-    code with most runs keeps its other seeds. Returns how many runs failed."""
+    code with most runs keeps its other seeds."""
     now, lines = base_hash()[:8], perl.read_lines(path)
     older = {code: last for code, last in last_lines(lines).items() if code != now}
     perl.check(older, f"{path} has no runs of older code to compare with")
     old = max(older.values(), key=len)
     n_failed = run_all(missing_runs(ARMS, [0], lines), jobs, path, scratch)
-    if n_failed:
-        return n_failed
+    perl.check(n_failed == 0, f"{n_failed} runs failed")
     new = last_lines(perl.read_lines(path)).get(now, {})
     kept = list(new.values())
     for (name, seed), line in old.items():
@@ -316,7 +296,6 @@ def recheck(jobs: int, path: Path, scratch: Path) -> int:
             kept.append(line | {"hash": again["hash"], "code": now, "ran_on": ran_on})
     # Runs of older code would only stand beside those that now count.
     perl.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return 0
 
 # ---- Tables ----------------------------------------------------------------------------
 
@@ -325,10 +304,8 @@ ACCURACY, WORST, BIAS = 0, 1, 2
 
 def difference(ours: dict, theirs: dict, column: int, part: str = "all") -> list[float]:
     """A measure of an arm minus that of another, in percent, for each seed of both."""
-    values = []
-    for seed in sorted(ours.keys() & theirs.keys()):
-        values.append(100 * (ours[seed][part][column] - theirs[seed][part][column]))
-    return values
+    seeds = sorted(ours.keys() & theirs.keys())
+    return [100 * (ours[seed][part][column] - theirs[seed][part][column]) for seed in seeds]
 
 def differences_from_perl(runs: dict) -> dict[tuple, list[float]]:
     """(arm, measure) -> difference by seed from PeRL with the same data and budget."""
@@ -379,11 +356,10 @@ SHARES_OF_GROUPS = {"groups trained on": "kept", "with a gradient": "with_gradie
 BY_SHARE = [f"{kind}-{share}".removesuffix("-0.95") for share in SHARES
             for kind in ("perl", "grpo")]
 IMAGES = ("start", "perl-images", "grpo-images")
-# Marker in a README -> arms (none: those that differ from PeRL in one thing), part of a
-# run's line, columns.
+# Marker in a README -> arms (none: arms_table chooses), part of a run's line, columns.
 TABLES = {
     "main": ((*MAIN, "perl-120", "grpo-120"), "all",
-             (*ALL[:5], ALL[6], "with a gradient")),
+             ("arm", "seeds", *MEASURES, "worst order minus PeRL's", "with a gradient")),
     "positions": (MAIN, "all", ("arm", "by position")),
     "arms": ((), "all", (*ALL, *SHARES_OF_GROUPS)),
     "forks": ((), "all", (*ALL, "worst order minus GRPO's")),
@@ -413,32 +389,33 @@ def cells_of(runs: dict, name: str, part: str, survivors: list) -> dict[str, str
 
 def arms_table(runs: dict, which: str) -> str:
     names, part, heads = TABLES[which]
-    rows = [list(heads)]
+    if which == "arms":
+        names = [name for name in runs if name in MAIN or arm_of(name).rival == "perl"]
+    elif which == "forks":
+        names = [name for name in runs if name in MAIN or name not in ARMS]
     # Holm's correction is for the tests that `arms` and `shares` show, on all questions.
     survivors = holm(differences_from_perl(runs)) if part == "all" else []
-    for name in names or runs:
-        # Without names: PeRL, and the arms to compare with it.
-        is_listed = name in names or name in MAIN or arm_of(name).rival == "perl"
-        if which == "forks":
-            is_listed = name in MAIN or name not in ARMS
-        if is_listed and part in next(iter(runs.get(name, {0: {}}).values())):
+    rows = [list(heads)]
+    for name in names:
+        if name in runs:
             cells = cells_of(runs, name, part, survivors)
             rows.append([cells[head] for head in heads])
     return table(rows) if len(rows) > 1 else NOT_RUN
 
 def longer_table(runs: dict) -> str:
-    """Worst order over the steps of the longer budget."""
+    """Worst order over the steps of the longer budget, of the seeds that both arms have."""
     ours, theirs = runs.get("perl-120", {}), runs.get("grpo-120", {})
-    rows, by_step = [["step", "seeds", "PeRL", "plain GRPO", "PeRL minus plain GRPO"]], {}
-    for seed in sorted(ours.keys() & theirs.keys()):
-        for point, other in zip(ours[seed]["curve"], theirs[seed]["curve"]):
-            worst, others_worst = 100 * point[1 + WORST], 100 * other[1 + WORST]
-            pair = worst, others_worst, worst - others_worst
-            by_step.setdefault(point[0], []).append(pair)
-    for step, pairs in by_step.items():
-        perl_worst, grpo_worst, gaps = zip(*pairs)
-        rows.append([step, len(pairs), shown(perl_worst), shown(grpo_worst), shown(gaps, "+")])
-    return table(rows) if by_step else NOT_RUN
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return NOT_RUN
+    rows = [["step", "seeds", "PeRL", "plain GRPO", "PeRL minus plain GRPO"]]
+    for k, point in enumerate(ours[seeds[0]]["curve"]):
+        perl_worst = [100 * ours[seed]["curve"][k][1 + WORST] for seed in seeds]
+        grpo_worst = [100 * theirs[seed]["curve"][k][1 + WORST] for seed in seeds]
+        gaps = [worst - other for worst, other in zip(perl_worst, grpo_worst)]
+        rows.append([point[0], len(seeds), shown(perl_worst), shown(grpo_worst),
+                     shown(gaps, "+")])
+    return table(rows)
 
 def holm_text(runs: dict) -> str:
     """Which differences from PeRL the correction leaves, in sentences."""
@@ -461,21 +438,21 @@ def holm_text(runs: dict) -> str:
 
 def runs_text(code: str, last: dict[tuple, dict]) -> str:
     """Which code the runs are of, how many there are, and which failed."""
-    failed, n_missing, n_all, older = [], 0, 0, Counter()
+    older = Counter(line["ran_on"] for line in last.values() if "ran_on" in line)
+    failed, wanted = [], []
     for (name, seed), line in sorted(last.items()):
-        older.update([line["ran_on"]] if "ran_on" in line else [])
         if "failed" in line:
             failed.append(f"{name}, seed {seed} ({line['failed']})")
     for name, arm in ARMS.items():
-        for seed in range(8 if arm.stages else 1):
-            n_all, n_missing = n_all + 1, n_missing + ((name, seed) not in last)
+        wanted += [(name, seed) for seed in range(8 if arm.stages else 1)]
+    missing = [run for run in wanted if run not in last]
     text = f"{len(last) - len(failed)} runs of perl.py {code}. "
     if older:
         forms = ", ".join(f"{count} on {ran_on}" for ran_on, count in older.items())
         text += (f"{older.total()} of them ran on older forms of the code ({forms}), and count "
                  "because seed 0 of their arm gave equal numbers on the present one. ")
-    return (f"{text}Failed: {'; '.join(failed) or 'none'}. Of {n_all} runs (every arm, 8 seeds), "
-            f"{n_missing} have not been started.\n")
+    return (f"{text}Failed: {'; '.join(failed) or 'none'}. Of {len(wanted)} runs (every arm, 8 "
+            f"seeds), {len(missing)} have not been started.\n")
 
 def all_tables(code: str, last: dict[tuple, dict]) -> dict[str, str]:
     """What stands between the markers of the READMEs."""
@@ -487,7 +464,6 @@ def all_tables(code: str, last: dict[tuple, dict]) -> dict[str, str]:
 def write_tables(path: Path, texts: dict[str, str]) -> None:
     """Replace what stands between <!-- table: NAME --> and <!-- /table --> in a file."""
     def filled(marked: re.Match) -> str:
-        perl.check(marked[1] in texts, f"{path}: no table {marked[1]}, only {sorted(texts)}")
         return f"<!-- table: {marked[1]} -->\n{texts[marked[1]]}<!-- /table -->"
 
     text = path.read_text(encoding="utf-8")
@@ -500,16 +476,14 @@ def seeds_of(text: str) -> list[int]:
     """"0-7" or "3" -> seeds."""
     first, _, last = text.partition("-")
     seeds = list(range(int(first), int(last or first) + 1))
-    if not seeds:
-        raise ValueError(f"{text}: the last seed is below the first")
+    perl.check(seeds, f"{text}: the last seed is below the first")
     return seeds
 
-def fork_arm(parser, path: str, flags: str) -> dict[str, Arm]:
+def fork_arm(path: str, flags: str) -> dict[str, Arm]:
     """The arms of --fork: PeRL and plain GRPO, and the user's."""
-    if not Path(path).is_file():
-        parser.error(f"--fork {path}: there is no such file")
+    perl.check(Path(path).is_file(), f"--fork {path}: there is no such file")
     with fresh_processes(1) as pool:  # misspelt names and flags, before anything runs
-        pool.submit(start_fork, path, [shlex.split(flags)], True).result()
+        pool.submit(start_fork, path, [shlex.split(flags)], perl.parse_config).result()
     arm = Arm(path, (flags,), fork=str(Path(path).resolve()))
     name = f"{path} {flags}".strip()
     return {"perl": ARMS["perl"], "grpo": ARMS["grpo"], name: arm}
@@ -518,7 +492,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--jobs", type=int, default=2, help="runs at a time, one core each [2]")
-    add("--short", action="store_true", help="PeRL and plain GRPO, 3 seeds")
     add("--arms", default=",".join(ARMS), help="some of %(default)s")
     add("--seeds", type=seeds_of, default=seeds_of("0-7"), help="A-B [0-7]")
     add("--fork", help="compare a file that replaces functions of perl.py")
@@ -532,56 +505,42 @@ def main(argv: list[str] | None = None) -> None:
     add("--image-tokens", type=int, default=256, help="--cost: tokens of each image")
     add("--text-tokens", type=int, default=64, help="--cost: other tokens of the prompt")
     args, perl_flags = parser.parse_known_args(argv)
-    scratch, names, new_lines = args.scratch.resolve(), args.arms.split(","), args.lines
-    if not set(names) <= set(ARMS):
-        parser.error(f"--arms: some of {', '.join(ARMS)}")
     if args.cost:
         return cost([args.images, args.image_tokens, args.text_tokens], perl_flags)
-    if perl_flags:
-        parser.error(f"unknown: {' '.join(perl_flags)}")
-    if args.short:
-        names, args.seeds = MAIN, [0, 1, 2]
+    perl.check(not perl_flags, f"unknown: {' '.join(perl_flags)}")
+    names, scratch, files = args.arms.split(","), args.scratch.resolve(), [args.lines]
+    perl.check(set(names) <= set(ARMS), f"--arms: some of {', '.join(ARMS)}")
     arms = {name: ARMS[name] for name in ARMS if name in names}
     if args.fork:
-        arms, new_lines = fork_arm(parser, args.fork, args.flags), scratch / "forks.jsonl"
-    files, n_failed = dict.fromkeys((args.lines, new_lines)), 0
+        arms = fork_arm(args.fork, args.flags)
+        files.append(scratch / "forks.jsonl")
+    n_failed = 0
     if args.recheck:
-        n_failed = recheck(args.jobs, args.lines, scratch)
+        recheck(args.jobs, args.lines, scratch)
     elif not args.tables:
-        lines = perl.flatten(map(perl.read_lines, files))
-        missing = missing_runs(arms, args.seeds, lines)
-        n_failed = run_all(missing, args.jobs, new_lines, scratch)
-    lines = perl.flatten(map(perl.read_lines, files))
+        missing = missing_runs(arms, args.seeds, perl.flatten(map(perl.read_lines, files)))
+        n_failed = run_all(missing, args.jobs, files[-1], scratch)
+    base, lines = base_hash(), perl.flatten(map(perl.read_lines, files))
     # If an arm was changed and changed back, its present form counts.
-    present = hashes_of(arms).values()
-    show(sorted(lines, key=lambda line: line["hash"] in present), args)
-    if n_failed:
-        raise SystemExit(f"{n_failed} runs failed")
+    present = [arm_hash(arm, base) for arm in arms.values()]
+    lines.sort(key=lambda line: line["hash"] in present)
+    show(last_lines(lines), base[:8], args)
+    perl.check(n_failed == 0, f"{n_failed} runs failed")
 
-def show(lines: list[dict], args) -> None:
-    """Print what the lines say, separately for each code. Update the figure, and with --tables
-    the READMEs: both are of the code with most runs."""
-    by_code, now = last_lines(lines), base_hash()[:8]
-    # A few runs of changed code must not replace complete tables.
-    most = ""
+def show(by_code: dict[str, dict], now: str, args) -> None:
+    """Print the tables, separately for each code; with --fork, only the one that compares.
+    Update the figure, and with --tables the READMEs: both are of the code with most runs."""
     for code, last in by_code.items():
-        if len(last) >= len(by_code.get(most, ())):
-            most = code
-    for code, last in by_code.items():
-        texts = all_tables(code, last)
         of = "" if code == now else "another perl.py or other data: "
-        summary = texts.pop("runs")
-        if args.fork:  # the arms that were not run are of no interest
-            summary = summary.partition(" Of ")[0]
-        print(f"\n{of}{summary}")
-        # Of results to compare with, only the part that compares is printed.
+        texts = all_tables(code, last)
+        print(f"\n{of}{texts.pop('runs')}")
         if args.fork:
             texts = {"forks": arms_table(by_arm(last), "forks")}
-        elif code != most:
-            texts = {"arms": texts["arms"]}
         for name, text in texts.items():
             print(f"{name}:\n{text}")
-    if most and not args.fork:
+    if by_code and not args.fork:
+        # A few runs of changed code must not replace complete tables.
+        most = max(reversed(by_code), key=lambda code: len(by_code[code]))
         draw(by_arm(by_code[most]), SHARES, args.lines.with_suffix(".png"))
         if args.tables and args.lines == LINES:
             texts = all_tables(most, by_code[most])

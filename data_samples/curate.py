@@ -30,12 +30,13 @@ import sys
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from itertools import chain
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
+from huggingface_hub import snapshot_download
 from PIL import Image
+from pyarrow import parquet
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -79,21 +80,14 @@ def parse_source(text: str) -> Source:
     raise SystemExit(f"{text}: a source is mantis:CONFIG, mmk12 or OWNER/NAME on the Hub, "
                      "and perhaps =N, the most questions to keep of it")
 
-def needed(module: str):
-    """Import a package that only some commands need."""
-    try:
-        return __import__(module, fromlist=["*"])
-    except ImportError:
-        raise SystemExit(f"this needs: pip install {module.split('.')[0]}") from None
-
 def find_folder(source: Source, data_dir: str) -> Path:
     """The folder of a source's train files: in a local copy, or downloaded."""
     folder = Path(data_dir, source.hub.split("/")[1])
     if not data_dir:
         wanted = f"{source.config}/train*" if source.config else "*train*.parquet"
         try:
-            folder = Path(needed("huggingface_hub").snapshot_download(
-                source.hub, repo_type="dataset", allow_patterns=[wanted]))
+            folder = Path(snapshot_download(source.hub, repo_type="dataset",
+                                            allow_patterns=[wanted]))
         except OSError as error:
             raise SystemExit(f"could not load {source.hub}; try --data-dir ({error})") from None
     folder = folder / source.config
@@ -101,14 +95,11 @@ def find_folder(source: Source, data_dir: str) -> Path:
         raise SystemExit(f"no train*.parquet in {folder}")
     return folder
 
-def count_rows(files: list[Path]) -> int:
-    parquet = needed("pyarrow.parquet")
-    return sum(parquet.ParquetFile(path).metadata.num_rows for path in files)
-
-def read_table(path: Path) -> Iterator[dict]:
-    """Rows of a parquet file, a few at a time because they contain images."""
-    for batch in needed("pyarrow.parquet").ParquetFile(path).iter_batches(batch_size=32):
-        yield from batch.to_pylist()
+def read_tables(files: list[Path]) -> Iterator[dict]:
+    """Rows of parquet files, a few at a time because they contain images."""
+    for path in files:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=32):
+            yield from batch.to_pylist()
 
 @functools.lru_cache(maxsize=None)  # opening a zip reads the list of all its members
 def open_zip(path: str) -> zipfile.ZipFile:
@@ -231,21 +222,21 @@ def store_image(content: bytes, out: Path) -> tuple[str, int | None]:
     return str(target.relative_to(out)), near_hash(picture)
 
 class NearIndex:
-    """Finds an earlier hash that differs in at most NEAR_BITS bits."""
+    """The hashes so far of which no two differ in at most NEAR_BITS bits."""
     def __init__(self):
         # Cut into NEAR_BITS + 1 bands, two such hashes are equal in at least one band.
         self.bands = defaultdict(list)
 
-    def find(self, bits: int) -> int | None:
-        for band in range(NEAR_BITS + 1):
-            for other in self.bands[band, bits >> 16 * band & 0xFFFF]:
+    def find_or_add(self, bits: int) -> int:
+        """An earlier hash that differs in at most NEAR_BITS bits, or this one, which is added."""
+        bands = [(band, bits >> 16 * band & 0xFFFF) for band in range(NEAR_BITS + 1)]
+        for band in bands:
+            for other in self.bands[band]:
                 if (bits ^ other).bit_count() <= NEAR_BITS:
                     return other
-        return None
-
-    def add(self, bits: int) -> None:
-        for band in range(NEAR_BITS + 1):
-            self.bands[band, bits >> 16 * band & 0xFFFF].append(bits)
+        for band in bands:
+            self.bands[band].append(bits)
+        return bits
 
 # ---- Golds: answers that a correct response can match ----------------------------------
 
@@ -399,8 +390,9 @@ def take_in(source: Source, args, work: Path) -> list[dict]:
     write_rows(log, logged)  # without a last line that a kill tore
     known = {record["sample"]["id"]: record for record in logged}
     files = sorted(folder.rglob("train*.parquet"))
-    waiting, records = list(range(1, count_rows(files) + 1)), {}
-    limit = source.limit or len(waiting)
+    n_rows = sum(parquet.ParquetFile(path).metadata.num_rows for path in files)
+    waiting, records = list(range(1, n_rows + 1)), {}
+    limit = source.limit or n_rows
     if source.limit:
         random.Random(source.name).shuffle(waiting)
     # With a limit, random rows are taken in rounds: as many as questions are still missing,
@@ -408,7 +400,7 @@ def take_in(source: Source, args, work: Path) -> list[dict]:
     while waiting and len(kept(records.values())) < limit:
         missing = limit - len(kept(records.values()))
         chosen, waiting = set(waiting[:missing]), waiting[missing:]
-        for number, row in enumerate(chain.from_iterable(map(read_table, files)), 1):
+        for number, row in enumerate(read_tables(files), 1):
             if number not in chosen:
                 continue
             name = f"{source.name}-{number:07d}"  # rows keep their number over all files
@@ -449,7 +441,7 @@ def benchmark_leaves(folder: Path) -> Iterator[str | bytes]:
     """The texts and images of a folder: parquet, JSON and JSONL rows, image files, zips."""
     for path in sorted(folder.rglob("*.*")):
         if path.suffix == ".parquet":
-            for row in read_table(path):
+            for row in read_tables([path]):
                 yield from leaves(row)
         elif path.suffix in (".json", ".jsonl"):
             text = path.read_text(encoding="utf-8")
@@ -535,33 +527,27 @@ def drop_duplicates(records: list[dict]) -> None:
     for record in records:
         pictures = []
         for path, bits in zip(record["sample"]["images"], record["hashes"]):
-            known = None if bits is None else near.find(bits)
-            if bits is not None and known is None:
-                near.add(bits)
-                first_path[bits] = path
-                known = bits
-            pictures.append(first_path.get(known, path))
+            if bits is not None:
+                path = first_path.setdefault(near.find_or_add(bits), path)
+            pictures.append(path)
         groups[tuple(pictures)].append(record)
     for group in groups.values():
         drop_in_group(group)
 
 def drop_in_group(group: list[dict]) -> None:
     """Of duplicates the first stays. All versions of a question with two answers go."""
-    texts, answers = [], defaultdict(set)
+    answers, stay = defaultdict(set), defaultdict(list)  # text: answers; answer: texts
     for record in group:
-        texts.append(words_of(record["sample"]["question"]))
-        answers[texts[-1]].add(record["sample"]["answer"])
-    for k, record in enumerate(group):
-        likeness = 0.0
-        for j, other in enumerate(group[:k]):
-            same_answer = other["sample"]["answer"] == record["sample"]["answer"]
-            if same_answer and "rule" not in other:
-                ratio = difflib.SequenceMatcher(None, texts[k], texts[j]).ratio()
-                likeness = max(likeness, ratio)
-        if len(answers[texts[k]]) > 1:
+        answers[words_of(record["sample"]["question"])].add(record["sample"]["answer"])
+    for record in group:
+        text, answer = words_of(record["sample"]["question"]), record["sample"]["answer"]
+        ratios = [difflib.SequenceMatcher(None, text, other).ratio() for other in stay[answer]]
+        if len(answers[text]) > 1:
             record["rule"] = "one question with several answers"
-        elif likeness >= NEAR_TEXT:
-            record["rule"] = "duplicate" if likeness == 1 else "near duplicate"
+        elif max(ratios, default=0) >= NEAR_TEXT:
+            record["rule"] = "duplicate" if max(ratios) == 1 else "near duplicate"
+        else:
+            stay[answer].append(text)
 
 # ---- The label rules, measured ---------------------------------------------------------
 
@@ -645,8 +631,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.score_labels and not (args.sources and args.out):
         parser.error("name a source and --out DIR")
-    if args.hold_out < 0:
-        parser.error("--hold-out must be 0 or more")
     return args
 
 def open_work(args) -> Path:

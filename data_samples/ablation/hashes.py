@@ -3,6 +3,17 @@ import ast
 import hashlib
 from pathlib import Path
 
+import perl
+
+HERE = Path(__file__).resolve().parent
+
+def base_hash() -> str:
+    """Of what all arms share: perl.py, how it is measured, the samples, the start model."""
+    parts = [code_hash(perl.__file__), code_hash(HERE / "measure.py")]
+    for pattern in ("train.jsonl", "test.jsonl", "images/*", "tiny/*"):
+        for path in sorted(HERE.parent.glob(pattern)):
+            parts += [path.name, path.read_bytes()]
+    return hash_of(*parts)
 
 def syntax(node) -> str:
     """A syntax tree as text, without docstrings and line numbers."""
