@@ -631,6 +631,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.score_labels and not (args.sources and args.out):
         parser.error("name a source and --out DIR")
+    if args.hold_out < 0:
+        parser.error("--hold-out must be 0 or more")
     return args
 
 def open_work(args) -> Path:
