@@ -22,7 +22,7 @@ stage 1's policy, with alpha 0 and the online filter. The two stages are our cho
 
 Where this departs from the authors' code:
   - the standard deviation is the population's, as in the paper;
-  - the data say how an answer moves (`order_rule`); questions with "left" stay unpermuted;
+  - the data say how an answer moves (`order_rule`); rule `never` keeps the images in place;
   - permutations are distinct, and come from one random generator per run;
   - a group of equal rewards is left out of the loss, its KL included;
   - the number of updates per step does not grow with n_s;
@@ -39,6 +39,7 @@ prompts; L tokens of a prompt, T of a response, S of a row; D width, V vocabular
 heads and h key heads, each d wide.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -139,7 +140,7 @@ class Config:
     temperature: float = setting(1.0, "of sampling, and of the loss's log-probabilities")
     # Memory and speed: they change rounding and random draws, not the method
     share: bool = setting(True, "compute once what rollouts have in common")
-    # If these two keep their default, a GPU with too little memory gets less of both.
+    # At their defaults, both are lowered on a GPU with too little memory.
     rollout_batch: int = setting(384, "sequences sampled at a time; at least n")
     max_tokens_per_micro_batch: int = setting(16384, "tokens of a training pass")
     gradient_checkpointing: bool = setting(True, "recompute activations to save memory")
@@ -195,7 +196,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 def nearest(name: str, known) -> str:
-    """The end of an error message: the known name that a misspelt one is close to."""
+    """Suffix of an error message: the known name that is closest to a misspelt one."""
     found = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -247,7 +248,7 @@ def resumed_config(typed: dict) -> Config:
     return dataclasses.replace(saved, **typed | {"resume": str(folder)})
 
 def stage_folder(path: str | Path) -> Path:
-    """A run folder, or an OUT (its stage begun last) -> the run folder."""
+    """A run folder, or OUT -> the run folder; of OUT, the stage that was started last."""
     runs = [*Path(path).glob("started"), *Path(path).glob("stage[0-2]/started")]
     check(runs, f"{path} is not a run folder, such as runs/tiny-seed0/stage1")
     return max(runs, key=os.path.getmtime).parent
@@ -438,7 +439,7 @@ class Picture:
     """An image as the vision tower reads it; one object for all orders and rollouts."""
     pixels: Tensor  # (patches, channels * frames * patch size ** 2)
     grid: Tensor    # (1, 3): time, height and width in patches
-    tokens: int     # its places in the prompt, one for 2 x 2 patches
+    tokens: int     # its tokens in the prompt, one per 2 x 2 patches
 
 @dataclass
 class Prompt:
@@ -484,7 +485,7 @@ def load_processor(name: str, cfg) -> SimpleNamespace:
         banned_ids=tokenizer.convert_tokens_to_ids(BANNED_TOKENS))
 
 def torch_dtype(cfg) -> torch.dtype:
-    """Of the weights."""
+    """Data type of the weights."""
     return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
 
 def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedModel:
@@ -493,7 +494,7 @@ def load_model(name: str, cfg, device: torch.device) -> transformers.PreTrainedM
         FAMILY_MODEL, name, dtype=torch_dtype(cfg), device_map={"": device}, use_safetensors=True,
         output_loading_info=True, ignore_mismatched_sizes=True,
         attn_implementation="shared_prompt")
-    # The library would use random numbers for them.
+    # transformers would fill these with random numbers.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         check(not report[kind], f"{name}: {kind} {sorted(report[kind])[:1]}")
     is_tied = model.lm_head.weight is model.get_input_embeddings().weight
@@ -631,7 +632,7 @@ def seed_sampling(cfg, step: int, accelerator) -> None:
 def generate(model, processor, prompts: list[Prompt], n: int, cfg, *,
              greedy: bool = False) -> list[list[list[int]]]:
     """n responses to each prompt, in the prompts' order. Rows are decoded a stretch (1/16 of
-    the limit) at a time; finished rows then make room. Without sharing, a stretch is all."""
+    the limit) at a time; finished rows then make room. Without sharing, one stretch is all."""
     model.eval()  # train mode with checkpointing would switch the KV cache off
     sampling = transformers.GenerationConfig(
         max_new_tokens=math.ceil(cfg.max_new_tokens / 16) if cfg.share else cfg.max_new_tokens,
@@ -803,7 +804,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | N
                   "clipped": float(is_clipped.sum())}
 
 def loss_denominator(rollouts: list[Rollout]) -> int:
-    """The part of these rollouts in the divisor of the loss: their tokens."""
+    """These rollouts' share of the loss denominator: their tokens."""
     return sum(len(rollout.ids) for rollout in rollouts)
 
 def response_logprobs(model, processor, rollouts: list[Rollout], cfg) -> tuple:
@@ -1025,7 +1026,7 @@ def train(cfg, processor, questions: list, held_out: list, accelerator) -> None:
     if resumed:
         progress = load_progress(resumed, questions)
     accelerator.print(f"start model: {progress.start}")
-    # With LoRA the weights stay the start model's: the optimizer's state has the rest.
+    # With LoRA, load the start model: the adapters are in the optimizer's state.
     weights = str(resumed) if resumed and not cfg.lora_rank else progress.start
     model, reference = load_model(weights, cfg, accelerator.device), None
     if cfg.lora_rank:
@@ -1182,18 +1183,25 @@ def log_group(path: Path, step: int, group: list[Rollout], show: bool = False) -
         print(f"  {asked.id} in order {r.order}: {asked.question}\n  > {r.text}\n  "
               f"gold {r.gold} | reward {r.reward:.1f} advantage {r.advantage:+.2f}")
 
-def open_run(cfg, accelerator):
-    """Make the run folder, with config.json and the code. Returns a lock of OUT to close: two
-    runs at once would write into each other's files."""
-    folder, out = cfg.folder, cfg.folder.parent
+@contextlib.contextmanager
+def only_run_in(out: Path, accelerator):
+    """Lock a folder of stages: two runs at once would write into each other's files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
+        lock = os.open(out, os.O_RDONLY)
         if accelerator.is_main_process:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         busy = "another run is at work there" if type(error) is BlockingIOError else error
         raise UserError(f"cannot run in {out} (--out): {busy}") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+def open_run(cfg, accelerator) -> None:
+    """Make the run folder, with config.json and the code."""
+    folder = cfg.folder
     if accelerator.is_main_process and not cfg.resume:
         # An earlier run is renamed stage1-1, stage1-2 and so on: nothing is lost.
         number = 1
@@ -1210,7 +1218,6 @@ def open_run(cfg, accelerator):
     if accelerator.is_main_process:  # on --resume too: --steps may have changed
         write_atomic(folder / "config.json", json.dumps(vars(cfg) | {"resume": ""}, indent=1))
     accelerator.wait_for_everyone()
-    return lock
 
 def kept_questions(cfg, questions: list[Sample]) -> list[Sample]:
     """With --filter offline, the questions that stage 0 kept, if it ran in this OUT."""
@@ -1234,7 +1241,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return by_step[-1] if by_step else None
 
 def load_progress(folder: Path, questions: list[Sample]) -> Progress:
-    """Where a checkpoint's run stood. Exits if the training questions are others."""
+    """The run's progress at a checkpoint. Exits if the training questions are others."""
     state = torch.load(folder / "training_state.pt")
     check(state.pop("questions") == [question.id for question in questions],
           f"the training questions are not those of {folder}; start a new run")
@@ -1448,8 +1455,8 @@ MATH_JUDGE = MathJudge()
 # the attention that `load_model` names. --no-share is the simple, costly way.
 
 def encode_images(model, pictures: list[Picture]):
-    """The vision tower's output, as the model takes it back: the features of each picture, of
-    which none is encoded twice."""
+    """The vision tower's output, as the model takes it back: the features of each picture. Each
+    distinct picture is encoded once."""
     distinct = list(dict.fromkeys(pictures))
     pixels = torch.cat([picture.pixels for picture in distinct]).to(model.device)
     grids = torch.cat([picture.grid for picture in distinct]).to(model.device)
@@ -1484,8 +1491,8 @@ def shared_inputs(inputs: dict, segment_lengths: list, pictures: list, model) ->
     return added
 
 class SharedPromptLayer(DynamicLayer):
-    """KV cache of a layer: P prompts, and B rows of responses. Row b is number nth[b] of the n
-    to prompt of[b]. Prompts and rows are padded on the left to equal lengths."""
+    """KV cache of a layer: P prompts, and B rows of responses. Row b is response nth[b] to
+    prompt of[b]. Prompts and rows are padded on the left to equal lengths."""
     def __init__(self, read: DynamicLayer, n: int):
         super().__init__()
         self.prompts = torch.stack([read.keys, read.values])                # (2, P, h, L, d)
@@ -1504,7 +1511,7 @@ class SharedPromptLayer(DynamicLayer):
         return self.prompts.shape[3] + self.length
 
     def add(self, other) -> None:
-        """Append another layer, which has only prompts so far, and no longer ones."""
+        """Append another layer, which has only prompts so far, none longer than these."""
         self.of = torch.cat([self.of, other.of + self.prompts.shape[1]])
         self.nth = torch.cat([self.nth, other.nth])
         missing = self.prompts.shape[3] - other.prompts.shape[3]
@@ -1585,7 +1592,7 @@ def decode_attention(query: Tensor, layer: SharedPromptLayer, mask: Tensor | Non
 
 def by_prompt(x: Tensor, matrices: Tensor, layer: SharedPromptLayer) -> Tensor:
     """Rows (B, h, g, i) times their prompts' matrices (P, h, i, j) -> (B, h, g, j). The rows of
-    a prompt are one product, in which those that have left are zeros."""
+    a prompt are one product, in which finished rows are zeros."""
     places = x.new_zeros(*matrices.shape[:2], layer.n, *x.shape[2:])        # (P, h, n, g, i)
     at = (layer.of, slice(None), layer.nth)
     places[at] = x
@@ -1646,7 +1653,7 @@ class SplitAdamW:
                     self.buffer = torch.empty(weight.numel(), pin_memory=weight.is_cuda)
                 self.sums[name] = torch.zeros_like(weight, dtype=torch.float32, device="cpu")
                 weight.register_post_accumulate_grad_hook(functools.partial(self.add, name))
-            # To the process that has least.
+            # It goes to the process with the fewest numbers so far.
             owner = self.owners[name] = load.index(min(load))
             load[owner] += weight.numel()
             if owner == accelerator.process_index:
@@ -1902,7 +1909,8 @@ def main(argv: list[str] | None = None) -> None:
         show_orders(max(questions, key=count_orders), processor, cfg, accelerator)
         return
     try:
-        with open_run(cfg, accelerator):
+        with only_run_in(cfg.folder.parent, accelerator):
+            open_run(cfg, accelerator)
             cfg.optimizer_device = place  # config.json keeps what was asked for
             accelerator.init_trackers("perl", vars(cfg))
             if cfg.stage == 0:

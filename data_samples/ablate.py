@@ -75,6 +75,8 @@ ARMS = {
     "perl-images": Arm("PeRL, only questions for an image", data=ONLY_IMAGES, rival=""),
     "grpo-images": Arm("plain GRPO, only questions for an image", (GRPO,), ONLY_IMAGES,
                        rival="perl-images")}
+# They run before the others, which may never run on a small machine.
+FIRST = tuple(ARMS)
 # 0.95 is the share of data_samples/train.jsonl itself.
 for share in ("balanced", "0.5", "0.8", "1"):
     title, data = f"right image first: {share}", f"--first-share {share}"
@@ -122,7 +124,8 @@ def made_data(flags: str, scratch: Path) -> Path:
         half = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(half, ignore_errors=True)
         command = [sys.executable, MAKER, "--only", "data", *flags.split(), "--out", half]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode != 0:
+            raise SystemExit("make_samples.py failed; see above")
         os.replace(half, folder)
     return folder
 
@@ -133,19 +136,20 @@ def start_fork(path: str, commands: list[list[str]], main: Callable) -> None:
     known, called = set(vars(perl)), []
 
     def checked_main(own_flags=None):
-        unknown = ", ".join(sorted(vars(perl).keys() - known))
-        perl.check(not unknown, f"{path} sets what perl.py does not have: {unknown}")
+        for name in sorted(vars(perl).keys() - known):
+            raise SystemExit(f"{path} sets perl.{name}, which perl.py does not have"
+                             f"{perl.nearest(name, known)}")
         called.append(path)
-        # The first command is in sys.argv, from which the fork may have taken its own flags.
-        main(own_flags)
-        for flags in commands[1:]:
+        # One command is in sys.argv, from which the fork may have taken flags of its own.
+        for flags in [own_flags] if len(commands) == 1 else commands:
             main(flags)
 
     perl.main, sys.argv = checked_main, [path, *commands[0]]
     # As with `python PATH`, the file can import modules that lie beside it.
     sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(path, run_name="__main__")
-    perl.check(called, f"{path} does not call perl.main()")
+    perl.check(called, f"{path} does not call perl.main(): a fork does `import perl`, "
+               "replaces functions of it, and calls perl.main()")
 
 # What a fork may replace, but what is measured must not depend on.
 MEASURING = ("grade", "distinct_orders", "all_orders", "generate", "sample_groups")
@@ -181,8 +185,8 @@ def run(name: str, arm: Arm, seed: int, scratch: Path) -> dict:
             path = made_data(MORE_IMAGES, scratch) / "test.jsonl"
             for key, value in measure(checkpoint, path, 24, max_new_tokens=96).items():
                 line[f"more_{key}"] = value
-    is_same = heading(name, arm, seed)["hash"] == line["hash"]
-    perl.check(is_same, "code or data changed during the run")
+    if heading(name, arm, seed)["hash"] != line["hash"]:
+        raise RuntimeError("code or data changed during the run")
     for weights in [*out.glob("stage*/checkpoint-*"), *out.glob("stage*/best")]:
         shutil.rmtree(weights)
     return line | {"cpu_seconds": round(time.process_time(), 1)}
@@ -207,7 +211,8 @@ def read_run(out: Path) -> dict:
                          equal_as_given=with_gradient * row["equal_as_given"],
                          by_permutation=with_gradient * row["by_permutation"],
                          seconds=row["seconds_sample"] + row["seconds_update"])
-    perl.check(steps, "no step of training: the last stage must be 1 or 2")
+    if not steps:
+        raise RuntimeError("no step of training: the last stage must be 1 or 2")
     of_these = max(total["with_gradient"], 1)
     return {"steps": steps, "curve": curve, "kept": round(total["kept"] / total["groups"], 4),
             "with_gradient": round(total["with_gradient"] / total["groups"], 4),
@@ -223,7 +228,7 @@ def fresh_processes(jobs: int) -> ProcessPoolExecutor:
 
 def missing_runs(arms: dict[str, Arm], seeds: list[int], lines: list[dict]) -> list[tuple]:
     """(name, arm, seed) of the runs that no line has, in the order to run them."""
-    base, missing = base_hash(), []
+    base, first, others = base_hash(), [], []
     hashes = {name: arm_hash(arm, base) for name, arm in arms.items()}
     done = {(line["arm"], line["hash"], line["seed"]) for line in lines if "failed" not in line}
     # Seed by seed, so that an interrupted ablation leaves pairs to compare.
@@ -231,8 +236,8 @@ def missing_runs(arms: dict[str, Arm], seeds: list[int], lines: list[dict]) -> l
         for name, arm in arms.items():
             is_due = arm.stages or seed == 0  # the start model has no seeds
             if is_due and (name, hashes[name], seed) not in done:
-                missing.append((name, arm, seed))
-    return missing
+                (first if name in FIRST else others).append((name, arm, seed))
+    return first + others
 
 def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> int:
     """Run these, `jobs` at a time. A run that failed gets a line that says why. Returns how
@@ -256,7 +261,7 @@ def run_all(missing: list[tuple], jobs: int, path: Path, scratch: Path) -> int:
                 if error:
                     n_failed += 1
                     line = heading(name, arm, seed) | {"failed": f"{type(error).__name__}: {error}"}
-                    said = f"{line['failed']}; see its .log in {scratch}"
+                    said = f"{line['failed']}; see its .log in {scratch}; run it again to retry"
                 else:
                     line = future.result()
                     said = f"worst order {line['all'][WORST]:.3f}"
@@ -403,19 +408,18 @@ def arms_table(runs: dict, which: str) -> str:
     return table(rows) if len(rows) > 1 else NOT_RUN
 
 def longer_table(runs: dict) -> str:
-    """Worst order over the steps of the longer budget, of the seeds that both arms have."""
+    """Worst order over the steps of the longer budget."""
     ours, theirs = runs.get("perl-120", {}), runs.get("grpo-120", {})
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
-        return NOT_RUN
-    rows = [["step", "seeds", "PeRL", "plain GRPO", "PeRL minus plain GRPO"]]
-    for k, point in enumerate(ours[seeds[0]]["curve"]):
-        perl_worst = [100 * ours[seed]["curve"][k][1 + WORST] for seed in seeds]
-        grpo_worst = [100 * theirs[seed]["curve"][k][1 + WORST] for seed in seeds]
-        gaps = [worst - other for worst, other in zip(perl_worst, grpo_worst)]
-        rows.append([point[0], len(seeds), shown(perl_worst), shown(grpo_worst),
-                     shown(gaps, "+")])
-    return table(rows)
+    rows, by_step = [["step", "seeds", "PeRL", "plain GRPO", "PeRL minus plain GRPO"]], {}
+    for seed in sorted(ours.keys() & theirs.keys()):
+        for point, other in zip(ours[seed]["curve"], theirs[seed]["curve"]):
+            worst, others_worst = 100 * point[1 + WORST], 100 * other[1 + WORST]
+            pair = worst, others_worst, worst - others_worst
+            by_step.setdefault(point[0], []).append(pair)
+    for step, pairs in by_step.items():
+        perl_worst, grpo_worst, gaps = zip(*pairs)
+        rows.append([step, len(pairs), shown(perl_worst), shown(grpo_worst), shown(gaps, "+")])
+    return table(rows) if by_step else NOT_RUN
 
 def holm_text(runs: dict) -> str:
     """Which differences from PeRL the correction leaves, in sentences."""
@@ -445,14 +449,13 @@ def runs_text(code: str, last: dict[tuple, dict]) -> str:
             failed.append(f"{name}, seed {seed} ({line['failed']})")
     for name, arm in ARMS.items():
         wanted += [(name, seed) for seed in range(8 if arm.stages else 1)]
-    missing = [run for run in wanted if run not in last]
     text = f"{len(last) - len(failed)} runs of perl.py {code}. "
     if older:
         forms = ", ".join(f"{count} on {ran_on}" for ran_on, count in older.items())
         text += (f"{older.total()} of them ran on older forms of the code ({forms}), and count "
                  "because seed 0 of their arm gave equal numbers on the present one. ")
     return (f"{text}Failed: {'; '.join(failed) or 'none'}. Of {len(wanted)} runs (every arm, 8 "
-            f"seeds), {len(missing)} have not been started.\n")
+            f"seeds), {len(set(wanted) - last.keys())} have not been started.\n")
 
 def all_tables(code: str, last: dict[tuple, dict]) -> dict[str, str]:
     """What stands between the markers of the READMEs."""
@@ -464,6 +467,7 @@ def all_tables(code: str, last: dict[tuple, dict]) -> dict[str, str]:
 def write_tables(path: Path, texts: dict[str, str]) -> None:
     """Replace what stands between <!-- table: NAME --> and <!-- /table --> in a file."""
     def filled(marked: re.Match) -> str:
+        perl.check(marked[1] in texts, f"{path}: no table {marked[1]}, only {sorted(texts)}")
         return f"<!-- table: {marked[1]} -->\n{texts[marked[1]]}<!-- /table -->"
 
     text = path.read_text(encoding="utf-8")
@@ -485,8 +489,7 @@ def fork_arm(path: str, flags: str) -> dict[str, Arm]:
     with fresh_processes(1) as pool:  # misspelt names and flags, before anything runs
         pool.submit(start_fork, path, [shlex.split(flags)], perl.parse_config).result()
     arm = Arm(path, (flags,), fork=str(Path(path).resolve()))
-    name = f"{path} {flags}".strip()
-    return {"perl": ARMS["perl"], "grpo": ARMS["grpo"], name: arm}
+    return {"perl": ARMS["perl"], "grpo": ARMS["grpo"], f"{path} {flags}".strip(): arm}
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -533,7 +536,10 @@ def show(by_code: dict[str, dict], now: str, args) -> None:
     for code, last in by_code.items():
         of = "" if code == now else "another perl.py or other data: "
         texts = all_tables(code, last)
-        print(f"\n{of}{texts.pop('runs')}")
+        summary = texts.pop("runs")
+        if args.fork:  # the arms that were not run are of no interest
+            summary = summary.partition(" Of ")[0]
+        print(f"\n{of}{summary}")
         if args.fork:
             texts = {"forks": arms_table(by_arm(last), "forks")}
         for name, text in texts.items():

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
-from huggingface_hub import snapshot_download
 from PIL import Image
 from pyarrow import parquet
 
@@ -84,6 +83,7 @@ def find_folder(source: Source, data_dir: str) -> Path:
     """The folder of a source's train files: in a local copy, or downloaded."""
     folder = Path(data_dir, source.hub.split("/")[1])
     if not data_dir:
+        from huggingface_hub import snapshot_download  # needed here only
         wanted = f"{source.config}/train*" if source.config else "*train*.parquet"
         try:
             folder = Path(snapshot_download(source.hub, repo_type="dataset",
@@ -537,10 +537,11 @@ def drop_duplicates(records: list[dict]) -> None:
 def drop_in_group(group: list[dict]) -> None:
     """Of duplicates the first stays. All versions of a question with two answers go."""
     answers, stay = defaultdict(set), defaultdict(list)  # text: answers; answer: texts
-    for record in group:
-        answers[words_of(record["sample"]["question"])].add(record["sample"]["answer"])
-    for record in group:
-        text, answer = words_of(record["sample"]["question"]), record["sample"]["answer"]
+    texts = [words_of(record["sample"]["question"]) for record in group]
+    for record, text in zip(group, texts):
+        answers[text].add(record["sample"]["answer"])
+    for record, text in zip(group, texts):
+        answer = record["sample"]["answer"]
         ratios = [difflib.SequenceMatcher(None, text, other).ratio() for other in stay[answer]]
         if len(answers[text]) > 1:
             record["rule"] = "one question with several answers"
